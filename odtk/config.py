@@ -1,0 +1,230 @@
+"""Every setting of odtk as frozen dataclasses, and their dictionary form. Standard library only.
+
+Units: sizes in pixels, angles in radians, thresholds in [0, 1], thresholds of IoU in [0, 1].
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB values in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
+ROTATED_ANGLES = (-math.pi / 6, 0.0, math.pi / 6)
+
+
+class OdtkError(Exception):
+    """Something the user can mend. One sentence: what is wrong, where, what to do. The CLI prints it and exits 1."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a detector is made of: all that is needed to build it before its weights are loaded.
+
+    Attributes:
+        backbones: names from ``odtk.model.backbones.BACKBONES``; their levels are concatenated.
+        head: ``retinanet`` (anchors) or ``fcos`` (points).
+        classes: number of foreground classes C.
+        ratios, scales, angles: of the anchors, spec §2; ``angles`` is empty for axis-aligned boxes.
+        norm: ``frozen`` (affine and statistics fixed), ``batch`` or ``group`` (32 groups).
+        norm_eval: BatchNorm keeps its running statistics in training, its affine parameters still learn.
+        freeze_at: ResNet stages 1…freeze_at get no gradient (1 is the stem); 0 freezes nothing.
+        dcn: ResNet stages (2…5) whose 3×3 convolutions are deformable; ``dcn_modulated`` is version 2.
+        caffe_stride: stride in the 1×1 convolution of a bottleneck instead of the 3×3.
+        deep_stem, avg_down: ResNet-D, https://arxiv.org/abs/1812.01187.
+        zero_init: the last norm of each residual block starts at weight 0.
+        grad_checkpoint: recompute the residual blocks in backward, to save memory.
+    """
+
+    backbones: tuple[str, ...] = ("ResNet50FPN",)
+    head: str = "retinanet"
+    classes: int = 80
+    ratios: tuple[float, ...] = (1.0, 2.0, 0.5)
+    scales: tuple[float, ...] = tuple(4 * 2 ** (i / 3) for i in range(3))
+    angles: tuple[float, ...] = ()
+    norm: str = "batch"
+    norm_eval: bool = False
+    freeze_at: int = 0
+    dcn: tuple[int, ...] = ()
+    dcn_modulated: bool = True
+    caffe_stride: bool = False
+    deep_stem: bool = False
+    avg_down: bool = False
+    zero_init: bool = False
+    grad_checkpoint: bool = False
+
+    @property
+    def rotated(self) -> bool:
+        """Whether boxes carry an angle."""
+        return bool(self.angles)
+
+    @property
+    def num_anchors(self) -> int:
+        """A, anchors per cell: scales × ratios × angles for RetinaNet, 1 (the point) for FCOS."""
+        if self.head == "fcos":
+            return 1
+        return len(self.ratios) * len(self.scales) * max(1, len(self.angles))
+
+    @property
+    def box_values(self) -> int:
+        """V, numbers regressed per anchor: 4 deltas; 6 with sin and cos; 5 for FCOS (l, t, r, b, centre-ness)."""
+        if self.head == "fcos":
+            return 5
+        return 6 if self.rotated else 4
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Focal loss (https://arxiv.org/abs/1708.02002 eq. 5), smooth L1, and the IoU bounds of anchor matching."""
+
+    alpha: float = 0.25
+    gamma: float = 2.0
+    beta: float = 0.11
+    background_iou: float = 0.4  # below: background
+    foreground_iou: float = 0.5  # at or above: foreground; between the two an anchor is ignored
+    fcos_box_loss: str = "giou"  # or "iou"
+
+
+@dataclass(frozen=True)
+class PostprocessConfig:
+    """From raw levels to detections (spec §2, Decoding)."""
+
+    score_threshold: float = 0.05  # strictly above survives
+    nms_threshold: float = 0.5  # an IoU strictly above suppresses
+    detections: int = 100  # D, rows per image
+    top_n: int = 1000  # K, candidates per image and level
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Training augmentation. The four colour values are standard deviations of normal distributions."""
+
+    flip: float = 0.5  # probability
+    crop: bool = True  # random crop that keeps boxes (SSD, https://arxiv.org/abs/1512.02325 §2.2)
+    rotate: bool = False  # by a random multiple of 90 degrees
+    free_rotate: tuple[float, float] = (0.0, 0.0)  # degrees, uniform in the range
+    brightness: float = 0.002
+    contrast: float = 0.002
+    hue: float = 0.0002
+    saturation: float = 0.002
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """What a loader reads and how it turns images into a Batch.
+
+    Geometry, aspect always kept:
+      training: the shorter side is drawn from ``jitter`` (inclusive), the longer is capped by ``max_size``;
+      ``size`` given (H, W): scaled to fit inside, padded right and bottom to exactly H×W;
+      otherwise: the shorter side becomes ``resize``, the longer is capped by ``max_size``.
+    Images of a batch are then zero-padded right and bottom to a common size, a multiple of ``stride``.
+    ``annotations`` None means every image file of the folder, without boxes.
+    """
+
+    images: str
+    annotations: str | None = None
+    batch: int = 1  # images per process
+    training: bool = False
+    resize: int = 800
+    max_size: int = 1333
+    jitter: tuple[int, int] = (640, 1024)
+    size: tuple[int, int] | None = None
+    stride: int = 32
+    rotated: bool = False
+    absolute_angle: bool = False
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    loader: str = "dali"
+    device: str = "cpu"  # where Batch.images ends: cpu, cuda:0 …
+    workers: int = 2
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: `odtk train` fills it, train.train() runs it."""
+
+    path: str  # MODEL.pth
+    model: ModelConfig
+    data: LoaderConfig  # data.batch is per process here; the CLI divides the global --batch
+    val_data: LoaderConfig | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    iters: int = 90000
+    milestones: tuple[int, ...] = (60000, 80000)
+    schedule: float = 1.0  # scales iters and milestones
+    warmup: int = 1000
+    gamma: float = 0.1
+    lr: float = 0.01  # the value used (already scaled with the global batch)
+    weight_decay: float = 0.0001
+    momentum: float = 0.9
+    precision: str = "mixed"  # mixed (fp16 on CUDA, bf16 on CPU), fp16, bf16, fp32
+    val_iters: int = 8000
+    fine_tune: str | None = None
+    backbone_weights: str | None = None  # path, "none", or None: torchvision's ImageNet weights by URL
+    override: bool = False
+    accumulate: int = 1
+    clip_grad: float | None = None
+    ema: float | None = None
+    logdir: str | None = None
+    post_metrics: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    """One inference run: `odtk infer` fills it, infer.infer() runs it."""
+
+    path: str  # .pth, .onnx, .plan, .engine
+    data: LoaderConfig
+    output: tuple[str, ...] = ()
+    precision: str = "mixed"
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    draw: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """One export: `odtk export` fills it, export.export() runs it."""
+
+    path: str  # MODEL.pth
+    output: str  # .onnx, .plan, .engine
+    size: tuple[int, int] = (1280, 1280)
+    batch: tuple[int, int, int] = (1, 8, 16)  # optimization profile MIN OPT MAX
+    precision: str = "fp16"  # fp32, fp16, int8 (with fp16 remainder)
+    opset: int = 18
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    calibration_images: str | None = None
+    calibration_batches: int | None = None
+    calibration_table: str | None = None
+    calibration_method: str = "entropy"  # entropy, percentile, minmax
+    fp16_layers: tuple[str, ...] = ()  # layers kept out of INT8
+    timing_cache: str | None = None
+    workspace: int = 4 << 30  # bytes
+    seed: int = 0
+    verbose: bool = False
+
+
+C = TypeVar("C")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dictionaries of plain values (what a checkpoint stores)."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+    """The inverse of to_dict for the flat configs; lists become tuples again.
+
+    Raises:
+        OdtkError: for a key that the class does not have (a file of a newer version).
+    """
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise OdtkError(f"The setting {', '.join(unknown)} is unknown to this version of odtk: update odtk.")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
