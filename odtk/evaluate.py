@@ -1,0 +1,283 @@
+"""COCO figures of detections: axis-aligned boxes, rotated boxes, or masks. Never runs a model.
+
+The protocol is pycocotools' (https://cocodataset.org/#detection-eval): AP is the mean over IoU 0.50…0.95 by 0.05 and
+over 101 recall points. A figure for which nothing was to be found (no object of that size, say) is -1, as there.
+"""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from .boxes import rotated_iou
+from .config import OdtkError
+
+STATS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
+         "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """Figures of one category: ``images`` hold at least one of its ``instances`` (crowds are not counted)."""
+
+    id: int
+    name: str
+    ap: float
+    ap50: float
+    images: int
+    instances: int
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The twelve COCO figures in the order of STATS (0…1, -1 where nothing was to be found), and those per class."""
+
+    stats: tuple[float, ...]
+    classes: tuple[ClassMetrics, ...]
+
+    @property
+    def ap(self) -> float:
+        return self.stats[0]
+
+    @property
+    def ap50(self) -> float:
+        return self.stats[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "stats": dict(zip(STATS, self.stats, strict=True)),
+            "classes": [vars(c) for c in self.classes],
+        }
+
+
+def evaluate(
+    detections: list[dict[str, Any]] | str,
+    annotations: dict[str, Any] | str,
+    *,
+    rotated: bool | None = None,
+    segmentation: bool = False,
+) -> Metrics:
+    """Scores detections against annotations.
+
+    Args:
+        detections: COCO results (or the path of their JSON file), boxes [x, y, w, h] or [x, y, w, h, theta] in pixels
+            of the original images, theta in radians, anticlockwise.
+        annotations: COCO ground truth, or the path of its JSON file; never modified.
+        rotated: overlap is the IoU of the rotated boxes; None: when an annotation has five numbers.
+        segmentation: overlap is the IoU of masks ("segm"): of the polygons given, or of the rotated boxes.
+
+    Raises:
+        OdtkError: for an unreadable file, a malformed entry, or an id that the annotations do not have.
+    """
+    truth = read_annotations(annotations) if isinstance(annotations, str) else annotations
+    results = read_detections(detections) if isinstance(detections, str) else detections
+    check_annotations(truth)
+    check_detections(results, truth)
+    if rotated is None:
+        rotated = any(len(a["bbox"]) == 5 for a in truth["annotations"])
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
+        gt, dt = coco_index(truth, truth["annotations"]), coco_index(truth, results)
+        if segmentation:
+            add_polygons([gt, dt])
+        coco_eval = (RotatedEval if rotated and not segmentation else COCOeval)(
+            gt, dt, "segm" if segmentation else "bbox"
+        )
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    return Metrics(tuple(float(s) for s in coco_eval.stats), class_metrics(coco_eval, gt))
+
+
+class RotatedEval(COCOeval):
+    """COCOeval in which the overlap of two boxes is their rotated IoU."""
+
+    def computeIoU(self, imgId: int, catId: int) -> Any:  # noqa: N802, N803 (names of the base class)
+        gt = self._gts[imgId, catId]
+        dt = sorted(self._dts[imgId, catId], key=lambda d: -d["score"])[: self.params.maxDets[-1]]
+        if not gt or not dt:
+            return []
+        a, b = corner_boxes(dt), corner_boxes(gt)
+        iou = rotated_iou(a, b).double()  # [detections, truth]
+        # A crowd's overlap is intersection / area of the detection (COCO); intersection = IoU · (a + b) / (1 + IoU).
+        area_a, area_b = area(a)[:, None].double(), area(b)[None, :].double()
+        of_detection = iou * (area_a + area_b) / (1 + iou) / area_a.clamp(min=1e-9)
+        crowd = torch.tensor([bool(g["iscrowd"]) for g in gt])
+        return torch.where(crowd[None, :], of_detection, iou).numpy()
+
+
+def corner_boxes(entries: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """COCO boxes [x, y, w, h(, theta)] of entries → [n, 5] x1, y1, x2, y2 (inclusive), theta."""
+    boxes = torch.tensor([(*e["bbox"], 0.0)[:5] for e in entries], dtype=torch.float32)
+    boxes[:, 2:4] += boxes[:, 0:2] - 1
+    return boxes
+
+
+def area(boxes: torch.Tensor) -> torch.Tensor:
+    """[n, 5] → [n], square pixels."""
+    return (boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1)
+
+
+def coco_index(truth: dict[str, Any], entries: Iterable[dict[str, Any]]) -> COCO:
+    """pycocotools' index of annotations or results, of which it gets copies with the fields that it needs.
+
+    Entries are numbered from 1: pycocotools takes a ground truth of id 0 for unmatched.
+    """
+    coco = COCO()
+    copies = []
+    for number, entry in enumerate(entries, 1):
+        box = entry["bbox"]
+        copies.append({"iscrowd": 0, "area": box[2] * box[3], **entry, "id": number})
+    coco.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": copies}
+    coco.createIndex()
+    return coco
+
+
+def add_polygons(indices: Sequence[COCO]) -> None:
+    """Gives entries without a mask the polygon of their box, and images without a size one that holds every polygon."""
+    extent: dict[int, tuple[float, float]] = defaultdict(lambda: (1.0, 1.0))
+    for coco in indices:
+        for entry in coco.dataset["annotations"]:
+            if not entry.get("segmentation"):
+                entry["segmentation"] = [polygon(entry["bbox"])]
+            if isinstance(entry["segmentation"], list):
+                xs = [v for p in entry["segmentation"] for v in p[0::2]]
+                ys = [v for p in entry["segmentation"] for v in p[1::2]]
+                w, h = extent[entry["image_id"]]
+                extent[entry["image_id"]] = (max([w, *xs]), max([h, *ys]))
+    for coco in indices:
+        coco.imgs = {
+            i: {**image, "width": image.get("width") or math.ceil(extent[i][0]),
+                "height": image.get("height") or math.ceil(extent[i][1])}
+            for i, image in coco.imgs.items()
+        }  # fmt: skip
+
+
+def polygon(box: Sequence[float]) -> list[float]:
+    """COCO box [x, y, w, h(, theta)] → its corners, x and y four times."""
+    x, y, w, h, theta = (*box, 0.0)[:5]
+    cos, sin = math.cos(theta), math.sin(theta)
+    corners = []
+    for dx, dy in ((-w / 2, -h / 2), (w / 2, -h / 2), (w / 2, h / 2), (-w / 2, h / 2)):
+        corners += [x + w / 2 + cos * dx + sin * dy, y + h / 2 - sin * dx + cos * dy]
+    return corners
+
+
+def class_metrics(coco_eval: COCOeval, gt: COCO) -> tuple[ClassMetrics, ...]:
+    """AP and AP50 of each category, all sizes, 100 detections per image."""
+    precision = coco_eval.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, category]
+    rows = []
+    for k, category_id in enumerate(coco_eval.params.catIds):
+        objects = [a for a in gt.dataset["annotations"] if a["category_id"] == category_id and not a["iscrowd"]]
+        rows.append(
+            ClassMetrics(
+                id=category_id,
+                name=str(gt.cats[category_id].get("name", category_id)),
+                ap=mean_precision(precision[:, :, k]),
+                ap50=mean_precision(precision[:1, :, k]),
+                images=len({a["image_id"] for a in objects}),
+                instances=len(objects),
+            )
+        )
+    return tuple(rows)
+
+
+def mean_precision(precision: np.ndarray) -> float:
+    """Mean over IoU and recall, -1 where the category has no objects."""
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else -1.0
+
+
+def read_json(path: str, what: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise OdtkError(f"Cannot read the {what} {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise OdtkError(f"The {what} {path} are not valid JSON: {error}.") from error
+
+
+def read_annotations(path: str) -> dict[str, Any]:
+    """A COCO file; evaluate checks it."""
+    return read_json(path, "annotations")
+
+
+def read_detections(path: str) -> list[dict[str, Any]]:
+    """COCO results: a list, or (as ODTK 0.2 wrote them) a dictionary that holds it under ``annotations``."""
+    values = read_json(path, "detections")
+    return values.get("annotations", values) if isinstance(values, dict) else values
+
+
+def check_annotations(truth: Any) -> None:
+    """One sentence for the first thing that makes annotations unusable for an evaluation."""
+    for key in ("images", "categories", "annotations"):
+        if not isinstance(truth, dict) or not isinstance(truth.get(key), list):
+            raise OdtkError(f"The annotations have no list '{key}': they are not in COCO form.")
+    image_ids = {image["id"] for image in truth["images"]}
+    category_ids = {category["id"] for category in truth["categories"]}
+    for i, entry in enumerate(truth["annotations"]):
+        check_entry(entry, f"Annotation {i}", image_ids, category_ids)
+
+
+def check_detections(detections: Any, truth: dict[str, Any]) -> None:
+    """One sentence for the first detection that cannot be scored."""
+    if not isinstance(detections, list):
+        raise OdtkError("The detections are not a list: COCO results are [{image_id, category_id, bbox, score}, …].")
+    image_ids = {image["id"] for image in truth["images"]}
+    category_ids = {category["id"] for category in truth["categories"]}
+    for i, entry in enumerate(detections):
+        check_entry(entry, f"Detection {i}", image_ids, category_ids)
+        if not isinstance(entry.get("score"), (int, float)) or not math.isfinite(entry["score"]):
+            raise OdtkError(f"Detection {i} has no finite 'score'.")
+
+
+def check_entry(entry: Any, name: str, image_ids: set[int], category_ids: set[int]) -> None:
+    """An annotation or a detection: known ids, and a box of four or five finite numbers."""
+    if not isinstance(entry, dict):
+        raise OdtkError(f"{name} is not a dictionary.")
+    if entry.get("image_id") not in image_ids:
+        raise OdtkError(f"{name} is of image {entry.get('image_id')}, which the annotations do not list.")
+    if entry.get("category_id") not in category_ids:
+        raise OdtkError(f"{name} is of category {entry.get('category_id')}, which the annotations do not list.")
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) not in (4, 5) or not all(
+        isinstance(v, (int, float)) and math.isfinite(v) for v in box
+    ):
+        raise OdtkError(f"{name} (image {entry['image_id']}) has no box of four or five numbers.")
+
+
+def report(metrics: Metrics) -> None:
+    """Prints the twelve figures and the table per class."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file or a pipe has no width to keep to
+    figures = Table(title="COCO figures", title_justify="left")
+    for name in STATS:
+        figures.add_column(name, justify="right")
+    figures.add_row(*(shown(s) for s in metrics.stats))
+    console.print(figures)
+    table = Table(title="Per class", title_justify="left")
+    for name, justify in (("id", "right"), ("class", "left"), ("AP", "right"), ("AP50", "right"),
+                          ("images", "right"), ("instances", "right")):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for c in metrics.classes:
+        table.add_row(str(c.id), c.name, shown(c.ap), shown(c.ap50), str(c.images), str(c.instances))
+    console.print(table)
+
+
+def shown(value: float) -> str:
+    return "–" if value < 0 else f"{value:.3f}"
