@@ -1,0 +1,173 @@
+"""One image file: its header, the rules for unusual kinds, its pixels. The file itself is never written.
+
+Every kind of image becomes RGB of 8 bits by one of these rules (spec §3):
+
+  grayscale   the grey value is used for R, G and B
+  CMYK        converted by Pillow's formula (R = 255 − min(255, C + K), inverted Adobe files included)
+  palette     each index becomes its palette colour
+  alpha       the alpha channel is dropped, the colour under it is kept
+  16-bit      the high byte is kept
+  animation   the first frame is used
+  EXIF        see ``dataset.py``: the annotated size decides whether an image is turned
+  truncated   refused before the run starts; damage found only while decoding gives ``ImageError``
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as PILImage
+
+EXTENSIONS = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+EXIF_ORIENTATION = 0x0112
+PNG_BIT_DEPTH_AT = 24  # offset in the file: signature 8, chunk length 4, "IHDR" 4, width 4, height 4
+
+# EXIF orientation (2…8) → what Pillow does to show the image upright; 1 and unknown values change nothing.
+UPRIGHT = {
+    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PILImage.Transpose.ROTATE_180,
+    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PILImage.Transpose.TRANSPOSE,
+    6: PILImage.Transpose.ROTATE_270,
+    7: PILImage.Transpose.TRANSVERSE,
+    8: PILImage.Transpose.ROTATE_90,
+}
+SWAPS_SIDES = {5, 6, 7, 8}
+
+
+class ImageError(Exception):
+    """An image file that cannot be used; the message is the reason, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first bytes of an image file say.
+
+    Attributes:
+        width, height: of the stored raster in pixels, before any turn by EXIF.
+        orientation: EXIF orientation 1…8; 1 is upright.
+        plain: an 8-bit RGB or grayscale JPEG or PNG, which any decoder reads alike.
+        rule: the rule that makes this kind of image RGB of 8 bits; empty where none is needed.
+    """
+
+    width: int
+    height: int
+    orientation: int
+    plain: bool
+    rule: str
+
+
+def read_header(path: Path) -> Header:
+    """Size, orientation and kind of an image, without decoding it.
+
+    Raises:
+        ImageError: the file is missing, empty, truncated (JPEG, PNG) or of no known format.
+    """
+    try:
+        with PILImage.open(path) as image:
+            _check_end(path, image.format or "")
+            depth = _bit_depth(path, image)
+            plain = (
+                image.format in ("JPEG", "MPO", "PNG")
+                and image.mode in ("RGB", "L")
+                and depth == 8
+                and "transparency" not in image.info
+            )
+            return Header(*image.size, _orientation(image), plain, _rule(image, depth))
+    except FileNotFoundError:
+        raise ImageError("the file is missing") from None
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged files
+        raise ImageError(_reason(error)) from error
+
+
+def decode(path: Path, orientation: int = 1) -> np.ndarray:
+    """The pixels of an image, uint8 [H, W, 3] RGB, turned by the given EXIF orientation.
+
+    Raises:
+        ImageError: the file cannot be decoded to its end.
+    """
+    try:
+        with PILImage.open(path) as image:
+            rgb = _to_rgb(image)
+    except Exception as error:
+        raise ImageError(_reason(error)) from error
+    if orientation in UPRIGHT:
+        rgb = rgb.transpose(UPRIGHT[orientation])
+    return np.array(rgb)
+
+
+def _to_rgb(image: PILImage.Image) -> PILImage.Image:
+    if image.mode == "F":
+        raise ImageError("pixels of type float have no known range")
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it to white
+        high_byte = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        image = PILImage.fromarray(high_byte)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _orientation(image: PILImage.Image) -> int:
+    # Pillow turns TIFF by itself; a PNG may keep EXIF behind its pixels, where getexif() would decode it all.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    return orientation if orientation in UPRIGHT else 1
+
+
+def _bit_depth(path: Path, image: PILImage.Image) -> int:
+    if image.format == "PNG":
+        with open(path, "rb") as file:
+            return file.read(PNG_BIT_DEPTH_AT + 1)[PNG_BIT_DEPTH_AT]
+    return 16 if image.mode.startswith("I") else 8
+
+
+def _rule(image: PILImage.Image, depth: int) -> str:
+    if image.mode == "CMYK":
+        return "CMYK image converted to RGB"
+    if image.mode in ("P", "PA"):
+        return "palette image: each index becomes its colour"
+    if image.mode in ("RGBA", "LA", "RGBa", "La") or "transparency" in image.info:
+        return "alpha channel dropped"
+    if depth == 16:
+        return "16-bit image: the high byte is kept"
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        return "animation: the first frame is used"
+    if image.mode in ("L", "1"):
+        return "grayscale image: the grey value is used for R, G and B"
+    return ""
+
+
+def _check_end(path: Path, kind: str) -> None:
+    """Refuse a JPEG without its end-of-image marker and a PNG without its last chunk."""
+    if kind not in ("JPEG", "MPO", "PNG"):
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        # In a JPEG bytes may follow the end marker (maker notes, padding), and thumbnails with one precede the scan.
+        last, after = (b"IEND", 0) if kind == "PNG" else (b"\xff\xd9", _start_of_scan(data))
+        whole = data.rfind(last) > after
+    if not whole:
+        raise ImageError("the file is truncated: its end is missing")
+
+
+def _start_of_scan(data: mmap.mmap) -> int:
+    """Offset of the first SOS marker of a JPEG (ITU-T T.81, annex B.1), or its length where there is none."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xDA:
+            return at
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return len(data)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).split(": ")[0] if isinstance(error, PILImage.UnidentifiedImageError) else str(error)
+    if isinstance(error, PILImage.UnidentifiedImageError):
+        text = "not an image of a known format"
+    return f"the image cannot be read ({text or type(error).__name__})"
