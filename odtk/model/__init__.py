@@ -1,0 +1,1 @@
+"""The network: backbones, pyramid, heads, and the Detector they make."""

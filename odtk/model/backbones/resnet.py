@@ -1,0 +1,190 @@
+"""ResNet and ResNeXt: https://arxiv.org/abs/1512.03385, https://arxiv.org/abs/1611.05431.
+
+A stage is a row of a table and a block is built from its row; what differs between the family's members and
+options (strides, widths, groups, pooled shortcuts, deformable convolutions, norm) is data in that table.
+Parameter names equal torchvision's.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...config import ModelConfig
+from ..layers import ConvNorm, DeformConv2d, Trunk, convolve, create_norm, run
+
+
+@dataclass(frozen=True)
+class Design:
+    """One member of the family: blocks in each stage, kind of block, and ResNeXt's two numbers."""
+
+    depths: tuple[int, int, int, int]
+    bottleneck: bool = True
+    groups: int = 1
+    width_per_group: int = 64
+
+
+DESIGNS = {
+    "ResNet18": Design((2, 2, 2, 2), bottleneck=False),
+    "ResNet34": Design((3, 4, 6, 3), bottleneck=False),
+    "ResNet50": Design((3, 4, 6, 3)),
+    "ResNet101": Design((3, 4, 23, 3)),
+    "ResNet152": Design((3, 8, 36, 3)),
+    "ResNeXt50_32x4d": Design((3, 4, 6, 3), groups=32, width_per_group=4),
+    "ResNeXt101_32x8d": Design((3, 4, 23, 3), groups=32, width_per_group=8),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the stage table.
+
+    Attributes:
+        blocks: how many residual blocks.
+        width: channels inside a block.
+        channels: channels that leave it.
+        strides: of the first and the second convolution in the stage's first block.
+        groups: of the second convolution.
+        pool: the shortcut is averaged over 2×2 rather than strided (ResNet-D, https://arxiv.org/abs/1812.01187).
+        deformable: None, or ``modulated`` of the second convolution as DeformConv2d.
+        norm: kind of normalisation.
+    """
+
+    blocks: int
+    width: int
+    channels: int
+    strides: tuple[int, int]
+    groups: int
+    pool: bool
+    deformable: bool | None
+    norm: str
+
+    @property
+    def stride(self) -> int:
+        return self.strides[0] * self.strides[1]
+
+
+def stage_table(design: Design, config: ModelConfig) -> list[Stage]:
+    """The four stages of strides 4, 8, 16 and 32, numbered 2 to 5 as in C2…C5."""
+    table = []
+    for number, blocks in enumerate(design.depths, start=2):
+        planes = 64 * 2 ** (number - 2)
+        stride = 1 if number == 2 else 2
+        early = config.caffe_stride or not design.bottleneck  # the first convolution is the strided one
+        table.append(
+            Stage(
+                blocks=blocks,
+                width=planes * design.width_per_group // 64 * design.groups,
+                channels=planes * (4 if design.bottleneck else 1),
+                strides=(stride, 1) if early else (1, stride),
+                groups=design.groups,
+                pool=config.avg_down,
+                deformable=config.dcn_modulated if number in config.dcn else None,
+                norm=config.norm,
+            )
+        )
+    return table
+
+
+class Block(nn.Module):
+    """relu(residual(x) + shortcut(x)). A basic block has two 3×3 convolutions, a bottleneck 1×1, 3×3, 1×1."""
+
+    def __init__(self, channels_in: int, stage: Stage, strides: tuple[int, int], bottleneck: bool) -> None:
+        super().__init__()
+        self.conv1 = plain(channels_in, stage.width, 1 if bottleneck else 3, strides[0])
+        self.bn1 = create_norm(stage.norm, stage.width)
+        if stage.deformable is None:
+            self.conv2 = plain(stage.width, stage.width, 3, strides[1], stage.groups)
+        else:
+            self.conv2 = DeformConv2d(stage.width, stage.width, strides[1], stage.groups, stage.deformable)
+        self.bn2 = create_norm(stage.norm, stage.width)
+        if bottleneck:
+            self.conv3 = plain(stage.width, stage.channels, 1)
+            self.bn3 = create_norm(stage.norm, stage.channels)
+        stride = strides[0] * strides[1]
+        self.pool = nn.AvgPool2d(2) if stage.pool and stride == 2 else nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != stage.channels:
+            conv = plain(channels_in, stage.channels, 1, 1 if stage.pool else stride)
+            self.downsample = ConvNorm(conv, create_norm(stage.norm, stage.channels))
+        self.bottleneck = bottleneck
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn3 if self.bottleneck else self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(convolve(self.conv1, self.bn1, x))
+        out = convolve(self.conv2, self.bn2, out)
+        if self.bottleneck:
+            out = convolve(self.conv3, self.bn3, F.relu_(out))
+        return F.relu_(out + self.downsample(self.pool(x)))
+
+
+def plain(channels_in: int, channels: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A size×size convolution, padded to keep h×w at stride 1, without bias."""
+    return nn.Conv2d(channels_in, channels, size, stride, padding=size // 2, groups=groups, bias=False)
+
+
+def deep_stem(norm: str) -> ConvNorm:
+    """ResNet-D's three 3×3 convolutions (32, 32, 64 channels) for the 7×7; bn1 follows the last."""
+    return ConvNorm(
+        plain(3, 32, 3, stride=2), create_norm(norm, 32), nn.ReLU(inplace=True),
+        plain(32, 32, 3), create_norm(norm, 32), nn.ReLU(inplace=True),
+        plain(32, 64, 3),
+    )  # fmt: skip
+
+
+class ResNet(Trunk):
+    """images [N, 3, H, W] → the feature maps of ``outputs``, C3, C4, C5 by default; later stages are not built."""
+
+    def __init__(self, design: Design, config: ModelConfig, outputs: tuple[int, ...] = (3, 4, 5)) -> None:
+        super().__init__()
+        self.outputs, self.grad_checkpoint, self.zero_init = outputs, config.grad_checkpoint, config.zero_init
+        self.conv1 = deep_stem(config.norm) if config.deep_stem else plain(3, 64, 7, stride=2)
+        self.bn1 = create_norm(config.norm, 64)
+        table = stage_table(design, config)[: max(outputs) - 1]
+        channels = 64
+        for index, stage in enumerate(table, start=1):
+            strides = [stage.strides] + [(1, 1)] * (stage.blocks - 1)
+            inputs = [channels] + [stage.channels] * (stage.blocks - 1)
+            blocks = [Block(c, stage, s, design.bottleneck) for c, s in zip(inputs, strides, strict=True)]
+            setattr(self, f"layer{index}", nn.Sequential(*blocks))
+            channels = stage.channels
+        self.channels = tuple(table[number - 2].channels for number in outputs)
+        self.strides = tuple(2**number for number in outputs)
+        self.freeze(config.freeze_at)
+
+    @property
+    def layers(self) -> list[nn.Sequential]:
+        """layer1 … of stages 2 …"""
+        return [getattr(self, f"layer{index}") for index in range(1, max(self.outputs))]
+
+    def stages(self) -> list[list[nn.Module]]:
+        return [[self.conv1, self.bn1], *(list(layer) for layer in self.layers)]
+
+    def initialize(self) -> None:
+        super().initialize()
+        if not self.zero_init:
+            return
+        for block in self.modules():
+            if isinstance(block, Block) and isinstance(block.last_norm.weight, nn.Parameter):  # frozen: dead for good
+                nn.init.zeros_(block.last_norm.weight)
+
+    def stem(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] → [N, 64, H/4, W/4]"""
+        if isinstance(self.conv1, nn.Conv2d):
+            x = convolve(self.conv1, self.bn1, images)
+        else:
+            x = self.bn1(self.conv1(images))
+        return F.max_pool2d(F.relu_(x), 3, stride=2, padding=1)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.stem(images)
+        features = []
+        for number, layer in enumerate(self.layers, start=2):
+            x = run(layer, x, self.grad_checkpoint)
+            if number in self.outputs:
+                features.append(x)
+        return features

@@ -1,0 +1,119 @@
+"""The composition: images → raw levels, nothing else. Loss and postprocessing are functions outside it."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..config import ModelConfig, OdtkError
+from .backbones import BACKBONES
+from .fpn import FPN
+from .heads import base_anchors, create_head
+from .layers import Trunk, fold_norms
+
+
+class Detector(nn.Module):
+    """Backbones, whose levels are concatenated, and one head over all of them.
+
+    Attributes:
+        config: what it was built from.
+        strides: of every level, in order.
+        stride: the input's height and width must be multiples of it.
+
+    Raises:
+        OdtkError: for names and combinations that do not exist.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        check(config)
+        self.config = config
+        backbones = {name: BACKBONES[name](config) for name in config.backbones}
+        self.backbones = nn.ModuleDict(backbones)
+        self.strides = tuple(stride for backbone in backbones.values() for stride in backbone.strides)
+        self.stride = max(backbone.stride for backbone in backbones.values())
+        self.head = create_head(config, len(self.strides))
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """images [N, 3, H, W] normalised → logits [N, A·C, h, w] and boxes [N, A·V, h, w] of each level (heads.py)."""
+        return self.head([feature for backbone in self.backbones.values() for feature in backbone(images)])
+
+    def initialize(self) -> None:
+        """Random weights to train from scratch: Kaiming trunks, Xavier pyramids, the head's own rule."""
+        for backbone in self.backbones.values():
+            backbone.initialize()  # type: ignore[operator]
+        self.head.initialize()
+
+    def anchors(self) -> list[Tensor]:
+        """Base anchors [A, 4 or 5] of every level, on the CPU (heads.base_anchors)."""
+        return [base_anchors(stride, self.config) for stride in self.strides]
+
+    def trunks(self) -> dict[str, Trunk]:
+        """The classification networks inside, by backbone name: what pretrained weights are loaded into."""
+        return {name: _trunk(backbone) for name, backbone in self.backbones.items()}
+
+    def train(self, mode: bool = True) -> Detector:
+        """Batch norms stay in eval mode with ``norm_eval``, and in frozen stages (``freeze_at``)."""
+        super().train(mode)
+        for module in self.backbones.modules():
+            if isinstance(module, _BatchNorm) and (self.config.norm_eval or not module.weight.requires_grad):
+                module.eval()
+        return self
+
+    def fold(self) -> Detector:
+        """A copy for inference and export, in eval mode, with the same outputs to rounding; this one is untouched.
+
+        Batch norms are written into their convolutions, RepVGG's branches into one 3×3. Its state_dict no longer
+        has this one's names: never save it.
+        """
+        folded = copy.deepcopy(self).eval()
+        fold_norms(folded)
+        return folded
+
+
+def _trunk(backbone: nn.Module) -> Trunk:
+    trunk = backbone.features if isinstance(backbone, FPN) else backbone
+    assert isinstance(trunk, Trunk)
+    return trunk
+
+
+def check(config: ModelConfig) -> None:
+    """Refuse what cannot be built, in the user's words."""
+    for name in config.backbones:
+        if name not in BACKBONES:
+            raise OdtkError(f"The backbone {name!r} does not exist: use one of {', '.join(BACKBONES)}.")
+    if not config.backbones or len(set(config.backbones)) < len(config.backbones):
+        raise OdtkError("The backbones of a detector must be one or several different names.")
+    if config.classes < 1:
+        raise OdtkError(f"A detector needs at least one class, not {config.classes}.")
+    if not set(config.dcn) <= {2, 3, 4, 5}:
+        raise OdtkError(f"Deformable stages are 2 to 5, not {', '.join(map(str, config.dcn))}.")
+    if not 0 <= config.freeze_at <= 5:
+        raise OdtkError(f"--freeze-at is a stage from 0 (none) to 5, not {config.freeze_at}.")
+
+
+@torch.no_grad()
+def load_matching(module: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Copy every tensor of ``state_dict`` whose name and shape the module has too; ignore the rest.
+
+    For --fine-tune (a Detector and a detector's file) and --backbone-weights (one of Detector.trunks() and
+    torchvision's file, whose classifier ``fc.*`` matches nothing).
+
+    Returns:
+        (taken, left): names of the module's own parameters and buffers that were copied, and that were not
+        and so keep their value. BatchNorm's counter of batches, which nothing reads, is in neither list.
+    """
+    taken: list[str] = []
+    left: list[str] = []
+    for name, tensor in module.state_dict().items():
+        source = state_dict.get(name)
+        if source is not None and source.shape == tensor.shape:
+            tensor.copy_(source)
+            taken.append(name)
+        else:
+            left.append(name)
+    counter = "num_batches_tracked"
+    return [n for n in taken if not n.endswith(counter)], [n for n in left if not n.endswith(counter)]
