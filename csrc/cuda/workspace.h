@@ -1,0 +1,40 @@
+// Scratch memory in two phases: the same carving function first measures, then hands out the pieces.
+//
+//   Buffers carve(const Params& p, Workspace& w) { return {w.take<int>(p.batch), w.take<float>(p.count)}; }
+//   size:  Workspace w;            carve(p, w);  bytes = w.size();
+//   run:   Workspace w(pointer);   Buffers b = carve(p, w);
+//
+// (The idea is that of NVIDIA/cccl, cub/util_temporary_storage.cuh.)
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace odtk {
+
+class Workspace {
+ public:
+  /// Every piece starts at a multiple of this many bytes from the base, which must itself be so aligned (what
+  /// cudaMalloc, torch's allocator and TensorRT's workspace give).
+  static constexpr std::size_t kAlignment = 256;
+
+  /// Without a base nothing is handed out: take() returns null pointers and only counts.
+  explicit Workspace(void* base = nullptr) : base_(static_cast<std::uint8_t*>(base)) {}
+
+  /// The next `count` elements of T, uninitialised; null while measuring.
+  template <typename T>
+  T* take(std::size_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + size_) : nullptr;
+    size_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return piece;
+  }
+
+  /// Bytes taken so far.
+  std::size_t size() const { return size_; }
+
+ private:
+  std::uint8_t* base_;
+  std::size_t size_ = 0;
+};
+
+}  // namespace odtk
