@@ -1,0 +1,209 @@
+"""Batches for training and inference: the common frame of both loaders, and the one made of Pillow and PyTorch."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image as PILImage
+from torch import Tensor
+
+from ..config import LoaderConfig, OdtkError
+from .dataset import Dataset
+from .images import ImageError, decode
+from .sampler import BatchPlan, Sample, Sampler
+
+PREFETCH = 2  # batches prepared ahead of the one in use
+
+
+@dataclass
+class Batch:
+    """Images, boxes and labels of one step.
+
+    Attributes:
+        images: float32 [N, 3, H, W], normalised RGB, zero-padded right and bottom; on ``LoaderConfig.device``.
+        boxes: float32 [N, M, 4] (x1, y1, x2, y2) or [N, M, 5] (… theta), pixels of ``images``, inclusive corners,
+            zero where there is no box, M ≥ 1; on the same device.
+        labels: int64 [N, M], index of the category, −1 where there is no box; on the same device.
+        ids: int64 [N], the dataset's image ids; on the CPU.
+        scales: float32 [N, 2], network pixels per image pixel (sx, sy); on the CPU.
+    """
+
+    images: Tensor
+    boxes: Tensor
+    labels: Tensor
+    ids: Tensor
+    scales: Tensor
+
+
+class Loader:
+    """Iterates over Batches: endlessly in training, one pass over this rank's share in inference.
+
+    Subclasses render the pixels (``_render``); order, geometry and boxes are the sampler's. An image that turns out to
+    be damaged while it is decoded (the scan before the run cannot see every damage) becomes an image of zeros without
+    boxes, and its file is named once.
+    """
+
+    def __init__(self, dataset: Dataset, config: LoaderConfig) -> None:
+        self.config = config
+        self.sampler = Sampler(dataset, config)
+        self._next = 0  # number of the batch that comes next in training
+        self._damaged: set[str] = set()
+
+    def __len__(self) -> int:
+        """Batches per pass (training: per epoch, rounded up)."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, plan, images in self._render(self._plans()):
+            if self.config.training:
+                self._next = number + 1
+            yield self._batch(plan, images)
+
+    def state(self) -> dict[str, int]:
+        """The position after the batch last given, in images over all ranks, for a checkpoint."""
+        return {"seen": self._next * self.config.batch * self.config.world}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue behind ``state``; with another batch or number of devices, from the last whole batch before it."""
+        self._next = int(state["seen"]) // (self.config.batch * self.config.world)
+
+    def close(self) -> None:
+        """Free what the loader holds."""
+
+    def _plans(self) -> Iterator[tuple[int, BatchPlan]]:
+        if not self.config.training:
+            yield from ((number, self.sampler.plan(number)) for number in range(len(self)))
+            return
+        number = self._next
+        while True:
+            yield number, self.sampler.plan(number)
+            number += 1
+
+    def _render(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[tuple[int, BatchPlan, Tensor]]:
+        """For each plan its normalised images float32 [N, 3, H, W], on the device."""
+        raise NotImplementedError
+
+    def _batch(self, plan: BatchPlan, images: Tensor) -> Batch:
+        samples = plan.samples
+        columns = 5 if self.config.rotated else 4
+        count = max(1, *(len(sample.labels) for sample in samples))
+        boxes = np.zeros((len(samples), count, columns), dtype=np.float32)
+        labels = np.full((len(samples), count), -1, dtype=np.int64)
+        for row, sample in enumerate(samples):
+            if str(sample.image.path) not in self._damaged:
+                boxes[row, : len(sample.labels)] = sample.boxes
+                labels[row, : len(sample.labels)] = sample.labels
+        return Batch(
+            images,
+            self._to_device(torch.from_numpy(boxes)),
+            self._to_device(torch.from_numpy(labels)),
+            torch.tensor([sample.image.id for sample in samples], dtype=torch.int64),
+            torch.tensor([sample.scale for sample in samples], dtype=torch.float32),
+        )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.config.device == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.config.device, non_blocking=True)
+
+    def _render_one(self, plan: BatchPlan) -> Tensor:
+        """One batch by Pillow and PyTorch, on the CPU."""
+        images = torch.zeros(len(plan.samples), 3, plan.height, plan.width)
+        for row, sample in enumerate(plan.samples):
+            try:
+                pixels = render(sample)
+            except ImageError as error:
+                self._report_damage(sample, error)
+                continue
+            images[row, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+        return images
+
+    def _report_damage(self, sample: Sample, error: ImageError) -> None:
+        path = str(sample.image.path)
+        if path not in self._damaged:
+            self._damaged.add(path)
+            print(
+                f"Warning: {path} (image {sample.image.id}) is replaced by zeros without boxes: {error} "
+                f"({len(self._damaged)} such image{'s' if len(self._damaged) > 1 else ''} so far).",
+                file=sys.stderr,
+            )
+
+
+class TorchLoader(Loader):
+    """Pillow and PyTorch on ``config.workers`` threads (decoding and scaling release Python's lock)."""
+
+    def _render(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[tuple[int, BatchPlan, Tensor]]:
+        queue: deque[tuple[int, BatchPlan, Future[Tensor]]] = deque()
+        pool = ThreadPoolExecutor(max(1, self.config.workers), thread_name_prefix="odtk-loader")
+        try:
+            for number, plan in plans:
+                queue.append((number, plan, pool.submit(self._render_one, plan)))
+                if len(queue) > PREFETCH:
+                    yield self._finish(*queue.popleft())
+            while queue:
+                yield self._finish(*queue.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _finish(self, number: int, plan: BatchPlan, images: Future[Tensor]) -> tuple[int, BatchPlan, Tensor]:
+        return number, plan, self._to_device(images.result())
+
+
+def render(sample: Sample) -> Tensor:
+    """The normalised pixels of a sample, float32 [3, height, width] of its canvas.
+
+    Raises:
+        ImageError: the file cannot be decoded.
+    """
+    x1, y1, x2, y2 = sample.crop
+    pixels = decode(sample.image.path, sample.image.orientation)[y1:y2, x1:x2]
+    if sample.size != (x2 - x1, y2 - y1):
+        pixels = np.asarray(PILImage.fromarray(pixels).resize(sample.size, PILImage.Resampling.BILINEAR))
+    if sample.flip:
+        pixels = pixels[:, ::-1]
+    height, width = pixels.shape[:2]
+    planes = pixels.astype(np.float32).reshape(-1, 3).T  # [H, W, 3] → [3, H·W]
+    planes = sample.colour[:, :3] @ planes + sample.colour[:, 3:]
+    image = torch.from_numpy(np.ascontiguousarray(planes)).view(3, height, width)  # [3, H·W] → [3, H, W]
+    return image if sample.turn is None else _turn(image, sample.turn, sample.canvas)
+
+
+def _turn(image: Tensor, matrix: np.ndarray, canvas: tuple[int, int]) -> Tensor:
+    """Bilinear sampling of image [3, h, w] at matrix [2, 3] · (x, y, 1) for each pixel centre of the canvas."""
+    size = torch.tensor([image.shape[2], image.shape[1]])
+    x, y = torch.arange(canvas[0]) + 0.5, torch.arange(canvas[1]) + 0.5
+    points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(canvas[1], canvas[0])], dim=-1)
+    source = points @ torch.from_numpy(matrix).T  # [H, W, 3] · [3, 2] → [H, W, 2]
+    return F.grid_sample(image[None], (2 * source / size - 1)[None], align_corners=False)[0]
+
+
+def create_loader(dataset: Dataset, config: LoaderConfig) -> Loader:
+    """The loader that ``config.loader`` names; torch's, with a printed line, where DALI cannot be used.
+
+    The dataset's counted warnings are printed by rank 0.
+
+    Raises:
+        OdtkError: an unknown loader, or settings that contradict each other.
+    """
+    if config.rank == 0:
+        for warning in dataset.warnings():
+            print(f"Warning: {warning}", file=sys.stderr)
+    if config.loader == "torch":
+        return TorchLoader(dataset, config)
+    if config.loader != "dali":
+        raise OdtkError(f"Unknown loader {config.loader!r}: use dali or torch.")
+    try:
+        from .dali import DaliLoader
+    except ImportError as error:
+        if config.rank == 0:
+            print(f"DALI is not available ({error}): using the torch loader.", file=sys.stderr)
+        return TorchLoader(dataset, config)
+    return DaliLoader(dataset, config)

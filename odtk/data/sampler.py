@@ -1,0 +1,339 @@
+"""Decides everything about each image of each batch; the loaders only turn the decisions into pixels.
+
+A decision depends on (seed, epoch, image) alone, never on what ran before, so both loaders give the same boxes and a
+resumed run gives the batches it would have had.
+
+Order in training: the epochs' permutations follow each other as one endless stream; global batch k takes the next
+batch × world images of it, and rank r the r-th part of those. Each image comes once per epoch over all ranks, batches
+may span two epochs, and every rank has the same number of batches. In inference rank r has images r, r + world, ….
+
+Geometry of an image: crop → scale → flip → turn → pad right and bottom. All of it but the padding is one affine map of
+continuous coordinates (pixel i covers [i, i + 1]) from the image to the network's input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ..config import AugmentConfig, LoaderConfig, OdtkError
+from .dataset import Dataset, Image
+
+# Streams of random numbers that must not meet: the second word of each generator's seed.
+ORDER, BATCH, IMAGE = range(3)
+
+CROP_IOUS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None keeps the whole image; SSD §2.2
+CROP_SIDES = (0.3, 1.0)  # of the image's sides
+CROP_ASPECTS = (0.5, 2.0)  # relative to the image's aspect
+CROP_CANDIDATES = 50
+MIN_SIDE = 1.0  # pixels of the network's input; smaller boxes are dropped in training
+
+# RGB to YIQ (luma and chroma, NTSC): hue is a turn of the IQ plane, saturation its scale.
+YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What happens to one image.
+
+    Attributes:
+        image: the record.
+        crop: x1, y1, x2, y2 in pixels of the image, x2 and y2 exclusive.
+        size: width, height in pixels to which the crop is scaled.
+        flip: mirrored left to right after scaling.
+        colour: float32 [3, 4]; normalised RGB = colour · (R, G, B, 1), R, G, B in 0…255.
+        turn: float32 [2, 3] from output to scaled image in continuous coordinates, or None.
+        canvas: width, height in pixels after the turn.
+        boxes: float32 [n, 4] (x1, y1, x2, y2) or [n, 5] (… theta), pixels of the network's input, inclusive corners.
+        labels: int64 [n].
+        scale: (sx, sy), network pixels per image pixel.
+    """
+
+    image: Image
+    crop: tuple[int, int, int, int]
+    size: tuple[int, int]
+    flip: bool
+    colour: np.ndarray
+    turn: np.ndarray | None
+    canvas: tuple[int, int]
+    boxes: np.ndarray
+    labels: np.ndarray
+    scale: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The samples of one batch and the height and width (multiples of the stride) to which they are padded."""
+
+    samples: list[Sample]
+    height: int
+    width: int
+
+
+class Sampler:
+    """Plans of batches by their number, for one rank."""
+
+    def __init__(self, dataset: Dataset, config: LoaderConfig) -> None:
+        _check(dataset, config)
+        self.dataset, self.config = dataset, config
+        self._permutation = lru_cache(maxsize=2)(self._shuffle)
+
+    def __len__(self) -> int:
+        """Batches per pass of this rank."""
+        config = self.config
+        if config.training:
+            return math.ceil(len(self.dataset.images) / (config.batch * config.world))
+        return math.ceil(len(range(config.rank, len(self.dataset.images), config.world)) / config.batch)
+
+    def plan(self, number: int) -> BatchPlan:
+        """Batch ``number`` from 0: of the endless stream in training, below ``len()`` in inference."""
+        config = self.config
+        if config.training:
+            target = int(self._generator(BATCH, number).integers(config.jitter[0], config.jitter[1] + 1))
+            samples = [self._augmented(epoch, index, target) for epoch, index in self._stream(number)]
+        else:
+            first = config.rank + number * config.batch * config.world
+            indices = range(first, len(self.dataset.images), config.world)[: config.batch]
+            samples = [self._plain(self.dataset.images[index]) for index in indices]
+        if config.size is not None and not config.training:
+            return BatchPlan(samples, *config.size)
+        width = _round_up(max(sample.canvas[0] for sample in samples), config.stride)
+        height = _round_up(max(sample.canvas[1] for sample in samples), config.stride)
+        return BatchPlan(samples, height, width)
+
+    def _generator(self, *words: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, *words])
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        return self._generator(ORDER, epoch).permutation(len(self.dataset.images))
+
+    def _stream(self, number: int) -> Iterator[tuple[int, int]]:
+        """(epoch, image index) of this rank's part of global batch ``number``."""
+        config, count = self.config, len(self.dataset.images)
+        first = (number * config.world + config.rank) * config.batch
+        for position in range(first, first + config.batch):
+            epoch, place = divmod(position, count)
+            yield epoch, int(self._permutation(epoch)[place])
+
+    def _plain(self, image: Image) -> Sample:
+        config = self.config
+        if config.size is not None:
+            scale = min(config.size[0] / image.height, config.size[1] / image.width)
+        else:
+            scale = _shorter_side(image.width, image.height, config.resize, config.max_size)
+        crop = (0, 0, image.width, image.height)
+        return self._sample(image, crop, scale, False, 0, 0.0, np.eye(3, 4), image.boxes, image.labels)
+
+    def _augmented(self, epoch: int, index: int, target: int) -> Sample:
+        image, augment = self.dataset.images[index], self.config.augment
+        generator = self._generator(IMAGE, epoch, index)
+        flip = bool(generator.random() < augment.flip)
+        quarters = int(generator.integers(4)) if augment.rotate else 0
+        degrees = float(generator.uniform(*augment.free_rotate))
+        colour = colour_matrix(generator, augment)
+        crop = random_crop(generator, image) if augment.crop else (0, 0, image.width, image.height)
+        inside = _centres_inside(image.boxes, crop)
+        scale = _shorter_side(crop[2] - crop[0], crop[3] - crop[1], target, self.config.max_size)
+        boxes, labels = image.boxes[inside], image.labels[inside]
+        return self._sample(image, crop, scale, flip, quarters, math.radians(degrees), colour, boxes, labels)
+
+    def _sample(
+        self,
+        image: Image,
+        crop: tuple[int, int, int, int],
+        scale: float,
+        flip: bool,
+        quarters: int,
+        angle: float,
+        colour: np.ndarray,
+        boxes: np.ndarray,
+        labels: np.ndarray,
+    ) -> Sample:
+        config = self.config
+        width, height = crop[2] - crop[0], crop[3] - crop[1]
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        sx, sy = size[0] / width, size[1] / height
+        forward = np.array([[sx, 0, -crop[0] * sx], [0, sy, -crop[1] * sy], [0, 0, 1]])
+        if flip:
+            forward = np.array([[-1, 0, size[0]], [0, 1, 0], [0, 0, 1]]) @ forward
+        turn, canvas = None, size
+        angle += quarters * math.pi / 2
+        if angle:
+            canvas = size[::-1] if quarters % 2 else size
+            rotation = _rotation(angle, size, canvas)
+            forward = rotation @ forward
+            turn = np.linalg.inv(rotation)[:2].astype(np.float32)
+        boxes = _move(boxes, forward, (sx, sy), flip, angle, config.absolute_angle)
+        if config.training:
+            boxes, labels = _keep(boxes, labels, canvas)
+        return Sample(
+            image, crop, size, flip, _normalised(colour, config), turn, canvas,
+            _corners(boxes).astype(np.float32), labels, (sx, sy),
+        )  # fmt: skip
+
+
+def _check(dataset: Dataset, config: LoaderConfig) -> None:
+    if not dataset.images:
+        raise OdtkError(f"There are no images to load from {config.images}.")
+    if config.size is not None and any(side % config.stride for side in config.size):
+        raise OdtkError(f"--size {config.size[0]} {config.size[1]} must be multiples of the stride {config.stride}.")
+    if config.jitter[0] > config.jitter[1]:
+        raise OdtkError(f"--jitter {config.jitter[0]} {config.jitter[1]}: the first must not exceed the second.")
+
+
+def _round_up(value: int, stride: int) -> int:
+    return math.ceil(value / stride) * stride
+
+
+def _shorter_side(width: int, height: int, target: int, cap: int) -> float:
+    return min(target / min(width, height), cap / max(width, height))
+
+
+def _hull(boxes: np.ndarray) -> np.ndarray:
+    """Smallest upright boxes [n, 4] (x1, y1, x2, y2), continuous, around boxes [n, 4|5] (x, y, w, h, theta)."""
+    centre, half = boxes[:, :2] + boxes[:, 2:4] / 2, boxes[:, 2:4] / 2
+    if boxes.shape[1] == 5:
+        cos, sin = np.abs(np.cos(boxes[:, 4])), np.abs(np.sin(boxes[:, 4]))
+        half = np.stack([half[:, 0] * cos + half[:, 1] * sin, half[:, 0] * sin + half[:, 1] * cos], axis=1)
+    return np.concatenate([centre - half, centre + half], axis=1)
+
+
+def _centres_inside(boxes: np.ndarray, crop: tuple[float, float, float, float]) -> np.ndarray:
+    """Mask [n] of boxes [n, 4|5] (x, y, w, h, …) whose centre lies in a crop (x1, y1, x2, y2)."""
+    centre = boxes[:, :2] + boxes[:, 2:4] / 2
+    return np.all((centre >= crop[:2]) & (centre < crop[2:]), axis=1)
+
+
+def random_crop(generator: np.random.Generator, image: Image) -> tuple[int, int, int, int]:
+    """A window (x1, y1, x2, y2; x2, y2 exclusive) that keeps the centre of at least one box.
+
+    SSD, https://arxiv.org/abs/1512.02325 §2.2: the window has at least a drawn IoU with some box; where 50 windows do
+    not, another IoU is drawn. An image without boxes is kept whole.
+    """
+    whole = (0, 0, image.width, image.height)
+    if not len(image.boxes):
+        return whole
+    hull = _hull(image.boxes)
+    for threshold in generator.permutation(len(CROP_IOUS)):
+        least = CROP_IOUS[threshold]
+        if least is None:
+            return whole
+        windows = _windows(generator, image.width, image.height)
+        keeps = (_iou(windows, hull) >= least) & _holds_centre(windows, hull)
+        good = np.flatnonzero(keeps.any(axis=1))
+        if len(good):
+            x1, y1, x2, y2 = windows[good[0]].tolist()
+            return x1, y1, x2, y2
+    return whole
+
+
+def _windows(generator: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Candidate windows int64 [k, 4] (x1, y1, x2, y2), all of an allowed aspect."""
+    sides = generator.uniform(*CROP_SIDES, (CROP_CANDIDATES, 2))
+    aspect = sides[:, 0] / sides[:, 1]
+    sides = sides[(aspect >= CROP_ASPECTS[0]) & (aspect <= CROP_ASPECTS[1])]
+    size = np.maximum(np.round(sides * (width, height)), 1).astype(np.int64)
+    corner = np.floor(generator.random(size.shape) * ((width, height) - size + 1)).astype(np.int64)
+    return np.concatenate([corner, corner + size], axis=1)
+
+
+def _iou(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """IoU [k, n] of continuous boxes [k, 4] and [n, 4]."""
+    low = np.maximum(windows[:, None, :2], boxes[:, :2])  # [k, n, 2]
+    high = np.minimum(windows[:, None, 2:], boxes[:, 2:])
+    overlap = np.clip(high - low, 0, None).prod(axis=2)
+    area = (windows[:, 2:] - windows[:, :2]).prod(axis=1)[:, None] + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    return overlap / (area - overlap)
+
+
+def _holds_centre(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2  # [n, 2]
+    return np.all((centre >= windows[:, None, :2]) & (centre < windows[:, None, 2:]), axis=2)  # [k, n]
+
+
+def colour_matrix(generator: np.random.Generator, augment: AugmentConfig) -> np.ndarray:
+    """A random change of colour as [3, 4]: changed RGB = matrix · (R, G, B, 1), values in 0…255.
+
+    Saturation scales and hue turns the chroma (YIQ); contrast scales about 128; brightness scales all. The factors are
+    normal about 1, never below 0; hue is normal about 0, in turns of the colour circle.
+    """
+    brightness, contrast, saturation = np.maximum(
+        generator.normal(1, (augment.brightness, augment.contrast, augment.saturation)), 0
+    )
+    hue = 2 * math.pi * generator.normal(0, augment.hue)
+    cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
+    chroma = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    matrix = brightness * contrast * np.linalg.inv(YIQ) @ chroma @ YIQ
+    offset = np.full((3, 1), brightness * 128 * (1 - contrast))
+    return np.concatenate([matrix, offset], axis=1)
+
+
+def _normalised(colour: np.ndarray, config: LoaderConfig) -> np.ndarray:
+    """The colour matrix [3, 4] followed by (value / 255 − mean) / std, float32."""
+    mean, std = np.array(config.mean), np.array(config.std)
+    matrix = colour / (255 * std[:, None])
+    matrix[:, 3] -= mean / std
+    return matrix.astype(np.float32)
+
+
+def _rotation(angle: float, size: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
+    """Anticlockwise turn (y down) of an image of ``size`` about its centre into ``canvas``, [3, 3]."""
+    cos, sin = round(math.cos(angle), 12), round(math.sin(angle), 12)  # quarter turns map pixels onto pixels
+    matrix = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+    matrix[:2, 2] = np.array(canvas) / 2 - matrix[:2, :2] @ (np.array(size) / 2)
+    return matrix
+
+
+def _move(
+    boxes: np.ndarray, forward: np.ndarray, scale: tuple[float, float], flip: bool, angle: float, absolute: bool
+) -> np.ndarray:
+    """Boxes [n, 4|5] (x, y, w, h, theta) under an affine map [3, 3]; an upright box becomes the hull of its image."""
+    centre = (boxes[:, :2] + boxes[:, 2:4] / 2) @ forward[:2, :2].T + forward[:2, 2]
+    if boxes.shape[1] == 4:
+        size = boxes[:, 2:] @ np.abs(forward[:2, :2]).T
+        return np.concatenate([centre - size / 2, size], axis=1)
+    size = boxes[:, 2:4] * scale
+    theta = (-boxes[:, 4] if flip else boxes[:, 4]) + angle
+    return normalise_angle(np.concatenate([centre - size / 2, size, theta[:, None]], axis=1), absolute)
+
+
+def normalise_angle(boxes: np.ndarray, absolute: bool) -> np.ndarray:
+    """Boxes [n, 5] (x, y, w, h, theta) with theta in [−π/4, π/4), or [−π, π) when ``absolute``.
+
+    A box without a front is the same after a quarter turn with w and h exchanged about its centre, so one quadrant of
+    theta is enough; with a front the whole circle matters.
+    """
+    boxes = boxes.copy()
+    if absolute:
+        boxes[:, 4] = (boxes[:, 4] + math.pi) % (2 * math.pi) - math.pi
+        return boxes
+    quarters = np.floor((boxes[:, 4] + math.pi / 4) / (math.pi / 2))
+    boxes[:, 4] -= quarters * math.pi / 2
+    odd = quarters % 2 == 1
+    centre = boxes[odd, :2] + boxes[odd, 2:4] / 2
+    boxes[odd, 2:4] = boxes[odd, 3:1:-1]
+    boxes[odd, :2] = centre - boxes[odd, 2:4] / 2
+    return boxes
+
+
+def _keep(boxes: np.ndarray, labels: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes with their centre on the canvas and sides of a pixel or more; upright ones are clipped to it."""
+    inside = _centres_inside(boxes, (0, 0, *canvas))
+    boxes, labels = boxes[inside], labels[inside]
+    if boxes.shape[1] == 4:
+        low = np.maximum(boxes[:, :2], 0)
+        high = np.minimum(boxes[:, :2] + boxes[:, 2:], canvas)
+        boxes = np.concatenate([low, high - low], axis=1)
+    large = (boxes[:, 2:4] >= MIN_SIDE).all(axis=1)
+    return boxes[large], labels[large]
+
+
+def _corners(boxes: np.ndarray) -> np.ndarray:
+    """x, y, w, h, … → x1, y1, x2, y2, … with inclusive corners (the convention of ``boxes.py``)."""
+    corners = boxes.copy()
+    corners[:, 2:4] += boxes[:, :2] - 1
+    return corners
