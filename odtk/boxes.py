@@ -1,0 +1,206 @@
+"""THE coordinate convention, and the geometry of boxes: coding against anchors, IoU, COCO's form. Pure torch.
+
+A box is ``[x1, y1, x2, y2]`` in pixels of the network's input (x right, y down) with INCLUSIVE corners: its width is
+``x2 − x1 + 1``. As a continuous shape it covers ``[x1, x2 + 1) × [y1, y2 + 1)``, so its centre is
+``x1 + 0.5·width``. This is the convention of NVIDIA's published ODTK 0.2 checkpoints.
+
+A rotated box is ``[x1, y1, x2, y2, theta]``: an un-rotated box, and the angle in radians by which it is turned about
+its centre, anticlockwise as seen on the screen. A point ``(dx, dy)`` from the centre goes to
+``(cosθ·dx + sinθ·dy, −sinθ·dx + cosθ·dy)``. Detections carry ``(sinθ, cosθ)`` in place of the angle: 6 numbers.
+
+Deltas (what a head regresses against an anchor) are ``(dx, dy, dw, dh)``, in units of the anchor's size and its
+logarithm: R-CNN, https://arxiv.org/abs/1311.2524, appendix C.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+SMALLEST = 1e-9  # px², keeps 0 / 0 out of the IoU of boxes without area
+
+
+def centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre [..., 2] and size (w, h) [..., 2], both px, of boxes [..., 4 or more]; an angle is not looked at."""
+    size = boxes[..., 2:4] - boxes[..., :2] + 1
+    return boxes[..., :2] + 0.5 * size, size
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Area [...] in px² of boxes [..., 4 or more]; 0 where a side is not positive."""
+    size = centre_and_size(boxes)[1].clamp(min=0)
+    return size[..., 0] * size[..., 1]
+
+
+def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Deltas [..., 4] that take the anchors [..., 4] to the boxes [..., 4]."""
+    centre, size = centre_and_size(boxes)
+    anchor_centre, anchor_size = centre_and_size(anchors)
+    return torch.cat([(centre - anchor_centre) / anchor_size, torch.log(size / anchor_size)], -1)
+
+
+def decode(deltas: Tensor, anchors: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes [..., 4] from deltas [..., 4] and anchors [..., 4]: the inverse of encode, clamped.
+
+    Args:
+        size: (width, height) in px of the level, stride·cells; corners are clamped to [0, size − 1].
+
+    A delta that is not a number gives 0, an infinite one a clamped corner: no box poisons the NMS.
+    """
+    anchor_centre, anchor_size = centre_and_size(anchors)
+    centre = deltas[..., :2] * anchor_size + anchor_centre
+    half = 0.5 * (torch.exp(deltas[..., 2:4]) * anchor_size)
+    return clamp(torch.cat([centre - half, centre + half - 1], -1), size)
+
+
+def encode_rotated(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """(dx, dy, dw, dh, sinθ, cosθ) [..., 6] of rotated boxes [..., 5] against rotated anchors [..., 5].
+
+    Centre and size are coded against the un-rotated anchor; θ is the box's own angle, not relative to the anchor's.
+    """
+    angle = boxes[..., 4:5]
+    return torch.cat([encode(boxes[..., :4], anchors[..., :4]), torch.sin(angle), torch.cos(angle)], -1)
+
+
+def decode_rotated(deltas: Tensor, anchors: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes (x1, y1, x2, y2, sinθ, cosθ) [..., 6] from six numbers [..., 6] and rotated anchors [..., 5].
+
+    The corners of the un-rotated box are clamped as in decode; sin and cos are passed on as regressed.
+    """
+    corners_ = decode(deltas[..., :4], anchors[..., :4], size)
+    return torch.cat([corners_, deltas[..., 4:6].nan_to_num(nan=0.0)], -1)
+
+
+def decode_distances(distances: Tensor, points: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes [..., 4] from distances (left, top, right, bottom) [..., 4] in px to the points (x, y) [..., 2].
+
+    FCOS, https://arxiv.org/abs/1904.01355 eq. 1, in inclusive corners; clamped as in decode.
+    """
+    return clamp(torch.cat([points - distances[..., :2], points + distances[..., 2:4] - 1], -1), size)
+
+
+def clamp(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes [..., 4] with their corners clamped to [0, size − 1], size = (width, height) px; NaN becomes 0."""
+    width, height = size
+    x, y = boxes[..., 0::2].clamp(0, width - 1), boxes[..., 1::2].clamp(0, height - 1)
+    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], -1).nan_to_num(nan=0.0)
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union [..., N, M], in [0, 1], of boxes a [..., N, 4] and b [..., M, 4]; 0 without area."""
+    a, b = a[..., :, None, :], b[..., None, :, :]  # [..., N, 1, 4], [..., 1, M, 4]
+    width = (torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0]) + 1).clamp_(min=0)
+    height = (torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1]) + 1).clamp_(min=0)
+    intersection = width.mul_(height)  # [..., N, M]
+    union = (area(a) + area(b)).sub_(intersection)
+    return intersection / union.clamp_(min=SMALLEST)
+
+
+def rotation(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """(sinθ, cosθ), each [...], of rotated boxes [..., 5 or 6]; the two numbers of a detection are normalised."""
+    angle = boxes[..., 4] if boxes.shape[-1] == 5 else torch.atan2(boxes[..., 4], boxes[..., 5])
+    return torch.sin(angle), torch.cos(angle)
+
+
+def corners(boxes: Tensor) -> Tensor:
+    """Corners (x, y) [..., 4, 2] of rotated boxes [..., 5 or 6], as a continuous shape (w = x2 − x1 + 1).
+
+    From the un-rotated top left they go along the top edge first: clockwise on the screen.
+    """
+    centre, size = centre_and_size(boxes)
+    half = 0.5 * size.clamp(min=0)
+    dx = torch.stack([-half[..., 0], half[..., 0], half[..., 0], -half[..., 0]], -1)  # [..., 4]
+    dy = torch.stack([-half[..., 1], -half[..., 1], half[..., 1], half[..., 1]], -1)
+    sin, cos = (value[..., None] for value in rotation(boxes))
+    return torch.stack([cos * dx + sin * dy, cos * dy - sin * dx], -1) + centre[..., None, :]
+
+
+def circumscribe(boxes: Tensor) -> Tensor:
+    """The smallest axis-aligned boxes [..., 4] around rotated boxes [..., 5 or 6]."""
+    centre, size = centre_and_size(boxes)
+    sin, cos = (value.abs()[..., None] for value in rotation(boxes))
+    half = 0.5 * (cos * size + sin * size.flip(-1)).clamp(min=0)
+    return torch.cat([centre - half, centre + half - 1], -1)
+
+
+def paired_rotated_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Exact IoU [...], in [0, 1], of the polygons of rotated boxes a and b [..., 5 or 6], pair by pair.
+
+    Seen from b, as the rectangle |x| ≤ W, |y| ≤ H, the intersection's area is by Green's theorem the integral of
+    clamp(x, −W, W) dy along those parts of a's four edges where |y| ≤ H. It needs no list of intersection points and
+    no sorting, and it is continuous in all numbers: identical boxes, shared edges and touching corners are not special.
+    Worked out in float64, relative to b's centre.
+    """
+    kind = torch.promote_types(a.dtype, b.dtype)
+    a, b = torch.broadcast_tensors(a.double(), b.double())
+    (centre_a, size_a), (centre_b, size_b) = centre_and_size(a), centre_and_size(b)
+    moved = torch.cat([centre_a - centre_b - 0.5 * size_a, centre_a - centre_b + 0.5 * size_a - 1, a[..., 4:]], -1)
+    sin, cos = (value[..., None] for value in rotation(b))
+    x, y = corners(moved).unbind(-1)  # [..., 4], about b's centre
+    x, y = cos * x - sin * y, sin * x + cos * y  # turned back by b's angle: b is now axis-aligned
+    half = 0.5 * size_b.clamp(min=0)
+    inside = _area_in_rectangle(x, y, half[..., :1], half[..., 1:])
+    union = area(a) + area(b) - inside
+    return (inside / union.clamp(min=SMALLEST)).to(kind)
+
+
+def _area_in_rectangle(x: Tensor, y: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    """Area [...] of the polygons with corners x, y [..., V] inside |x| ≤ w, |y| ≤ h, both [..., 1]."""
+    next_x, next_y = x.roll(-1, -1), y.roll(-1, -1)
+    start, end = y.clamp(-h, h), next_y.clamp(-h, h)  # the part of each edge where |y| ≤ h
+    slope = _ratio(next_x - x, next_y - y)
+    x0, x1 = x + slope * (start - y), x + slope * (end - y)
+    # clamp(x, −w, w) along that part is linear between the parameters where x passes −w and w: trapezia are exact
+    enter, leave = (_ratio(side - x0, x1 - x0).clamp(0, 1) for side in (-w, w))
+    first, second = torch.minimum(enter, leave), torch.maximum(enter, leave)
+    v0, v1, v2, v3 = ((x0 + t * (x1 - x0)).clamp(-w, w) for t in (torch.zeros_like(first), first, second, 1.0))
+    mean = 0.5 * (first * (v0 + v1) + (second - first) * (v1 + v2) + (1 - second) * (v2 + v3))
+    return ((end - start) * mean).sum(-1).abs()
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0."""
+    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+
+
+def rotated_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Exact IoU [..., N, M] of the polygons of rotated boxes a [..., N, 5 or 6] and b [..., M, 5 or 6].
+
+    Every pair is worked out, with no host synchronisation; ops.rotated_iou skips the pairs that cannot overlap.
+    """
+    return paired_rotated_iou(a[..., :, None, :], b[..., None, :, :])
+
+
+def normalize_angle(boxes: Tensor, *, absolute: bool = False) -> Tensor:
+    """The same rotated boxes [..., 5] with theta in [−π/4, π/4), or with ``absolute`` in [−π, π).
+
+    Without ``absolute`` a box has no front: quarter turns are undone by swapping width and height about the centre.
+    """
+    period = 2 * math.pi if absolute else math.pi / 2
+    turns = torch.floor((boxes[..., 4:5] + period / 2) / period)
+    angle = boxes[..., 4:5] - turns * period
+    if absolute:
+        return torch.cat([boxes[..., :4], angle], -1)
+    centre, size = centre_and_size(boxes)
+    half = 0.5 * torch.where(turns % 2 == 1, size.flip(-1), size)
+    return torch.cat([centre - half, centre + half - 1, angle], -1)
+
+
+def coco_to_corners(boxes: Tensor, scale: Tensor | tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """COCO's [x, y, w, h] or [x, y, w, h, theta] in original px → [x1, y1, x2, y2] or [.., theta] of the input.
+
+    Args:
+        scale: (sx, sy), input px per original px; a tuple, or a tensor that broadcasts against [..., 2].
+    """
+    factor = torch.as_tensor(scale, dtype=boxes.dtype, device=boxes.device)
+    start, end = boxes[..., :2] * factor, (boxes[..., :2] + boxes[..., 2:4]) * factor - 1
+    return torch.cat([start, end, boxes[..., 4:]], -1)
+
+
+def corners_to_coco(boxes: Tensor, scale: Tensor | tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """The inverse of coco_to_corners; boxes [..., 6] (a rotated model's detections) give [x, y, w, h, theta] too."""
+    factor = torch.as_tensor(scale, dtype=boxes.dtype, device=boxes.device)
+    start, size = boxes[..., :2] / factor, (boxes[..., 2:4] - boxes[..., :2] + 1) / factor
+    angle = torch.atan2(boxes[..., 4:5], boxes[..., 5:6]) if boxes.shape[-1] == 6 else boxes[..., 4:]
+    return torch.cat([start, size, angle], -1)
