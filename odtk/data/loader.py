@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,26 +48,40 @@ class Batch:
 class Loader:
     """Iterates over Batches: endlessly in training, one pass over this rank's share in inference.
 
-    Subclasses render the pixels (``_render``); order, geometry and boxes are the sampler's. An image that turns out to
-    be damaged while it is decoded (the scan before the run cannot see every damage) becomes an image of zeros without
-    boxes, and its file is named once.
+    Order, geometry and boxes are the sampler's; a subclass makes the pixels of one batch (``_render``) on threads of
+    ``_pool``, ahead of their use. An image that turns out to be damaged while it is decoded (the scan before the run
+    cannot see every damage) becomes zeros without boxes, and its file is named once.
     """
 
-    def __init__(self, dataset: Dataset, config: LoaderConfig) -> None:
+    def __init__(self, dataset: Dataset, config: LoaderConfig, threads: int) -> None:
         self.config = config
         self.sampler = Sampler(dataset, config)
+        self._threads = threads
         self._next = 0  # number of the batch that comes next in training
-        self._damaged: set[str] = set()
+        self._damaged: set[Path] = set()
 
     def __len__(self) -> int:
         """Batches per pass (training: per epoch, rounded up)."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        for number, plan, images in self._render(self._plans()):
-            if self.config.training:
-                self._next = number + 1
-            yield self._batch(plan, images)
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="odtk-loader")
+        ahead: deque[tuple[int, BatchPlan, Future[Tensor]]] = deque()
+        numbers = count(self._next) if self.config.training else iter(range(len(self)))
+        try:
+            while True:
+                for number in islice(numbers, 1 + PREFETCH - len(ahead)):
+                    plan = self.sampler.plan(number)
+                    ahead.append((number, plan, pool.submit(self._render, plan)))
+                if not ahead:
+                    return
+                number, plan, images = ahead.popleft()
+                batch = self._batch(plan, images.result())
+                if self.config.training:
+                    self._next = number + 1
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def state(self) -> dict[str, int]:
         """The position after the batch last given, in images over all ranks, for a checkpoint."""
@@ -75,34 +91,21 @@ class Loader:
         """Continue behind ``state``; with another batch or number of devices, from the last whole batch before it."""
         self._next = int(state["seen"]) // (self.config.batch * self.config.world)
 
-    def close(self) -> None:
-        """Free what the loader holds."""
-
-    def _plans(self) -> Iterator[tuple[int, BatchPlan]]:
-        if not self.config.training:
-            yield from ((number, self.sampler.plan(number)) for number in range(len(self)))
-            return
-        number = self._next
-        while True:
-            yield number, self.sampler.plan(number)
-            number += 1
-
-    def _render(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[tuple[int, BatchPlan, Tensor]]:
-        """For each plan its normalised images float32 [N, 3, H, W], on the device."""
+    def _render(self, plan: BatchPlan) -> Tensor:
+        """The normalised images of a plan, float32 [N, 3, H, W], complete, on the device or the CPU."""
         raise NotImplementedError
 
     def _batch(self, plan: BatchPlan, images: Tensor) -> Batch:
         samples = plan.samples
-        columns = 5 if self.config.rotated else 4
-        count = max(1, *(len(sample.labels) for sample in samples))
-        boxes = np.zeros((len(samples), count, columns), dtype=np.float32)
-        labels = np.full((len(samples), count), -1, dtype=np.int64)
-        for row, sample in enumerate(samples):
-            if str(sample.image.path) not in self._damaged:
-                boxes[row, : len(sample.labels)] = sample.boxes
-                labels[row, : len(sample.labels)] = sample.labels
+        rows = max(1, *(len(sample.labels) for sample in samples))
+        boxes = np.zeros((len(samples), rows, 5 if self.config.rotated else 4), dtype=np.float32)
+        labels = np.full((len(samples), rows), -1, dtype=np.int64)
+        for i, sample in enumerate(samples):
+            if sample.image.path not in self._damaged:
+                boxes[i, : len(sample.labels)] = sample.boxes
+                labels[i, : len(sample.labels)] = sample.labels
         return Batch(
-            images,
+            self._to_device(images),
             self._to_device(torch.from_numpy(boxes)),
             self._to_device(torch.from_numpy(labels)),
             torch.tensor([sample.image.id for sample in samples], dtype=torch.int64),
@@ -110,51 +113,40 @@ class Loader:
         )
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.config.device == "cpu":
+        if self.config.device == "cpu" or tensor.is_cuda:
             return tensor
         return tensor.pin_memory().to(self.config.device, non_blocking=True)
 
-    def _render_one(self, plan: BatchPlan) -> Tensor:
-        """One batch by Pillow and PyTorch, on the CPU."""
+    def _render_with_torch(self, plan: BatchPlan) -> Tensor:
+        """The images of a plan by Pillow and PyTorch, on the CPU."""
         images = torch.zeros(len(plan.samples), 3, plan.height, plan.width)
-        for row, sample in enumerate(plan.samples):
+        for i, sample in enumerate(plan.samples):
             try:
                 pixels = render(sample)
             except ImageError as error:
                 self._report_damage(sample, error)
                 continue
-            images[row, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+            images[i, :, : pixels.shape[1], : pixels.shape[2]] = pixels
         return images
 
     def _report_damage(self, sample: Sample, error: ImageError) -> None:
-        path = str(sample.image.path)
-        if path not in self._damaged:
-            self._damaged.add(path)
+        if sample.image.path not in self._damaged:
+            self._damaged.add(sample.image.path)
             print(
-                f"Warning: {path} (image {sample.image.id}) is replaced by zeros without boxes: {error} "
-                f"({len(self._damaged)} such image{'s' if len(self._damaged) > 1 else ''} so far).",
+                f"Warning: {sample.image.path} (image {sample.image.id}) is replaced by zeros without boxes: {error} "
+                f"({len(self._damaged)} so far).",
                 file=sys.stderr,
             )
 
 
 class TorchLoader(Loader):
-    """Pillow and PyTorch on ``config.workers`` threads (decoding and scaling release Python's lock)."""
+    """Pillow and PyTorch on ``config.workers`` threads: decoding and scaling release Python's lock."""
 
-    def _render(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[tuple[int, BatchPlan, Tensor]]:
-        queue: deque[tuple[int, BatchPlan, Future[Tensor]]] = deque()
-        pool = ThreadPoolExecutor(max(1, self.config.workers), thread_name_prefix="odtk-loader")
-        try:
-            for number, plan in plans:
-                queue.append((number, plan, pool.submit(self._render_one, plan)))
-                if len(queue) > PREFETCH:
-                    yield self._finish(*queue.popleft())
-            while queue:
-                yield self._finish(*queue.popleft())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def __init__(self, dataset: Dataset, config: LoaderConfig) -> None:
+        super().__init__(dataset, config, threads=max(1, config.workers))
 
-    def _finish(self, number: int, plan: BatchPlan, images: Future[Tensor]) -> tuple[int, BatchPlan, Tensor]:
-        return number, plan, self._to_device(images.result())
+    def _render(self, plan: BatchPlan) -> Tensor:
+        return self._render_with_torch(plan)
 
 
 def render(sample: Sample) -> Tensor:
