@@ -27,6 +27,7 @@ class ModelConfig:
         head: ``retinanet`` (anchors) or ``fcos`` (points).
         classes: number of foreground classes C.
         ratios, scales, angles: of the anchors, spec §2; ``angles`` is empty for axis-aligned boxes.
+        rounded_anchors: rotated anchors as ODTK 0.2 drew them, sides rounded to whole pixels (heads.base_anchors).
         norm: ``frozen`` (affine and statistics fixed), ``batch`` or ``group`` (32 groups).
         norm_eval: BatchNorm keeps its running statistics in training, its affine parameters still learn.
         freeze_at: ResNet stages 1…freeze_at get no gradient (1 is the stem); 0 freezes nothing.
@@ -43,6 +44,7 @@ class ModelConfig:
     ratios: tuple[float, ...] = (1.0, 2.0, 0.5)
     scales: tuple[float, ...] = tuple(4 * 2 ** (i / 3) for i in range(3))
     angles: tuple[float, ...] = ()
+    rounded_anchors: bool = False
     norm: str = "batch"
     norm_eval: bool = False
     freeze_at: int = 0
@@ -207,6 +209,18 @@ class ExportConfig:
     workspace: int = 4 << 30  # bytes
     seed: int = 0
     verbose: bool = False
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """One timing: `odtk benchmark` fills it, benchmark.benchmark() runs it."""
+
+    path: str  # .pth, .onnx, .plan, .engine
+    data: LoaderConfig  # images "": the model alone; size: of the model's input, batch: per process
+    iters: int = 50
+    warmup: int = 5
+    precision: str = "mixed"
+    output: str | None = None
 
 
 C = TypeVar("C")

@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .boxes import rotated_iou
+from .boxes import area, coco_to_corners, corners
 from .config import OdtkError
+from .data.dataset import load_json
+from .ops import rotated_iou
 
 STATS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
          "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large")  # fmt: skip
@@ -80,7 +83,7 @@ def evaluate(
     Raises:
         OdtkError: for an unreadable file, a malformed entry, or an id that the annotations do not have.
     """
-    truth = read_annotations(annotations) if isinstance(annotations, str) else annotations
+    truth = load_json(Path(annotations)) if isinstance(annotations, str) else annotations
     results = read_detections(detections) if isinstance(detections, str) else detections
     check_annotations(truth)
     check_detections(results, truth)
@@ -102,30 +105,23 @@ def evaluate(
 class RotatedEval(COCOeval):
     """COCOeval in which the overlap of two boxes is their rotated IoU."""
 
-    def computeIoU(self, imgId: int, catId: int) -> Any:  # noqa: N802, N803 (names of the base class)
+    def computeIoU(self, imgId: int, catId: int) -> Any:  # noqa: N802 (names of the base class)
         gt = self._gts[imgId, catId]
         dt = sorted(self._dts[imgId, catId], key=lambda d: -d["score"])[: self.params.maxDets[-1]]
         if not gt or not dt:
             return []
         a, b = corner_boxes(dt), corner_boxes(gt)
-        iou = rotated_iou(a, b).double()  # [detections, truth]
+        iou = rotated_iou(a, b)  # [detections, truth]
         # A crowd's overlap is intersection / area of the detection (COCO); intersection = IoU · (a + b) / (1 + IoU).
-        area_a, area_b = area(a)[:, None].double(), area(b)[None, :].double()
+        area_a, area_b = area(a)[:, None], area(b)[None, :]
         of_detection = iou * (area_a + area_b) / (1 + iou) / area_a.clamp(min=1e-9)
         crowd = torch.tensor([bool(g["iscrowd"]) for g in gt])
         return torch.where(crowd[None, :], of_detection, iou).numpy()
 
 
 def corner_boxes(entries: Sequence[dict[str, Any]]) -> torch.Tensor:
-    """COCO boxes [x, y, w, h(, theta)] of entries → [n, 5] x1, y1, x2, y2 (inclusive), theta."""
-    boxes = torch.tensor([(*e["bbox"], 0.0)[:5] for e in entries], dtype=torch.float32)
-    boxes[:, 2:4] += boxes[:, 0:2] - 1
-    return boxes
-
-
-def area(boxes: torch.Tensor) -> torch.Tensor:
-    """[n, 5] → [n], square pixels."""
-    return (boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1)
+    """COCO boxes [x, y, w, h(, theta)] of entries → [n, 5] of boxes.py."""
+    return coco_to_corners(torch.tensor([(*e["bbox"], 0.0)[:5] for e in entries], dtype=torch.float64))
 
 
 def coco_index(truth: dict[str, Any], entries: Iterable[dict[str, Any]]) -> COCO:
@@ -149,7 +145,7 @@ def add_polygons(indices: Sequence[COCO]) -> None:
     for coco in indices:
         for entry in coco.dataset["annotations"]:
             if not entry.get("segmentation"):
-                entry["segmentation"] = [polygon(entry["bbox"])]
+                entry["segmentation"] = corners(corner_boxes([entry])).reshape(1, 8).tolist()  # [1, 4, 2] -> [1, 8]
             if isinstance(entry["segmentation"], list):
                 xs = [v for p in entry["segmentation"] for v in p[0::2]]
                 ys = [v for p in entry["segmentation"] for v in p[1::2]]
@@ -161,16 +157,6 @@ def add_polygons(indices: Sequence[COCO]) -> None:
                 "height": image.get("height") or math.ceil(extent[i][1])}
             for i, image in coco.imgs.items()
         }  # fmt: skip
-
-
-def polygon(box: Sequence[float]) -> list[float]:
-    """COCO box [x, y, w, h(, theta)] → its corners, x and y four times."""
-    x, y, w, h, theta = (*box, 0.0)[:5]
-    cos, sin = math.cos(theta), math.sin(theta)
-    corners = []
-    for dx, dy in ((-w / 2, -h / 2), (w / 2, -h / 2), (w / 2, h / 2), (-w / 2, h / 2)):
-        corners += [x + w / 2 + cos * dx + sin * dy, y + h / 2 - sin * dx + cos * dy]
-    return corners
 
 
 def class_metrics(coco_eval: COCOeval, gt: COCO) -> tuple[ClassMetrics, ...]:
@@ -198,25 +184,22 @@ def mean_precision(precision: np.ndarray) -> float:
     return float(known.mean()) if known.size else -1.0
 
 
-def read_json(path: str, what: str) -> Any:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except OSError as error:
-        raise OdtkError(f"Cannot read the {what} {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise OdtkError(f"The {what} {path} are not valid JSON: {error}.") from error
-
-
-def read_annotations(path: str) -> dict[str, Any]:
-    """A COCO file; evaluate checks it."""
-    return read_json(path, "annotations")
-
-
 def read_detections(path: str) -> list[dict[str, Any]]:
     """COCO results: a list, or (as ODTK 0.2 wrote them) a dictionary that holds it under ``annotations``."""
-    values = read_json(path, "detections")
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except OSError as error:
+        raise OdtkError(f"Cannot read the detections {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise OdtkError(f"{path} is not valid JSON: {error}.") from error
     return values.get("annotations", values) if isinstance(values, dict) else values
+
+
+def known(detections: list[dict[str, Any]], truth: dict[str, Any]) -> list[dict[str, Any]]:
+    """The detections of categories that the annotations have: a model may know more than is to be scored."""
+    ids = {category["id"] for category in truth["categories"]}
+    return [d for d in detections if d["category_id"] in ids]
 
 
 def check_annotations(truth: Any) -> None:

@@ -1,23 +1,136 @@
 """Loader × backend → detections in COCO result form, over one or several processes."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .data.dataset import Category
-from .data.loader import Batch
+from .backends import Backend, open_backend
+from .boxes import coco_to_corners, corners, corners_to_coco
+from .checkpoint import first_os_error, sync_folder
+from .config import InferConfig, LoaderConfig, OdtkError
+from .data.dataset import Category, Dataset
+from .data.loader import Batch, create_loader
 from .postprocess import Detections
 
+REPORT_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
-class Progress(Protocol):
-    """Called after each batch with the number of images that it held."""
+Progress = Callable[[int], None]  # called after each batch with the number of images that it held
 
-    def __call__(self, images: int) -> None: ...
+
+def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
+    """Detects objects in this rank's share of the images; rank 0 writes the detections of all to config.output.
+
+    Returns:
+        As detect: COCO results of all images on rank 0, an empty list on the others.
+
+    Raises:
+        OdtkError: for a file that cannot be read or written, or annotations of other categories than the model's.
+    """
+    for path in config.output:
+        check_folder(path)
+    backend = open_backend(
+        config.path, device=config.data.device, precision=config.precision, postprocess=config.postprocess
+    )
+    say = print if rank == 0 else silent
+    data = loader_config(config.data, backend, say)
+    dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated)
+    for warning in dataset.warnings():
+        say(f"Warning: {warning}")
+    categories = resolve_categories(backend, dataset.categories, say)
+    loader = create_loader(dataset, data)
+    say(f"{backend.name} on {world} × {data.device.partition(':')[0]}: {len(dataset.images)} images, "
+        f"batch {data.batch * world}, {size_line(data)}, precision {backend.precision}.")  # fmt: skip
+    total = len(dataset.images)
+    with progress_line(total, world) if rank == 0 else contextlib.nullcontext() as progress:
+        detections = detect(backend, loader, categories, progress=progress)
+    if rank == 0:
+        for path in config.output:
+            write_json(detections, path)
+        found = len({d["image_id"] for d in detections})
+        say(f"{len(detections)} detections in {found} of {total} images" + "".join(f", {p}" for p in config.output))
+    return detections
+
+
+def loader_config(data: LoaderConfig, backend: Backend, say: Callable[[str], None] = print) -> LoaderConfig:
+    """The loader that a backend needs: its size, stride, normalisation and kind of boxes, no more than its batch.
+
+    Raises:
+        OdtkError: a size is asked for and the file has another one.
+    """
+    if backend.size and data.size and tuple(backend.size) != tuple(data.size):
+        asked, own = "×".join(map(str, data.size)), "×".join(map(str, backend.size))
+        raise OdtkError(f"--size {asked} contradicts the {own} of {backend.name}: leave it out, or export it again.")
+    if backend.max_batch and data.batch > backend.max_batch:
+        say(f"{backend.name} takes {backend.max_batch} images at a time at most, not {data.batch}.")
+    return dataclasses.replace(
+        data,
+        training=False,
+        size=backend.size or data.size,
+        stride=backend.stride,
+        mean=backend.mean,
+        std=backend.std,
+        rotated=backend.rotated,
+        batch=min(data.batch, backend.max_batch or data.batch),
+    )
+
+
+def size_line(data: LoaderConfig) -> str:
+    if data.size:
+        return f"fitted inside {data.size[0]}×{data.size[1]}"
+    return f"shorter side {data.resize}, longer at most {data.max_size}"
+
+
+def resolve_categories(
+    backend: Backend, annotated: Sequence[Category], say: Callable[[str], None] = print
+) -> tuple[Category, ...]:
+    """What the class indices of a model stand for.
+
+    The model's own categories, once those of the annotations (if any) are seen to mean the same: one id, one name.
+    Ids that only one side has are said. A model that has none (ODTK 0.2) takes the annotations', and without
+    annotations its class indices.
+
+    Raises:
+        OdtkError: the two name an id differently, share no id, or differ in number where the model has none.
+    """
+    if backend.categories is None:
+        if not annotated:
+            say("The model has no category ids: detections have class indices from 0.")
+            return tuple(Category(c, f"class {c}") for c in range(backend.classes))
+        if len(annotated) != backend.classes:
+            raise OdtkError(f"The model has {backend.classes} classes and the annotations {len(annotated)} categories: "
+                            "they are not of the same dataset.")  # fmt: skip
+        return tuple(annotated)
+    own = {c.id: c.name for c in backend.categories}
+    theirs = {c.id: c.name for c in annotated}
+    for id in own.keys() & theirs.keys():
+        if own[id] != theirs[id]:
+            raise OdtkError(f"Category {id} is '{own[id]}' to the model and '{theirs[id]}' in the annotations: "
+                            "they are not of the same dataset.")  # fmt: skip
+    if theirs and not own.keys() & theirs.keys():
+        raise OdtkError(f"The model's category ids ({listed(own)}) and those of the annotations ({listed(theirs)}) "
+                        "have nothing in common: they are not of the same dataset.")  # fmt: skip
+    if unknown := theirs.keys() - own.keys():
+        say(f"Warning: the model does not know the categories {listed({i: theirs[i] for i in unknown})}.")
+    if theirs and (extra := own.keys() - theirs.keys()):
+        say(f"Warning: the annotations have no categories {listed({i: own[i] for i in extra})}: they are not scored.")
+    return tuple(backend.categories)
+
+
+def listed(names: dict[int, str]) -> str:
+    """A few ids and names for a sentence."""
+    shown = [f"{id} {name}" for id, name in sorted(names.items())[:5]]
+    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @torch.inference_mode()
@@ -64,20 +177,13 @@ def detect(
 
 
 def to_rows(detections: Detections, batch: Batch) -> np.ndarray:
-    """The used rows of a batch as float64 [n, 3 + 4|5]: image id, class index, score, x, y, w, h(, theta) in
-    pixels of the original image."""
-    scores = detections.scores.cpu()  # [N, D]
-    used = scores > 0
-    image, _ = used.nonzero(as_tuple=True)
-    boxes = detections.boxes.cpu()[used].double()  # [n, 4|6]
-    scale = batch.scales.cpu().double()[image]  # [n, 2]
-    top_left = boxes[:, 0:2] / scale
-    extent = (boxes[:, 2:4] - boxes[:, 0:2] + 1) / scale
-    columns = [batch.ids.cpu().double()[image, None], detections.classes.cpu()[used].double()[:, None]]
-    columns += [scores[used].double()[:, None], top_left, extent]
-    if boxes.shape[1] == 6:
-        columns.append(torch.atan2(boxes[:, 4:5], boxes[:, 5:6]))
-    return torch.cat(columns, dim=1).numpy()
+    """The used rows of a batch as float64 [n, 3 + 4|5]: image id, class index, score, COCO box in original pixels."""
+    used = detections.scores.cpu() > 0  # [N, D]
+    image = used.nonzero()[:, 0]  # [n], position in the batch
+    scores, classes, boxes = (t.cpu()[used].double() for t in (detections.scores, detections.classes, detections.boxes))
+    boxes = corners_to_coco(boxes, batch.scales.cpu().double()[image])  # [n, 4|5]
+    ids = batch.ids.cpu().double()[image]
+    return torch.cat([torch.stack([ids, classes, scores], dim=1), boxes], dim=1).numpy()
 
 
 def to_results(rows: np.ndarray, categories: Sequence[Category]) -> list[dict[str, Any]]:
@@ -85,25 +191,21 @@ def to_results(rows: np.ndarray, categories: Sequence[Category]) -> list[dict[st
     rows = rows[np.lexsort((-rows[:, 2], rows[:, 0]))]  # stable: ties keep the order of the postprocess
     scores = np.round(rows[:, 2], 7).tolist()
     boxes = np.round(rows[:, 3:], 4).tolist()  # 1e-4 px
-    polygons = np.round(polygon(rows[:, 3:]), 2).tolist() if rows.shape[1] == 8 else None
+    outlines = np.round(polygons(rows[:, 3:]), 2).tolist() if rows.shape[1] == 8 else None
     results = []
     for i, (image_id, label) in enumerate(rows[:, :2].astype(np.int64).tolist()):
         category = categories[label]
         result = {"image_id": image_id, "category_id": category.id, "category": category.name}
         result |= {"bbox": boxes[i], "score": scores[i]}
-        if polygons is not None:
-            result["segmentation"] = [polygons[i]]
+        if outlines is not None:
+            result["segmentation"] = [outlines[i]]
         results.append(result)
     return results
 
 
-def polygon(boxes: np.ndarray) -> np.ndarray:
-    """Rotated boxes [n, 5] (x, y, w, h, theta) → their corners [n, 8] (x, y four times), clockwise on screen."""
-    x, y, w, h, theta = boxes.T[:, :, None]  # each [n, 1]
-    dx, dy = w / 2 * np.array([-1, 1, 1, -1]), h / 2 * np.array([-1, -1, 1, 1])  # [n, 4]
-    cos, sin = np.cos(theta), np.sin(theta)
-    corners = np.stack([x + w / 2 + cos * dx + sin * dy, y + h / 2 - sin * dx + cos * dy], axis=-1)  # [n, 4, 2]
-    return corners.reshape(-1, 8)  # [n, 4, 2] -> [n, 8]
+def polygons(boxes: np.ndarray) -> np.ndarray:
+    """Rotated COCO boxes [n, 5] → their corners [n, 8]: x and y four times, clockwise on the screen."""
+    return corners(coco_to_corners(torch.from_numpy(boxes))).reshape(-1, 8).numpy()  # [n, 4, 2] -> [n, 8]
 
 
 def gather(value: Any) -> list[Any]:
@@ -113,3 +215,71 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, values, dst=0)
     return values or []
+
+
+@contextlib.contextmanager
+def progress_line(total: int, world: int = 1) -> Iterator[Progress]:
+    """A bar on a terminal, a line every few seconds elsewhere; rank 0 speaks for `world` equal shares."""
+    start = last = time.monotonic()
+    done = 0
+    if sys.stdout.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f} im/s"), TimeRemainingColumn())
+        with Progress(*columns) as bar:
+            task = bar.add_task("", total=total, rate=0.0)
+
+            def advance(images: int) -> None:
+                nonlocal done
+                done = min(total, done + images * world)
+                bar.update(task, completed=done, rate=done / (time.monotonic() - start))
+
+            yield advance
+        return
+
+    def line(images: int) -> None:
+        nonlocal done, last
+        done = min(total, done + images * world)
+        now = time.monotonic()
+        if done == total or now - last > REPORT_EVERY:
+            last = now
+            print(f"{done}/{total} images, {done / (now - start):.1f} im/s", flush=True)
+
+    yield line
+
+
+def silent(*_: object) -> None:
+    """What ranks other than 0 say."""
+
+
+def check_folder(path: str) -> None:
+    """Refuses, before the work is done, a path whose folder is not there or cannot be written to."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise OdtkError(f"Cannot write {path}: the folder {folder} does not exist.")
+    if not os.access(folder, os.W_OK):
+        raise OdtkError(f"Cannot write {path}: no permission to write in {folder}.")
+    if os.path.isdir(path):
+        raise OdtkError(f"Cannot write {path}: it is a folder.")
+
+
+def write_json(value: Any, path: str) -> None:
+    """Writes JSON so that ``path`` holds at any moment a whole file: written beside it, flushed, renamed.
+
+    Raises:
+        OdtkError: the disk is full, or the folder is missing or may not be written to.
+    """
+    target = os.path.realpath(path)
+    temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OdtkError(f"Cannot write {path}: {first_os_error(error)}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    sync_folder(os.path.dirname(target))

@@ -1,0 +1,6 @@
+"""`python -m odtk` is `odtk`."""
+import sys
+
+from .cli import main
+
+sys.exit(main())

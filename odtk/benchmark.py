@@ -1,0 +1,261 @@
+"""How fast a backend is, how much memory it takes, and what this machine is."""
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import __version__
+from .backends import Backend, open_backend
+from .config import BenchmarkConfig
+from .data.dataset import Dataset
+from .data.loader import create_loader
+from .infer import gather, loader_config, silent, write_json
+
+SIZE = (800, 1280)  # H, W of a model that takes any size
+PERCENTILES = (50, 90, 99)
+PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "tensorrt",
+            "pycocotools", "numpy", "pillow", "tensorboardX", "matplotlib")  # fmt: skip
+
+
+def benchmark(config: BenchmarkConfig, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """Times a model on random images that lie on the device, and with config.data.images behind its loader too.
+
+    Latency is that of one batch, from images to Detections; on CUDA between events of the stream, so that the host may
+    run ahead as it does in use. Throughput is counted over the whole of the timed batches. Random images leave few
+    candidates for the NMS: with real images its share is larger.
+
+    Returns:
+        On rank 0 the figures (throughput summed over the ranks, latencies of rank 0), which it also prints and writes
+        to config.output; on the others nothing.
+    """
+    device = torch.device(config.data.device)
+    backend = open_backend(config.path, device=str(device), precision=config.precision, postprocess=None)
+    data = loader_config(config.data, backend, print if rank == 0 else silent)
+    data = dataclasses.replace(data, size=data.size or SIZE)
+    assert data.size is not None
+    height, width = (up_to(side, backend.stride) for side in data.size)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    images = torch.randn(data.batch, 3, height, width, device=device)
+    alone = measure(backend, itertools.repeat(images), config.iters, config.warmup, device)
+    runs = {"model": alone}
+    if data.images:
+        dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated)
+        batches = endless(lambda: (batch.images for batch in create_loader(dataset, data)))
+        runs["loader and model"] = measure(backend, batches, config.iters, config.warmup, device)
+    shards = gather({name: run["images per second"] for name, run in runs.items()})
+    if rank:
+        return {}
+    for name, run in runs.items():
+        run["images per second"] = sum(shard[name] for shard in shards)
+    figures = {
+        "model": config.path,
+        "backend": backend.name,
+        "precision": backend.precision,
+        "input": [data.batch, 3, height, width],
+        "devices": world,
+        "runs": runs,
+        "memory": memory(device),
+        "machine": machine(),
+    }
+    report(figures)
+    if config.output:
+        write_json(figures, config.output)
+    return figures
+
+
+def up_to(side: int, stride: int) -> int:
+    """The next multiple of stride."""
+    return -(-side // stride) * stride
+
+
+def endless(passes: Callable[[], Iterable[Tensor]]) -> Iterator[Tensor]:
+    while True:
+        yield from passes()
+
+
+@torch.inference_mode()
+def measure(
+    backend: Backend, batches: Iterable[Tensor], iters: int, warmup: int, device: torch.device
+) -> dict[str, Any]:
+    """Images per second and latency percentiles (milliseconds per batch) over `iters` batches after `warmup`."""
+    source = iter(batches)
+    for _ in range(warmup):
+        backend(next(source))
+    synchronize(device)
+    marks: list[tuple[Any, Any]] = []
+    images = 0
+    start = time.perf_counter()
+    for _ in range(iters):
+        batch = next(source)
+        begin = mark(device)
+        backend(batch)
+        marks.append((begin, mark(device)))
+        images += len(batch)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    latencies = [b.elapsed_time(e) if device.type == "cuda" else (e - b) * 1e3 for b, e in marks]
+    return {
+        "images per second": images / seconds,
+        "latency ms": {f"p{p}": float(np.percentile(latencies, p)) for p in PERCENTILES},
+        "batches": iters,
+        "warm-up batches": warmup,
+    }
+
+
+def mark(device: torch.device) -> Any:
+    """A point in time: an event on the current stream, or seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """MiB: peak of this process, and on CUDA the peak of torch's tensors and what is in use on the whole device."""
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # ru_maxrss is in bytes there, in KiB on Linux
+    found = {"process peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        found["device, torch's peak"] = torch.cuda.max_memory_allocated(device) / (1 << 20)
+        found["device, in use by all"] = (total - free) / (1 << 20)
+    return found
+
+
+def report(figures: dict[str, Any]) -> None:
+    """Prints the figures as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shape = "×".join(map(str, figures["input"]))
+    title = f"{figures['model']}: {figures['backend']}, {figures['precision']}, {shape}"
+    table = Table(title=title, title_justify="left")
+    columns = ["what is timed", "images/s", *(f"p{p} ms" for p in PERCENTILES)]
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for name, run in figures["runs"].items():
+        latencies = [f"{ms:.2f}" for ms in run["latency ms"].values()]
+        table.add_row(name, f"{run['images per second']:.1f}", *latencies)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    console.print("Memory: " + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in figures["memory"].items()))
+    console.print(f"On {figures['machine']}", highlight=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def machine() -> str:
+    """Processor, GPUs and versions in one line, to stand beside a figure."""
+    parts = [f"{cpu_name()}, {os.cpu_count()} cores", *gpus(), f"torch {torch.__version__}", time.strftime("%Y-%m-%d")]
+    return "; ".join(parts)
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def gpus() -> list[str]:
+    """Name, compute capability and memory of each visible GPU."""
+    found = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        p = torch.cuda.get_device_properties(i)
+        found.append(f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, and what odtk can do here: each ability with True, or how to get it."""
+    versions = {"odtk": __version__, "Python": platform.python_version(), "CUDA of torch": torch.version.cuda or "none"}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "devices": [f"{cpu_name()}, {os.cpu_count()} cores", *gpus()],
+        "abilities": abilities(),
+    }
+
+
+def abilities() -> dict[str, bool | str]:
+    """What works on this machine: True, or what is missing and how to get it."""
+    gpu = torch.cuda.is_available()
+    if not gpu and not torch.version.cuda:
+        gpu_hint = "this torch is for CPUs only: on a machine with an NVIDIA GPU install one with CUDA (pytorch.org)"
+    else:
+        gpu_hint = "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    extension = extension_state()
+    tensorrt = has_module("tensorrt") or "TensorRT" in str(extension)
+    plan: bool | str = True
+    if not gpu:
+        plan = "needs an NVIDIA GPU"
+    elif extension is not True:
+        plan = "needs the compiled extension, see above"
+    elif not tensorrt:
+        plan = "needs TensorRT: set TENSORRT_ROOT to its folder and run `pip install .` again"
+    return {
+        "train, infer, export to ONNX": True,
+        "training and inference on GPUs": gpu or gpu_hint,
+        "DALI loader": has_module("nvidia.dali")
+        or "pip install 'odtk[cuda13]' (or cuda12); until then images are read by the torch loader",
+        "ONNX Runtime": has_module("onnxruntime") or "pip install onnxruntime, or onnxruntime-gpu",
+        "compiled kernels (odtk._C)": extension,
+        "TensorRT engines (.plan)": plan,
+        "training curves": has_module("matplotlib") or "pip install 'odtk[plot]'",
+    }
+
+
+def extension_state() -> bool | str:
+    """Whether odtk._C is there and loads."""
+    if not has_module("odtk._C"):
+        return "not built: `pip install .` in the clone builds it where nvcc is found; until then torch does its work"
+    try:
+        importlib.import_module("odtk._C")
+    except ImportError as error:
+        return f"built, but does not load: {error}"
+    return True
+
+
+def has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent package is missing
+        return False
+
+
+def report_environment(found: dict[str, Any]) -> None:
+    """Prints what environment() found."""
+    for name, version in found["versions"].items():
+        print(f"{name:20} {version}")
+    for device in found["devices"]:
+        print(f"{'device':20} {device}")
+    print()
+    for name, state in found["abilities"].items():
+        print(f"{name:32} {'yes' if state is True else f'no: {state}'}")

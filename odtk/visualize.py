@@ -1,0 +1,362 @@
+"""Pictures: detections and ground truth on images, feature maps, anchors and the boxes they match, training curves."""
+from __future__ import annotations
+
+import colorsys
+import difflib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageFont
+from torch import Tensor
+
+from . import checkpoint
+from .boxes import coco_to_corners, corners, iou
+from .config import LoaderConfig, LossConfig, OdtkError
+from .data.dataset import Dataset, Image, load_json
+from .data.images import ImageError, decode
+from .data.loader import Batch, create_loader
+from .evaluate import read_detections
+from .loss import assign, place_anchors
+from .model.detector import Detector
+from .ops import rotated_iou
+
+LEGIBLE = 400  # pixels: smaller pictures are enlarged until their shorter side has as many
+MAX_MAPS = 64  # channels shown of a feature map
+RAMP = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]])  # dark to bright
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Something to draw on an image: its outline (x, y pairs, pixels of the image), colour and label."""
+
+    outline: Sequence[tuple[float, float]]
+    colour: tuple[int, int, int]
+    label: str = ""
+    thin: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Detections and ground truth
+
+
+def draw_detections(detections: Iterable[dict[str, Any]], data: LoaderConfig, folder: str) -> list[str]:
+    """One JPEG per image of `data`, with all its detections (COCO results). Returns the paths."""
+    by_image = grouped(detections)
+    return [
+        save(annotate(pixels, shapes(by_image[image.id])), target, image)
+        for target, image, pixels in pictures(data, folder)
+    ]
+
+
+def draw_results(
+    path: str, data: LoaderConfig, folder: str, *, score_threshold: float, count: int | None = None
+) -> list[str]:
+    """Detections of a file above a score; with annotations the ground truth stands on the left of each picture."""
+    by_image = grouped(d for d in read_detections(path) if d["score"] > score_threshold)
+    truth, names = read_truth(data.annotations) if data.annotations else (grouped(()), {})
+    written = []
+    for target, image, pixels in pictures(data, folder, count):
+        found = annotate(pixels, shapes(by_image[image.id], names))
+        if data.annotations:
+            found = beside(annotate(pixels, shapes(truth[image.id], names)), found)
+        written.append(save(found, target, image))
+    return written
+
+
+def draw_truth(data: LoaderConfig, folder: str, *, count: int | None = None) -> list[str]:
+    """The annotations on their images, as they are written in the file."""
+    assert data.annotations
+    truth, names = read_truth(data.annotations)
+    return [
+        save(annotate(pixels, shapes(truth[image.id], names)), target, image)
+        for target, image, pixels in pictures(data, folder, count)
+    ]
+
+
+def read_truth(path: str) -> tuple[dict[int, list[dict[str, Any]]], dict[int, str]]:
+    """Annotations by image, and category names by id."""
+    content = load_json(Path(path))
+    names = {c["id"]: str(c.get("name", c["id"])) for c in content.get("categories", [])}
+    return grouped(content.get("annotations", [])), names
+
+
+def grouped(entries: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        by_image[entry["image_id"]].append(entry)
+    return by_image
+
+
+def pictures(
+    data: LoaderConfig, folder: str, count: int | None = None
+) -> Iterator[tuple[Path, Image, PILImage.Image]]:
+    """The first `count` images of a dataset, with the folder to draw into."""
+    target = make_folder(folder, data.images)
+    for image in Dataset.load(data.annotations, data.images, rotated=data.rotated).images[:count]:
+        try:
+            yield target, image, PILImage.fromarray(decode(image.path, image.orientation))
+        except ImageError as error:
+            raise OdtkError(f"Cannot draw on {image.path}: {error}.") from error
+
+
+def make_folder(folder: str, images: str | None = None) -> Path:
+    """Creates the folder for pictures; refuses that of the images, whose files are not to be touched."""
+    target = Path(folder)
+    if images and target.resolve() == Path(images).resolve():
+        raise OdtkError(f"{folder} is the folder of the images: draw into another one.")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OdtkError(f"Cannot make the folder {folder}: {error.strerror}.") from error
+    return target
+
+
+def save(picture: PILImage.Image, folder: Path, image: Image) -> str:
+    path = folder / f"{image.path.stem}_{image.id}.jpg"
+    write(picture, path)
+    return str(path)
+
+
+def write(picture: PILImage.Image, path: Path) -> None:
+    try:
+        picture.save(path, **({"quality": 92} if path.suffix == ".jpg" else {}))
+    except OSError as error:
+        raise OdtkError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def shapes(entries: Iterable[dict[str, Any]], names: dict[int, str] | None = None) -> list[Shape]:
+    """COCO annotations or results → outlines with "name score", the best on top."""
+    found = []
+    for entry in sorted(entries, key=lambda e: e.get("score", 1.0)):
+        category = entry["category_id"]
+        name = entry.get("category") or (names or {}).get(category) or str(category)
+        label = f"{name} {entry['score']:.2f}" if "score" in entry else name
+        found.append(Shape(outline(entry["bbox"]), colour(category), label))
+    return found
+
+
+def outline(box: Sequence[float]) -> list[tuple[float, float]]:
+    """COCO box [x, y, w, h] or [x, y, w, h, theta] → its four corners, from the un-rotated top left clockwise."""
+    turned = torch.tensor((*box, 0.0)[:5], dtype=torch.float64)
+    return [(x, y) for x, y in corners(coco_to_corners(turned)).tolist()]
+
+
+def colour(category: int) -> tuple[int, int, int]:
+    """Distinct for neighbouring ids: hues by the golden ratio, alternating brightness."""
+    red, green, blue = colorsys.hsv_to_rgb(category * 0.618034 % 1, 0.85, 1.0 if category % 2 else 0.85)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def annotate(image: PILImage.Image, shapes: Sequence[Shape]) -> PILImage.Image:
+    """A copy of an RGB image with shapes and their labels, enlarged if it is small."""
+    factor = max(1, math.ceil(LEGIBLE / min(image.size)))
+    picture = image.resize((image.width * factor, image.height * factor), PILImage.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    side = min(picture.size)
+    font = ImageFont.load_default(max(12, side // 36))
+    line = max(2, side // 240)
+    outlines = [[(x * factor, y * factor) for x, y in shape.outline] for shape in shapes]
+    for shape, points in zip(shapes, outlines, strict=True):
+        draw.line([*points, points[0], points[1]], fill=shape.colour, width=1 if shape.thin else line, joint="curve")
+    taken: list[tuple[float, float, float, float]] = []
+    for shape, points in list(zip(shapes, outlines, strict=True))[::-1]:  # the best finds room first
+        if shape.label:
+            taken.append(draw_label(draw, shape, points, font, picture.size, taken))
+    return picture
+
+
+def draw_label(
+    draw: ImageDraw.ImageDraw,
+    shape: Shape,
+    points: Sequence[tuple[float, float]],
+    font: Any,
+    size: tuple[int, int],
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[float, float, float, float]:
+    """Writes a label at the first free place around its outline, inside the picture, and returns the place."""
+    left, top, right, bottom = font.getbbox(shape.label)
+    w, h = right - left + 6, bottom - top + 6
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    places = []
+    for x, y in ((min(xs), min(ys) - h), (min(xs), min(ys)), (min(xs), max(ys)), (max(xs) - w, min(ys) - h),
+                 (max(xs) - w, max(ys) - h), (max(xs), min(ys))):  # fmt: skip
+        x, y = min(max(x, 0), max(0, size[0] - w)), min(max(y, 0), max(0, size[1] - h))
+        places.append((x, y, x + w, y + h))
+    place = next((p for p in places if not any(overlap(p, other) for other in taken)), places[0])
+    draw.rectangle(place, fill=shape.colour)
+    red, green, blue = shape.colour
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140  # luma of BT.601
+    draw.text((place[0] + 3 - left, place[1] + 3 - top), shape.label, fill="white" if dark else "black", font=font)
+    return place
+
+
+def overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def beside(left: PILImage.Image, right: PILImage.Image) -> PILImage.Image:
+    """Two pictures of one size side by side, under "truth" and "detections"."""
+    font = ImageFont.load_default(max(14, min(left.size) // 30))
+    header = font.getbbox("Ag")[3] + 8
+    picture = PILImage.new("RGB", (left.width + right.width + 8, left.height + header), "white")
+    draw = ImageDraw.Draw(picture)
+    for x, part, title in ((0, left, "truth"), (left.width + 8, right, "detections")):
+        picture.paste(part, (x, header))
+        draw.text((x + 4, 2), title, fill="black", font=font)
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside a model
+
+
+def draw_features(path: str, layer: str, data: LoaderConfig, folder: str, *, count: int) -> list[str]:
+    """Grids of what a layer gives for the first images: a PNG per image and level, each map over its own range.
+
+    Args:
+        path: checkpoint.
+        layer: a module's name (``backbones.ResNet50FPN.layer4``), or its end (``layer4``).
+
+    Raises:
+        OdtkError: there is no such layer, or it gives no feature maps [N, C, h, w].
+    """
+    target = make_folder(folder)
+    detector = checkpoint.build(checkpoint.load(path)).eval()
+    name, module = find_layer(detector, layer)
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.extend(feature_maps(output)))
+    written = []
+    for image, batch in inputs(detector, data, count):
+        outputs.clear()
+        with torch.inference_mode():
+            detector(batch.images)
+        if not outputs:
+            raise OdtkError(f"The layer {name} gives no feature maps: choose one inside a backbone.")
+        for level, maps in enumerate(outputs):
+            title = f"{name}  {tuple(maps.shape[1:])}  {min(MAX_MAPS, maps.shape[1])} of {maps.shape[1]} channels"
+            file = target / f"{image.path.stem}_{image.id}_{name}_{level}.png"
+            write(feature_grid(maps[0], title, picture_of(batch, data)), file)
+            written.append(str(file))
+    handle.remove()
+    return written
+
+
+def find_layer(detector: Detector, layer: str) -> tuple[str, torch.nn.Module]:
+    """A module by its whole name, or by the end of its name where only one has it."""
+    modules = {name: module for name, module in detector.named_modules() if name}
+    if layer in modules:
+        return layer, modules[layer]
+    ends = [name for name in modules if name.endswith(f".{layer}")]
+    if len(ends) == 1:
+        return ends[0], modules[ends[0]]
+    near = ends[:8] or difflib.get_close_matches(layer, modules, n=5, cutoff=0.3) or list(modules)[:8]
+    raise OdtkError(f"There is no single layer {layer}: try {', '.join(near)}.")
+
+
+def feature_maps(output: Any) -> list[Tensor]:
+    """The tensors [N, C, h, w] in what a module returned."""
+    if isinstance(output, Tensor):
+        return [output.float()] if output.dim() == 4 else []
+    if isinstance(output, (list, tuple)):
+        return [maps for part in output for maps in feature_maps(part)]
+    return []
+
+
+def feature_grid(maps: Tensor, title: str, image: PILImage.Image) -> PILImage.Image:
+    """The first channels of maps [C, h, w] as coloured tiles, the input on the left."""
+    maps = maps[:MAX_MAPS]
+    columns = math.ceil(math.sqrt(len(maps)))
+    rows = math.ceil(len(maps) / columns)
+    height, width = maps.shape[1:]
+    factor = max(1, round(96 / max(height, width)))
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    scaled = ((maps - low) / (high - low).clamp(min=1e-12)).cpu().numpy()  # [C, h, w] in [0, 1]
+    position = scaled * (len(RAMP) - 1)
+    coloured = np.stack([np.interp(position, range(len(RAMP)), RAMP[:, c]) for c in range(3)], axis=-1)
+    tile_w, tile_h = width * factor + 2, height * factor + 2
+    font = ImageFont.load_default(16)
+    header = 28
+    side = image.resize((max(1, round(image.width * rows * tile_h / image.height)), rows * tile_h))
+    canvas = PILImage.new("RGB", (side.width + 8 + columns * tile_w, header + rows * tile_h), "white")
+    ImageDraw.Draw(canvas).text((4, 4), title, fill="black", font=font)
+    canvas.paste(side, (0, header))
+    for i, tile in enumerate(coloured.astype(np.uint8)):
+        picture = PILImage.fromarray(tile).resize((width * factor, height * factor), PILImage.Resampling.NEAREST)
+        canvas.paste(picture, (side.width + 8 + i % columns * tile_w, header + i // columns * tile_h))
+    return canvas
+
+
+def draw_anchors(path: str, data: LoaderConfig, loss: LossConfig, folder: str, *, count: int) -> list[str]:
+    """Which anchors match which boxes: each box with the anchors that training would give it, a PNG per image.
+
+    Boxes that no anchor reaches are red, with their best anchor. The label says how many anchors match, on which
+    stride the best one stands, and its IoU.
+    """
+    target = make_folder(folder)
+    detector = checkpoint.build(checkpoint.load(path))
+    if detector.config.head == "fcos":
+        raise OdtkError("--anchors is of the retinanet head: the fcos head has points, not anchors.")
+    written = []
+    for image, batch in inputs(detector, data, count):
+        picture = annotate(picture_of(batch, data), anchor_shapes(detector, batch, loss))
+        file = target / f"{image.path.stem}_{image.id}_anchors.png"
+        write(picture, file)
+        written.append(str(file))
+    return written
+
+
+def anchor_shapes(detector: Detector, batch: Batch, loss: LossConfig) -> list[Shape]:
+    """Boxes of a batch of one image and their anchors, in pixels of the network's input."""
+    height, width = batch.images.shape[2:]
+    cells = [(math.ceil(height / stride), math.ceil(width / stride)) for stride in detector.strides]
+    anchors = place_anchors(detector.anchors(), detector.strides, cells, torch.device("cpu"))  # [P, 4|5]
+    per_cell = detector.config.num_anchors
+    stride_of = torch.cat(
+        [torch.full((h * w * per_cell,), s) for (h, w), s in zip(cells, detector.strides, strict=True)]
+    )
+    labels, index = assign(
+        anchors, batch.boxes, batch.labels, background_iou=loss.background_iou, foreground_iou=loss.foreground_iou
+    )
+    found = []
+    for i in (batch.labels[0] >= 0).nonzero()[:, 0].tolist():
+        box = batch.boxes[0, i]
+        overlaps = (rotated_iou if detector.config.rotated else iou)(box[None], anchors)[0]  # [P]
+        best = int(overlaps.argmax())
+        matched = ((labels[0] >= 0) & (index[0] == i)).nonzero()[:, 0]
+        tint = colour(i + 1) if len(matched) else (255, 0, 0)
+        found += [Shape(points(anchors[a]), tint, thin=True) for a in (matched.tolist() or [best])]
+        label = f"{len(matched)} anchors, stride {int(stride_of[best])}, IoU {overlaps[best]:.2f}"
+        found.append(Shape(points(box), tint, label))
+    return found
+
+
+def points(box: Tensor) -> list[tuple[float, float]]:
+    """Corners of a box [4|5] of boxes.py."""
+    turned = box if len(box) == 5 else torch.cat([box, box.new_zeros(1)])
+    return [(x, y) for x, y in corners(turned).tolist()]
+
+
+def inputs(detector: Detector, data: LoaderConfig, count: int) -> Iterator[tuple[Image, Batch]]:
+    """The first images as the detector gets them, one per batch."""
+    from dataclasses import replace
+
+    data = replace(data, batch=1, training=False, stride=detector.stride, rotated=detector.config.rotated)
+    dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated)
+    dataset.images = dataset.images[:count]
+    by_id = {image.id: image for image in dataset.images}
+    for batch in create_loader(dataset, data):
+        yield by_id[int(batch.ids[0])], batch
+
+
+def picture_of(batch: Batch, data: LoaderConfig) -> PILImage.Image:
+    """The first image of a batch, its normalisation undone."""
+    mean, std = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
+    pixels = ((batch.images[0].cpu() * std + mean) * 255).round().clamp(0, 255).byte()
+    return PILImage.fromarray(pixels.permute(1, 2, 0).numpy())  # [3, H, W] -> [H, W, 3]
