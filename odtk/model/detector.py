@@ -3,16 +3,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ModelConfig, OdtkError
-from .backbones import BACKBONES
+from .backbones import BACKBONES, TRUNKS
+from .backbones.repvgg import RepVGGBlock
 from .fpn import FPN
 from .heads import base_anchors, create_head
 from .layers import Trunk, fold_norms
+
+RESNET_OPTIONS = ("dcn", "caffe_stride", "deep_stem", "avg_down", "zero_init")
 
 
 class Detector(nn.Module):
@@ -70,6 +75,9 @@ class Detector(nn.Module):
         has this one's names: never save it.
         """
         folded = copy.deepcopy(self).eval()
+        for block in list(folded.modules()):
+            if isinstance(block, RepVGGBlock):
+                block.fold()
         fold_norms(folded)
         return folded
 
@@ -87,6 +95,9 @@ def check(config: ModelConfig) -> None:
             raise OdtkError(f"The backbone {name!r} does not exist: use one of {', '.join(BACKBONES)}.")
     if not config.backbones or len(set(config.backbones)) < len(config.backbones):
         raise OdtkError("The backbones of a detector must be one or several different names.")
+    options = [name for name in RESNET_OPTIONS if getattr(config, name)]
+    if options and not any(name.startswith("ResNe") for name in config.backbones):
+        raise OdtkError(f"{', '.join(options)}: an option of ResNet backbones, which {config.backbones[0]} is not.")
     if config.classes < 1:
         raise OdtkError(f"A detector needs at least one class, not {config.classes}.")
     if not set(config.dcn) <= {2, 3, 4, 5}:
@@ -117,3 +128,43 @@ def load_matching(module: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[
             left.append(name)
     counter = "num_batches_tracked"
     return [n for n in taken if not n.endswith(counter)], [n for n in left if not n.endswith(counter)]
+
+
+def classification_parameters(name: str) -> int:
+    """Trainable numbers of the published 1000-class network around a trunk of backbones.TRUNKS."""
+    with torch.device("meta"):
+        trunk = TRUNKS[name](ModelConfig())
+    return count(trunk) + trunk.classifier_parameters
+
+
+def count(module: nn.Module) -> int:
+    """How many trainable numbers a module has."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@dataclass(frozen=True)
+class Size:
+    """A row of the table of backbones: a RetinaNet of 80 classes with this backbone, folded for inference."""
+
+    backbone: str
+    parameters: int
+    gflops: float  # 10⁹ operations of one image, a multiply-add counted as two
+
+
+def summary(height: int = 800, width: int = 1280) -> list[Size]:
+    """The size of every backbone's detector at height×width, without computing a single value (meta device)."""
+    rows = []
+    for name in BACKBONES:
+        with torch.device("meta"):
+            detector = Detector(ModelConfig(backbones=(name,))).fold()
+            images = torch.empty(1, 3, height, width)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            detector(images)
+        rows.append(Size(name, count(detector), counter.get_total_flops() / 1e9))
+    return rows
+
+
+if __name__ == "__main__":  # python -m odtk.model.detector
+    print(f"{'backbone':<20}{'parameters (M)':>16}{'GFLOPs at 800×1280':>20}")
+    for row in summary():
+        print(f"{row.backbone:<20}{row.parameters / 1e6:>16.2f}{row.gflops:>20.1f}")

@@ -122,6 +122,9 @@ def base_anchors(stride: int, config: ModelConfig) -> Tensor:
     For scale k and ratio h/w = r: w = √(stride²/r), h = w·r, corners 0.5·(stride ∓ (w, h)·k); rotated anchors
     repeat these for each angle. Order: angle outermost, then scale, then ratio.
 
+    ODTK 0.2 drew its rotated anchors (only those) otherwise: w and h rounded, the right and bottom corners one
+    pixel further in. ``config.rounded_anchors`` does the same, for its checkpoints.
+
     Returns:
         [A, 4] x1, y1, x2, y2 in pixels of the input, [A, 5] with theta when rotated, float32, on the CPU.
         FCOS: the cell itself as an inclusive box, whose centre is the point.
@@ -134,6 +137,10 @@ def base_anchors(stride: int, config: ModelConfig) -> Tensor:
             for ratio in config.ratios:
                 w = math.sqrt(stride * stride / ratio)
                 h = w * ratio
-                corners = [0.5 * (stride + sign * side * scale) for sign in (-1, 1) for side in (w, h)]
-                anchors.append(corners if angle is None else [*corners, angle])
+                if config.rounded_anchors:
+                    w, h = round(w), round(round(w) * ratio)
+                inset = 1 if config.rounded_anchors else 0
+                first = [0.5 * (stride - side * scale) for side in (w, h)]
+                last = [0.5 * (stride + side * scale) - inset for side in (w, h)]
+                anchors.append([*first, *last] if angle is None else [*first, *last, angle])
     return torch.tensor(anchors, dtype=torch.float32, device="cpu")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from ..config import OdtkError
 
 GROUPS = 32  # of GroupNorm, https://arxiv.org/abs/1803.08494
+
+
+BatchNorm: TypeAlias = "FrozenBatchNorm2d | _BatchNorm"  # what a folded convolution can take in
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -47,7 +50,7 @@ class FrozenBatchNorm2d(nn.Module):
         return f"{self.num_features}, eps={self.eps}"
 
 
-def scale_and_shift(norm: FrozenBatchNorm2d | _BatchNorm) -> tuple[Tensor, Tensor]:
+def scale_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """The affine map [C], [C] that a batch norm is at inference (https://arxiv.org/abs/1502.03167, algorithm 2)."""
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
@@ -105,7 +108,7 @@ def fold_norms(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def folded_kernel(conv: nn.Conv2d, norm: FrozenBatchNorm2d | _BatchNorm) -> tuple[Tensor, Tensor]:
+def folded_kernel(conv: nn.Conv2d, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Weight [O, C/groups, k, k] and bias [O] of the one convolution that equals norm(conv(x)) at inference."""
     scale, shift = scale_and_shift(norm)
     bias = shift if conv.bias is None else shift + scale * conv.bias
@@ -161,18 +164,13 @@ def sampling_grid(offsets: Tensor, stride: int, height: int, width: int) -> Tens
     return torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
 
 
-def run(blocks: nn.Sequential, x: Tensor, grad_checkpoint: bool) -> Tensor:
-    """The blocks one after another; with ``grad_checkpoint`` backward recomputes each (https://arxiv.org/abs/1604.06174)."""
-    if not (grad_checkpoint and blocks.training and torch.is_grad_enabled()):
-        return blocks(x)
-    for block in blocks:
-        contexts = partial(_recompute_contexts, block)
-        x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-    return x
+def recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """block(x), of which backward recomputes what is inside (https://arxiv.org/abs/1604.06174)."""
 
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), _statistics_kept(block)
 
-def _recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _statistics_kept(block)
+    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 @contextmanager
@@ -189,24 +187,57 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, counter
 
 
+def linear_parameters(channels_in: int, channels: int) -> int:
+    """Numbers in a linear layer with bias; a 1×1 convolution without bias and a batch norm have ``channels`` more."""
+    return channels_in * channels + channels
+
+
 class Trunk(nn.Module):
     """A classification network without its classifier: images [N, 3, H, W] → feature maps, finest first.
 
+    A stage ends at stride 2^number: stage 1 is the stem, stage 5 gives C5.
+
     Attributes:
+        outputs: the stages whose last feature map is returned.
         channels, strides: of each feature map.
         stride: the input's height and width must be multiples of it.
+        grad_checkpoint: backward recomputes the blocks.
     """
 
+    outputs: tuple[int, ...] = (3, 4, 5)
     channels: tuple[int, ...]
-    strides: tuple[int, ...]
+    grad_checkpoint: bool
+
+    @property
+    def classifier_parameters(self) -> int:
+        """Numbers in the published 1000-class classifier that would follow C5: a linear layer of the pooled map."""
+        return linear_parameters(self.channels[-1], 1000)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(2**number for number in self.outputs)
 
     @property
     def stride(self) -> int:
         return max(self.strides)
 
-    def stages(self) -> list[list[nn.Module]]:
-        """The modules of stage 1 (the stem), 2 (stride 4), 3 (stride 8) …, for freezing."""
+    def stem(self, images: Tensor) -> Tensor:
+        """Stage 1, and the pooling after it where there is one."""
         raise NotImplementedError
+
+    def stages(self) -> list[list[nn.Module]]:
+        """The modules of stages 1, 2 …; from stage 2 on they run one after another."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.stem(images)
+        features = []
+        for number, blocks in enumerate(self.stages()[1:], start=2):
+            for block in blocks:
+                x = recomputed(block, x) if self.grad_checkpoint and torch.is_grad_enabled() else block(x)
+            if number in self.outputs:
+                features.append(x)
+        return features
 
     def freeze(self, stages: int) -> None:
         """No gradient for stages 1…``stages``. Detector.train() keeps their batch norms in eval mode."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config import ModelConfig
-from ..layers import ConvNorm, DeformConv2d, Trunk, convolve, create_norm, run
+from ..layers import ConvNorm, DeformConv2d, Trunk, convolve, create_norm
 
 
 @dataclass(frozen=True)
@@ -153,16 +153,11 @@ class ResNet(Trunk):
             setattr(self, f"layer{index}", nn.Sequential(*blocks))
             channels = stage.channels
         self.channels = tuple(table[number - 2].channels for number in outputs)
-        self.strides = tuple(2**number for number in outputs)
         self.freeze(config.freeze_at)
 
-    @property
-    def layers(self) -> list[nn.Sequential]:
-        """layer1 … of stages 2 …"""
-        return [getattr(self, f"layer{index}") for index in range(1, max(self.outputs))]
-
     def stages(self) -> list[list[nn.Module]]:
-        return [[self.conv1, self.bn1], *(list(layer) for layer in self.layers)]
+        layers = [getattr(self, f"layer{index}") for index in range(1, max(self.outputs))]
+        return [[self.conv1, self.bn1], *map(list, layers)]
 
     def initialize(self) -> None:
         super().initialize()
@@ -179,12 +174,3 @@ class ResNet(Trunk):
         else:
             x = self.bn1(self.conv1(images))
         return F.max_pool2d(F.relu_(x), 3, stride=2, padding=1)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(images)
-        features = []
-        for number, layer in enumerate(self.layers, start=2):
-            x = run(layer, x, self.grad_checkpoint)
-            if number in self.outputs:
-                features.append(x)
-        return features
