@@ -53,7 +53,7 @@ struct DecodeParams {
   std::int32_t classes = 0;        ///< C
   std::int32_t top_n = 1000;       ///< K, best candidates kept per image and level, 1 .. kMaxTopN
   std::int32_t anchor_values = 4;  ///< row length of DecodeLevel::anchors: 4 or 5
-  float score_threshold = 0.05f;   ///< a candidate survives iff sigmoid(logit) > this (in fp32)
+  double score_threshold = 0.05;   ///< t: a candidate survives iff logit > log(t / (1 - t)), rounded to fp32
   BoxKind kind = BoxKind::kAnchor;
   DataType logits_type = DataType::kFloat;
   DataType boxes_type = DataType::kFloat;
