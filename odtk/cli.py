@@ -240,7 +240,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     schedule.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="(mixed: fp16 on GPUs, bf16 on CPUs)")
     schedule.add_argument("--full-precision", action="store_true", help="same as --precision fp32")
     schedule.add_argument("--accumulate", metavar="N", type=positive, default=1,
-                          help="iterations whose gradients are added before a step (%(default)s)")
+                          help="batches whose gradients are added up for one iteration (%(default)s)")
     schedule.add_argument("--clip-grad", metavar="NORM", type=positive_float, help="cap of the gradient's norm (none)")
     schedule.add_argument("--ema", metavar="DECAY", type=fraction,
                           help="keep an exponential moving average of the weights, 0.9998 say (none)")

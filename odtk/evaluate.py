@@ -75,9 +75,9 @@ def evaluate(
 
     Args:
         detections: COCO results (or the path of their JSON file), boxes [x, y, w, h] or [x, y, w, h, theta] in pixels
-            of the original images, theta in radians, anticlockwise.
+            of the original images, theta in radians, anticlockwise; further keys are not looked at.
         annotations: COCO ground truth, or the path of its JSON file; never modified.
-        rotated: overlap is the IoU of the rotated boxes; None: when an annotation has five numbers.
+        rotated: overlap is the IoU of the rotated boxes; None: when an annotation or a detection has five numbers.
         segmentation: overlap is the IoU of masks ("segm"): of the polygons given, or of the rotated boxes.
 
     Raises:
@@ -85,12 +85,13 @@ def evaluate(
     """
     truth = load_json(Path(annotations)) if isinstance(annotations, str) else annotations
     results = read_detections(detections) if isinstance(detections, str) else detections
-    check_annotations(truth)
+    truth = usable(truth)
     check_detections(results, truth)
     if rotated is None:
-        rotated = any(len(a["bbox"]) == 5 for a in truth["annotations"])
+        rotated = any(len(entry["bbox"]) == 5 for entry in (*truth["annotations"], *results))
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
-        gt, dt = coco_index(truth, truth["annotations"]), coco_index(truth, results)
+        numbers = 5 if rotated else 4
+        gt, dt = (coco_index(truth, entries, numbers) for entries in (truth["annotations"], results))
         if segmentation:
             add_polygons([gt, dt])
         coco_eval = (RotatedEval if rotated and not segmentation else COCOeval)(
@@ -124,16 +125,18 @@ def corner_boxes(entries: Sequence[dict[str, Any]]) -> torch.Tensor:
     return coco_to_corners(torch.tensor([(*e["bbox"], 0.0)[:5] for e in entries], dtype=torch.float64))
 
 
-def coco_index(truth: dict[str, Any], entries: Iterable[dict[str, Any]]) -> COCO:
+def coco_index(truth: dict[str, Any], entries: Iterable[dict[str, Any]], numbers: int) -> COCO:
     """pycocotools' index of annotations or results, of which it gets copies with the fields that it needs.
+
+    Boxes get that many numbers: without the angle (4), or with one (5).
 
     Entries are numbered from 1: pycocotools takes a ground truth of id 0 for unmatched.
     """
     coco = COCO()
     copies = []
     for number, entry in enumerate(entries, 1):
-        box = entry["bbox"]
-        copies.append({"iscrowd": 0, "area": box[2] * box[3], **entry, "id": number})
+        box = [*entry["bbox"], 0.0][:numbers]
+        copies.append({"iscrowd": 0, "area": box[2] * box[3], **entry, "id": number, "bbox": box})
     coco.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": copies}
     coco.createIndex()
     return coco
@@ -202,23 +205,29 @@ def known(detections: list[dict[str, Any]], truth: dict[str, Any]) -> list[dict[
     return [d for d in detections if d["category_id"] in ids]
 
 
-def check_annotations(truth: Any) -> None:
-    """One sentence for the first thing that makes annotations unusable for an evaluation."""
-    for key in ("images", "categories", "annotations"):
-        if not isinstance(truth, dict) or not isinstance(truth.get(key), list):
-            raise OdtkError(f"The annotations have no list '{key}': they are not in COCO form.")
-    image_ids = {image["id"] for image in truth["images"]}
-    category_ids = {category["id"] for category in truth["categories"]}
-    for i, entry in enumerate(truth["annotations"]):
+def usable(truth: dict[str, Any]) -> dict[str, Any]:
+    """A copy of annotations with the lists that COCO files may lack, and without degenerate boxes (data/dataset.py).
+
+    Raises:
+        OdtkError: for the first entry that makes them unusable.
+    """
+    boxes = truth.get("annotations", [])
+    categories = truth.get("categories") or [{"id": i} for i in sorted({a.get("category_id") for a in boxes})]
+    for what, entries in (("an image", truth["images"]), ("a category", categories)):
+        if not all("id" in entry for entry in entries):
+            raise OdtkError(f"The annotations have {what} without an id.")
+    image_ids, category_ids = {image["id"] for image in truth["images"]}, {category["id"] for category in categories}
+    for i, entry in enumerate(boxes):
         check_entry(entry, f"Annotation {i}", image_ids, category_ids)
+    kept = [a for a in boxes if a["bbox"][2] > 0 and a["bbox"][3] > 0]
+    return {"images": truth["images"], "categories": categories, "annotations": kept}
 
 
 def check_detections(detections: Any, truth: dict[str, Any]) -> None:
     """One sentence for the first detection that cannot be scored."""
     if not isinstance(detections, list):
         raise OdtkError("The detections are not a list: COCO results are [{image_id, category_id, bbox, score}, …].")
-    image_ids = {image["id"] for image in truth["images"]}
-    category_ids = {category["id"] for category in truth["categories"]}
+    image_ids, category_ids = ({entry["id"] for entry in truth[key]} for key in ("images", "categories"))
     for i, entry in enumerate(detections):
         check_entry(entry, f"Detection {i}", image_ids, category_ids)
         if not isinstance(entry.get("score"), (int, float)) or not math.isfinite(entry["score"]):

@@ -8,20 +8,22 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backends import Backend, open_backend
 from .boxes import coco_to_corners, corners, corners_to_coco
 from .checkpoint import first_os_error, sync_folder
 from .config import InferConfig, LoaderConfig, OdtkError
 from .data.dataset import Category, Dataset
 from .data.loader import Batch, create_loader
 from .postprocess import Detections
+
+if TYPE_CHECKING:
+    from .backends import Backend
 
 REPORT_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
@@ -37,6 +39,8 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     Raises:
         OdtkError: for a file that cannot be read or written, or annotations of other categories than the model's.
     """
+    from .backends import open_backend  # here, as training needs detect() and no ONNX Runtime
+
     for path in config.output:
         check_folder(path)
     backend = open_backend(
@@ -45,8 +49,6 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     say = print if rank == 0 else silent
     data = loader_config(config.data, backend, say)
     dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated)
-    for warning in dataset.warnings():
-        say(f"Warning: {warning}")
     categories = resolve_categories(backend, dataset.categories, say)
     loader = create_loader(dataset, data)
     say(f"{backend.name} on {world} × {data.device.partition(':')[0]}: {len(dataset.images)} images, "

@@ -1,0 +1,222 @@
+"""Figures of detections: against pycocotools used plainly, against counts by hand, and on bad input."""
+import contextlib
+import io
+import json
+import math
+import random
+
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from odtk.config import OdtkError
+from odtk.evaluate import STATS, evaluate, known, report
+
+
+def dataset(images: int = 6, seed: int = 0) -> dict:
+    """Two categories with ids that are not contiguous, and a third without annotations; images of 200×300."""
+    draw = random.Random(seed)
+    truth: dict = {
+        "images": [{"id": 10 + i, "file_name": f"{i}.jpg", "width": 300, "height": 200} for i in range(images)],
+        "categories": [{"id": 3, "name": "cell"}, {"id": 7, "name": "plate"}, {"id": 90, "name": "never"}],
+        "annotations": [],
+    }
+    for image in truth["images"]:
+        for _ in range(draw.randint(0, 5)):
+            w, h = draw.uniform(8, 120), draw.uniform(8, 120)
+            box = [draw.uniform(0, 300 - w), draw.uniform(0, 200 - h), w, h]
+            truth["annotations"].append(
+                {"id": len(truth["annotations"]), "image_id": image["id"], "category_id": draw.choice([3, 7]),
+                 "bbox": box, "area": w * h, "iscrowd": 0}
+            )  # fmt: skip
+    return truth
+
+
+def results(truth: dict, *, shift: float = 0.0, seed: int = 1) -> list[dict]:
+    """A detection per annotation, moved by up to `shift` pixels, and as many wrong ones."""
+    draw = random.Random(seed)
+    found = []
+    for entry in truth["annotations"]:
+        x, y, *rest = entry["bbox"]
+        box = [x + draw.uniform(-shift, shift), y + draw.uniform(-shift, shift), *rest]
+        found.append({"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": box,
+                      "score": draw.uniform(0.3, 1)})  # fmt: skip
+        if shift:
+            wrong = [draw.uniform(0, 200), draw.uniform(0, 100), 40, 40, *rest[2:]]
+            found.append(found[-1] | {"bbox": wrong, "score": draw.uniform(0.1, 0.8)})
+    return found
+
+
+def with_angle(entries: list[dict], theta: float) -> list[dict]:
+    return [entry | {"bbox": [*entry["bbox"], theta]} for entry in entries]
+
+
+def test_figures_are_those_of_pycocotools() -> None:
+    truth = dataset(20)
+    for i, entry in enumerate(truth["annotations"]):
+        entry["id"] = i + 1  # pycocotools itself fails on an id of 0
+        entry["iscrowd"] = int(i % 9 == 0)
+    found = results(truth, shift=8)
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO()
+        gt.dataset = json.loads(json.dumps(truth))
+        gt.createIndex()
+        peer = COCOeval(gt, gt.loadRes(json.loads(json.dumps(found))), "bbox")
+        peer.evaluate()
+        peer.accumulate()
+        peer.summarize()
+    metrics = evaluate(found, truth)
+    assert 0.2 < metrics.ap < 0.9
+    assert metrics.stats == pytest.approx(list(peer.stats), abs=1e-12)
+    assert metrics.ap == metrics.stats[STATS.index("AP")] and metrics.ap50 == metrics.stats[STATS.index("AP50")]
+
+
+def test_perfect_detections_although_an_annotation_has_id_0(capsys) -> None:
+    truth = dataset()
+    before = json.dumps(truth)
+    metrics = evaluate(results(truth), truth)
+    assert metrics.ap == pytest.approx(1) and metrics.ap50 == pytest.approx(1)
+    assert json.dumps(truth) == before
+    assert capsys.readouterr().out == ""
+
+
+def test_table_per_class(capsys) -> None:
+    truth = dataset()
+    only_cells = [d for d in results(truth) if d["category_id"] == 3]
+    metrics = evaluate(only_cells, truth)
+    cell, plate, never = metrics.classes
+    assert (cell.id, cell.name, cell.ap) == (3, "cell", pytest.approx(1))
+    assert (plate.ap, plate.ap50) == (0, 0)
+    assert (never.ap, never.ap50, never.images, never.instances) == (-1, -1, 0, 0)
+    boxes = [a for a in truth["annotations"] if a["category_id"] == 3]
+    assert (cell.instances, cell.images) == (len(boxes), len({a["image_id"] for a in boxes}))
+    assert metrics.ap == pytest.approx(0.5)  # the category without annotations does not count
+    report(metrics)
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("AP small", "cell", "plate", "never", "–", "1.000", "0.500"))
+
+
+@pytest.mark.parametrize("segmentation", [False, True])
+def test_no_detections_and_no_annotations(segmentation: bool) -> None:
+    truth = dataset()
+    assert evaluate([], truth, segmentation=segmentation).ap == 0
+    assert evaluate([], truth | {"annotations": []}, segmentation=segmentation).ap == -1
+    found = results(truth)
+    assert evaluate(found, truth | {"annotations": []}, segmentation=segmentation).ap == -1
+
+
+def test_annotations_without_area_crowd_or_categories_and_with_a_degenerate_box() -> None:
+    truth = dataset()
+    for entry in truth["annotations"]:
+        del entry["area"], entry["iscrowd"]
+    del truth["categories"]
+    found = results(truth)
+    truth["annotations"].append({"image_id": 10, "category_id": 3, "bbox": [5, 5, 0, 10]})
+    metrics = evaluate(found, truth)
+    assert metrics.ap == pytest.approx(1)  # nothing could have found the box without an area
+    assert [c.name for c in metrics.classes] == ["3", "7"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotated boxes
+
+
+def test_rotated_boxes_overlap_by_their_polygons() -> None:
+    truth = dataset()
+    truth["annotations"] = [a | {"bbox": [*a["bbox"][:2], 60, 20, 0.0]} for a in truth["annotations"]]
+    found = results(truth)
+    assert evaluate(found, truth).ap == pytest.approx(1)
+    # The same rectangle, written as its other side and turned by a quarter: still the same.
+    swapped = [d | {"bbox": [d["bbox"][0] + 20, d["bbox"][1] - 20, 20, 60, math.pi / 2]} for d in found]
+    assert evaluate(swapped, truth).ap == pytest.approx(1)
+    # Turned about its centre it is another one: two bars of 60×20 that cross overlap by 400 of 2000 pixels.
+    crossed = [d | {"bbox": [*d["bbox"][:4], math.pi / 2]} for d in found]
+    assert evaluate(crossed, truth).ap < 0.1
+    # As axis-aligned boxes the angle is not looked at.
+    assert evaluate(crossed, truth, rotated=False).ap == pytest.approx(1)
+
+
+def test_rotated_evaluation_of_boxes_without_angle_is_the_plain_one() -> None:
+    truth = dataset(12)
+    for i, entry in enumerate(truth["annotations"]):
+        entry["iscrowd"] = int(i % 5 == 0)
+    found = results(truth, shift=6)
+    plain = evaluate(found, truth)
+    turned = evaluate(with_angle(found, 0.0), truth | {"annotations": with_angle(truth["annotations"], 0.0)})
+    assert 0.2 < plain.ap < 0.95
+    assert turned.stats == pytest.approx(plain.stats, abs=1e-6)
+
+
+def test_masks_of_rotated_boxes_agree_with_their_polygons() -> None:
+    truth = dataset(12)
+    found = with_angle(results(truth, shift=6), 0.5)
+    truth["annotations"] = with_angle(truth["annotations"], 0.5)
+    polygons, masks = evaluate(found, truth), evaluate(found, truth, segmentation=True)
+    assert masks.ap == pytest.approx(polygons.ap, abs=0.03)  # masks are whole pixels
+    for image in truth["images"]:
+        del image["width"], image["height"]
+    assert evaluate(found, truth, segmentation=True).ap == pytest.approx(masks.ap, abs=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and bad input
+
+
+def test_files_are_read_and_the_form_of_odtk_02_too(tmp_path) -> None:
+    truth = dataset()
+    found = results(truth)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    for name, content in (("a.json", found), ("b.json", {"annotations": found, "images": truth["images"]})):
+        (tmp_path / name).write_text(json.dumps(content))
+        assert evaluate(str(tmp_path / name), str(tmp_path / "truth.json")).ap == pytest.approx(1)
+
+
+def test_categories_that_only_the_model_has_are_left_out() -> None:
+    truth = dataset()
+    found = [*results(truth), {"image_id": 10, "category_id": 5, "bbox": [0, 0, 9, 9], "score": 0.9}]
+    assert evaluate(known(found, truth), truth).ap == pytest.approx(1)
+    with pytest.raises(OdtkError, match="category 5"):
+        evaluate(found, truth)
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({"image_id": 99, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}, "image 99"),
+        ({"image_id": 10, "category_id": 3, "bbox": [0, 0, 1], "score": 1}, "four or five numbers"),
+        ({"image_id": 10, "category_id": 3, "bbox": [0, 0, 1, math.nan], "score": 1}, "four or five numbers"),
+        ({"image_id": 10, "category_id": 3, "bbox": [0, 0, 1, 1]}, "score"),
+        ("box", "not a dictionary"),
+    ],
+)
+def test_a_malformed_detection_is_named(entry, sentence: str) -> None:
+    truth = dataset()
+    with pytest.raises(OdtkError, match=rf"Detection \d+ .*{sentence}"):
+        evaluate([*results(truth), entry], truth)
+
+
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_an_entry_without_id_is_refused(key: str) -> None:
+    truth = dataset()
+    del truth[key][0]["id"]
+    with pytest.raises(OdtkError, match="without an id"):
+        evaluate([], truth)
+
+
+def test_an_annotation_of_an_unknown_image_is_named() -> None:
+    truth = dataset()
+    truth["annotations"][2]["image_id"] = 12345
+    with pytest.raises(OdtkError, match="Annotation 2 .*image 12345"):
+        evaluate([], truth)
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2", "", '"text"', "{}"])
+def test_broken_files_are_refused_in_one_sentence(tmp_path, content: str) -> None:
+    (tmp_path / "broken.json").write_text(content)
+    (tmp_path / "truth.json").write_text(json.dumps(dataset()))
+    with pytest.raises(OdtkError, match="JSON|list"):
+        evaluate(str(tmp_path / "broken.json"), str(tmp_path / "truth.json"))
+    with pytest.raises(OdtkError):
+        evaluate([], str(tmp_path / "broken.json"))
+    with pytest.raises(OdtkError, match=r"nowhere\.json"):
+        evaluate(str(tmp_path / "nowhere.json"), str(tmp_path / "truth.json"))
