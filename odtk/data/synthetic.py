@@ -1,0 +1,226 @@
+"""Draws a small COCO-format dataset of shapes, so that everything can be tried with no download.
+
+Shapes of random colour, size and turn lie on uneven, noisy backgrounds; their boxes are exact. With ``rotated`` the
+shapes are elongated and their boxes carry the turn: [x, y, w, h, theta], theta anticlockwise in radians.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+from PIL import ImageDraw
+
+from ..config import OdtkError
+
+SIDES = (0.18, 0.45)  # of the image's shorter side; log-uniform
+ELONGATION = (0.4, 0.65)  # height over width of a rotated shape
+OBJECTS = (2, 7)  # tried per image
+OVERLAP = 0.1  # largest share of the smaller of two boxes that may be covered
+SMOOTHING = 3  # shapes are drawn this much larger, then reduced, for smooth edges
+JPEG_QUALITY = 90
+CREATOR = "odtk synth"  # in the JSON's info: these files may be drawn anew
+
+
+def _regular(corners: int, inner: float = 1.0) -> np.ndarray:
+    """A polygon of ``corners`` points with every second radius ``inner``: regular polygons, circles and stars."""
+    angle = 2 * math.pi * np.arange(corners) / corners - math.pi / 2
+    radius = np.where(np.arange(corners) % 2 == 0, 1.0, inner)[:, None]
+    return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+# Outlines [corners, 2]; scaled to a box of sides 1 about the origin by _unit.
+SHAPES = {
+    "circle": _regular(48),
+    "square": np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]),
+    "triangle": np.array([[0, -1], [1, 1], [-1, 1]]),
+    "star": _regular(10, inner=0.42),
+    "cross": np.array(
+        [[-1, 1], [-1, 3], [1, 3], [1, 1], [3, 1], [3, -1], [1, -1], [1, -3], [-1, -3], [-1, -1], [-3, -1], [-3, 1]]
+    ),
+    "arrow": np.array([[-3, -1], [0, -1], [0, -3], [3, 0], [0, 3], [0, 1], [-3, 1]]),
+    "hexagon": _regular(6),
+    "moon": np.concatenate([_regular(48)[24:], (_regular(48)[24:] * [0.45, 1])[::-1]]),
+}
+ROTATED_SHAPES = {"ellipse": "circle", "rectangle": "square"} | {
+    name: name for name in ("arrow", "triangle", "star", "cross", "hexagon", "moon")
+}  # a circle and a square are other things when elongated
+
+
+def synthesize(
+    folder: str | Path,
+    *,
+    images: int = 240,
+    size: tuple[int, int] = (240, 320),
+    seed: int = 0,
+    classes: int = 4,
+    rotated: bool = False,
+) -> None:
+    """Draw ``folder``/{train,val}/*.jpg and {train,val}.json; every fifth image is for validation.
+
+    Args:
+        images: number of both sets together, at least 2.
+        size: height and width in pixels.
+        seed: the same seed draws the same files.
+        classes: number of different shapes, 1…8.
+        rotated: elongated shapes with boxes [x, y, w, h, theta].
+
+    Raises:
+        OdtkError: impossible numbers; a folder with a dataset that was not drawn by this function; no permission.
+    """
+    names = list(ROTATED_SHAPES if rotated else SHAPES)
+    if not 1 <= classes <= len(names):
+        raise OdtkError(f"There are {len(names)} shapes to draw: --classes must be 1 to {len(names)}, not {classes}.")
+    if images < 2 or min(size) < 64:
+        raise OdtkError(f"A dataset needs 2 images of 64×64 pixels or more, not {images} of {size[1]}×{size[0]}.")
+    folder = Path(folder).expanduser()
+    _check_folder(folder)
+    held_out = max(1, images // 5)
+    try:
+        for part, count in (("train", images - held_out), ("val", held_out)):
+            generator = np.random.default_rng([seed, part == "val"])
+            _draw_part(folder, part, count, size, names[:classes], rotated, generator)
+    except OSError as error:
+        raise OdtkError(f"The dataset cannot be written to {folder}: {error}.") from None
+
+
+def _check_folder(folder: Path) -> None:
+    for part in ("train", "val"):
+        path = folder / f"{part}.json"
+        if path.exists():
+            try:
+                ours = json.loads(path.read_text()).get("info", {}).get("description") == CREATOR
+            except (ValueError, AttributeError, OSError):
+                ours = False
+            if not ours:
+                raise OdtkError(f"{path} exists and was not drawn by odtk synth: choose another folder.")
+
+
+def _draw_part(
+    folder: Path,
+    part: str,
+    count: int,
+    size: tuple[int, int],
+    names: list[str],
+    rotated: bool,
+    generator: np.random.Generator,
+) -> None:
+    (folder / part).mkdir(parents=True, exist_ok=True)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for id in range(1, count + 1):
+        pixels, objects = draw(generator, size, names, rotated)
+        name = f"{id:05d}.jpg"
+        pixels.save(folder / part / name, quality=JPEG_QUALITY)
+        images.append({"id": id, "file_name": name, "width": size[1], "height": size[0]})
+        for entry in objects:
+            annotations.append({"id": len(annotations) + 1, "image_id": id, "iscrowd": 0, **entry})
+    content = {
+        "info": {"description": CREATOR},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
+    }
+    (folder / f"{part}.json").write_text(json.dumps(content))
+
+
+def draw(
+    generator: np.random.Generator, size: tuple[int, int], names: list[str], rotated: bool
+) -> tuple[PILImage.Image, list[dict[str, Any]]]:
+    """One image of ``size`` (height, width) and its COCO annotations (category_id, bbox, area, segmentation)."""
+    canvas, base = _background(generator, size)
+    painter = ImageDraw.Draw(canvas)
+    objects: list[dict[str, Any]] = []
+    hulls: list[np.ndarray] = []
+    for _ in range(generator.integers(OBJECTS[0], OBJECTS[1] + 1)):
+        label = int(generator.integers(len(names)))
+        outline, box, theta = _place(generator, size, names[label], rotated)
+        hull = np.concatenate([outline.min(axis=0), outline.max(axis=0)])
+        if any(_covered(hull, other) > OVERLAP for other in hulls):
+            continue  # a crowded place is left as it is
+        hulls.append(hull)
+        _paint(painter, generator, outline, base)
+        corners = _turned(box[2:] * [[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]], theta) + box[:2] + box[2:] / 2
+        objects.append(
+            {
+                "category_id": label + 1,
+                "bbox": [round(float(value), 2) for value in box] + ([round(theta, 5)] if rotated else []),
+                "area": round(float(box[2] * box[3]), 2),
+                "segmentation": [np.round(corners if rotated else outline, 2).reshape(-1).tolist()],  # [k, 2] → [2·k]
+            }
+        )
+    picture = np.asarray(canvas.resize(size[::-1], PILImage.Resampling.BOX)).astype(np.float64)
+    noise = generator.normal(0, generator.uniform(2, 9), picture.shape)
+    return PILImage.fromarray(np.clip(picture + noise, 0, 255).astype(np.uint8)), objects
+
+
+def _background(generator: np.random.Generator, size: tuple[int, int]) -> tuple[PILImage.Image, np.ndarray]:
+    """A large canvas of smooth patches of one hue crossed by faint lines, and its mean RGB."""
+    hue, value = generator.random(), generator.uniform(0.25, 0.85)
+    base = np.array(colorsys.hsv_to_rgb(hue, generator.uniform(0.05, 0.35), value)) * 255
+    cells = generator.integers(3, 9)
+    light, tint = generator.normal(0, 18, (cells, cells, 1)), generator.normal(0, 6, (cells, cells, 3))
+    patches = np.clip(base + light + tint, 0, 255)
+    large = (size[1] * SMOOTHING, size[0] * SMOOTHING)
+    canvas = PILImage.fromarray(patches.astype(np.uint8)).resize(large, PILImage.Resampling.BICUBIC)
+    painter = ImageDraw.Draw(canvas)
+    for _ in range(generator.integers(0, 5)):
+        ends = (generator.random((2, 2)) * large).reshape(-1).tolist()  # [2, 2] → [4]
+        colour = tuple(np.clip(base + generator.normal(0, 30), 0, 255).astype(int).tolist())
+        painter.line(ends, fill=colour, width=int(generator.integers(1, 3 * SMOOTHING)))
+    return canvas, base
+
+
+def _place(
+    generator: np.random.Generator, size: tuple[int, int], name: str, rotated: bool
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """A shape inside the image: outline [k, 2], box (x, y, w, h; un-turned when rotated), theta. Pixels, radians."""
+    outline = SHAPES[ROTATED_SHAPES[name] if rotated else name]
+    low, high = outline.min(axis=0), outline.max(axis=0)
+    outline = (outline - (low + high) / 2) / (high - low)
+    width = min(size) * math.exp(generator.uniform(math.log(SIDES[0]), math.log(SIDES[1])))
+    ratio = generator.uniform(*ELONGATION) if rotated else generator.uniform(0.85, 1.18)
+    theta = generator.uniform(-math.pi, math.pi) if rotated else generator.normal(0, 0.25)
+    sides = np.array([width, width * ratio])
+    outline = _turned(outline * sides, theta)
+    low, high = outline.min(axis=0), outline.max(axis=0)
+    corner = 1 + generator.random(2) * (np.array(size[::-1]) - (high - low) - 2)
+    centre = corner - low
+    if rotated:
+        return outline + centre, np.concatenate([centre - sides / 2, sides]), theta
+    return outline + centre, np.concatenate([corner, high - low]), 0.0
+
+
+def _turned(points: np.ndarray, theta: float) -> np.ndarray:
+    """Points [k, 2] turned anticlockwise about the origin (y down): (x, y) → (cos·x + sin·y, −sin·x + cos·y)."""
+    cos, sin = math.cos(theta), math.sin(theta)
+    return points @ np.array([[cos, -sin], [sin, cos]])
+
+
+def _covered(hull: np.ndarray, other: np.ndarray) -> float:
+    """Overlap of two boxes (x1, y1, x2, y2) as a share of the smaller."""
+    overlap = np.clip(np.minimum(hull[2:], other[2:]) - np.maximum(hull[:2], other[:2]), 0, None).prod()
+    return float(overlap / min((hull[2:] - hull[:2]).prod(), (other[2:] - other[:2]).prod()))
+
+
+def _paint(
+    painter: ImageDraw.ImageDraw, generator: np.random.Generator, outline: np.ndarray, background: np.ndarray
+) -> None:
+    """A filled outline with a darker rim and a shadow, in a colour that differs from the background."""
+    while True:
+        hsv = generator.random(), generator.uniform(0.35, 1), generator.uniform(0.2, 1)
+        colour = np.array(colorsys.hsv_to_rgb(*hsv)) * 255
+        if np.abs(colour - background).sum() > 150:
+            break
+    points = outline * SMOOTHING
+    shadow = [tuple(point) for point in (points + 2 * SMOOTHING).tolist()]
+    painter.polygon(shadow, fill=tuple((background * 0.75).astype(int).tolist()))
+    corners = [tuple(point) for point in points.tolist()]
+    painter.polygon(corners, fill=tuple(colour.astype(int).tolist()))
+    rim = tuple((colour * 0.6).astype(int).tolist())
+    painter.line([*corners, corners[0]], fill=rim, width=SMOOTHING, joint="curve")
