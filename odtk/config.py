@@ -166,6 +166,7 @@ class TrainConfig:
     momentum: float = 0.9
     precision: str = "mixed"  # mixed (fp16 on CUDA, bf16 on CPU), fp16, bf16, fp32
     val_iters: int = 8000
+    save_seconds: float = 600.0  # a run is also saved when this has passed since the last time
     fine_tune: str | None = None
     backbone_weights: str | None = None  # path, "none", or None: torchvision's ImageNet weights by URL
     override: bool = False
@@ -186,6 +187,7 @@ class InferConfig:
     output: tuple[str, ...] = ()
     precision: str = "mixed"
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    explicit: tuple[str, ...] = ()  # fields of postprocess that the user gave: a file that has others is refused
     draw: str | None = None
 
 
