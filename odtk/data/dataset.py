@@ -212,14 +212,15 @@ class _CocoReader:
         self.path, self.folder, self.rotated, self.training = path, folder, rotated, training
         self.content = load_json(path)
         self.faults: list[Fault] = []
+        self.boxes_of_label: Counter[int] = Counter()  # those of refused images too
 
     def read(self) -> Dataset:
         categories = self.read_categories()
         images = self.read_images()
         self.read_boxes(images, {category.id: i for i, category in enumerate(categories)})
-        usable = [image for image in images.values() if image is not None]
         if self.training:
-            self.check_training(usable, categories)
+            self.check_training(categories)
+        usable = [image for image in images.values() if image is not None]
         return Dataset(usable, categories, self.faults, self.rotated)
 
     def fix(self, id: str, rule: str, reason: str = "", file: Path | None = None) -> None:
@@ -314,9 +315,8 @@ class _CocoReader:
                 self.refuse(name, "unknown category", reason)
                 continue
             image = images[image_id]
-            if image is None:
-                continue
-            box = self.read_box(name, entry, image)
+            box = self.read_box(name, entry, image) if image is not None else None
+            self.boxes_of_label[label] += image is None or box is not None
             if box is not None:
                 found[image_id].append((box, label))
         for id, image in images.items():
@@ -365,15 +365,12 @@ class _CocoReader:
             self.fix(name, "box clipped to the image", f"box {box} clipped to the image")
         return [x1, y1, x2 - x1, y2 - y1]
 
-    def check_training(self, images: list[Image], categories: tuple[Category, ...]) -> None:
-        counts = np.zeros(len(categories), dtype=np.int64)
-        for image in images:
-            counts += np.bincount(image.labels, minlength=len(categories))
-        if not counts.any():
+    def check_training(self, categories: tuple[Category, ...]) -> None:
+        if not self.boxes_of_label.total():
             self.refuse("", "no usable boxes: there is nothing to learn from")
             return
-        for category, count in zip(categories, counts, strict=True):
-            if count == 0:
+        for label, category in enumerate(categories):
+            if not self.boxes_of_label[label]:
                 self.refuse(
                     f"category {category.id}",
                     "category without annotations",

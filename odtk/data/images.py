@@ -128,6 +128,8 @@ def _bit_depth(path: Path, image: PILImage.Image) -> int:
 
 
 def _rule(image: PILImage.Image, depth: int) -> str:
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        return "animation: the first frame is used"
     if image.mode == "CMYK":
         return "CMYK image converted to RGB"
     if image.mode in ("P", "PA"):
@@ -136,8 +138,6 @@ def _rule(image: PILImage.Image, depth: int) -> str:
         return "alpha channel dropped"
     if depth == 16:
         return "16-bit image: the high byte is kept"
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        return "animation: the first frame is used"
     if image.mode in ("L", "1"):
         return "grayscale image: the grey value is used for R, G and B"
     return ""
