@@ -22,7 +22,7 @@ from .backends import Backend, open_backend
 from .config import BenchmarkConfig
 from .data.dataset import Dataset
 from .data.loader import create_loader
-from .infer import gather, loader_config, silent, write_json
+from .infer import gather, loader_config, round_up, silent, write_json
 
 SIZE = (800, 1280)  # H, W of a model that takes any size
 PERCENTILES = (50, 90, 99)
@@ -44,9 +44,8 @@ def benchmark(config: BenchmarkConfig, rank: int = 0, world: int = 1) -> dict[st
     device = torch.device(config.data.device)
     backend = open_backend(config.path, device=str(device), precision=config.precision, postprocess=None)
     data = loader_config(config.data, backend, print if rank == 0 else silent)
-    data = dataclasses.replace(data, size=data.size or SIZE)
-    assert data.size is not None
-    height, width = (up_to(side, backend.stride) for side in data.size)
+    height, width = data.size or round_up(SIZE, backend.stride)
+    data = dataclasses.replace(data, size=(height, width))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     images = torch.randn(data.batch, 3, height, width, device=device)
@@ -75,11 +74,6 @@ def benchmark(config: BenchmarkConfig, rank: int = 0, world: int = 1) -> dict[st
     if config.output:
         write_json(figures, config.output)
     return figures
-
-
-def up_to(side: int, stride: int) -> int:
-    """The next multiple of stride."""
-    return -(-side // stride) * stride
 
 
 def endless(passes: Callable[[], Iterable[Tensor]]) -> Iterator[Tensor]:

@@ -430,6 +430,7 @@ def infer_config(args: argparse.Namespace, world: int) -> InferConfig:
         output=tuple(args.output),
         precision=precision_of(args),
         postprocess=PostprocessConfig(**thresholds_given(args)),
+        explicit=tuple(thresholds_given(args)),
         draw=args.draw,
     )
 
@@ -716,19 +717,20 @@ def run_check(args: argparse.Namespace) -> int:
 
 def add_synth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="where to write train/, val/, train.json and val.json")
-    parser.add_argument("--images", metavar="N", type=positive, default=200, help="training images (%(default)s)")
-    parser.add_argument("--val", metavar="N", type=positive, default=40, help="validation images (%(default)s)")
+    parser.add_argument("--images", metavar="N", type=positive, default=240,
+                        help="images of both sets together, every fifth for validation (%(default)s)")
     add_size(parser, default=[240, 320], help="height and width of the images in pixels (240 320)")
-    parser.add_argument("--classes", metavar="N", type=positive, default=3, help="kinds of shapes (%(default)s)")
-    add_rotated(parser)
-    parser.add_argument("--rotated", dest="rotated_bbox", action="store_true", help="same as --rotated-bbox")
+    parser.add_argument("--classes", metavar="N", type=positive, default=4, help="kinds of shapes (%(default)s)")
+    parser.add_argument("--rotated", "--rotated-bbox", action="store_true",
+                        help="elongated shapes with boxes [x, y, w, h, theta] (off)")
     parser.add_argument("--seed", metavar="N", type=count, default=0, help="(%(default)s)")
 
 
 def run_synth(args: argparse.Namespace) -> int:
     from .data.synthetic import synthesize
 
-    size = size_of(args.size)
-    synthesize(args.folder, images=args.images, val=args.val, size=size, classes=args.classes,
-               rotated=args.rotated_bbox, seed=args.seed)  # fmt: skip
+    height, width = size_of(args.size) or (240, 320)
+    synthesize(args.folder, images=args.images, size=(height, width), classes=args.classes, rotated=args.rotated,
+               seed=args.seed)  # fmt: skip
+    print(f"Drew {args.images} images of {width}×{height} pixels into {args.folder}: train/, val/ and their .json.")
     return 0

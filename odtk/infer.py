@@ -46,6 +46,7 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     backend = open_backend(
         config.path, device=config.data.device, precision=config.precision, postprocess=config.postprocess
     )
+    check_explicit(config, backend)
     say = print if rank == 0 else silent
     data = loader_config(config.data, backend, say)
     dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated)
@@ -64,27 +65,44 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     return detections
 
 
+def check_explicit(config: InferConfig, backend: Backend) -> None:
+    """Refuses a threshold of the command line that a file contradicts, were it the default."""
+    for name in config.explicit:
+        asked, own = getattr(config.postprocess, name), getattr(backend.postprocess, name)
+        if asked != own:
+            flag = "--" + name.replace("_", "-")
+            raise OdtkError(f"{flag} {asked:g} contradicts the {own:g} baked into {config.path}: leave it out.")
+
+
 def loader_config(data: LoaderConfig, backend: Backend, say: Callable[[str], None] = print) -> LoaderConfig:
     """The loader that a backend needs: its size, stride, normalisation and kind of boxes, no more than its batch.
 
     Raises:
         OdtkError: a size is asked for and the file has another one.
     """
-    if backend.size and data.size and tuple(backend.size) != tuple(data.size):
-        asked, own = "×".join(map(str, data.size)), "×".join(map(str, backend.size))
-        raise OdtkError(f"--size {asked} contradicts the {own} of {backend.name}: leave it out, or export it again.")
+    asked = data.size and round_up(data.size, backend.stride)
+    if asked and backend.size and asked != tuple(backend.size):
+        sizes = f"{asked[0]}×{asked[1]} contradicts the {backend.size[0]}×{backend.size[1]}"
+        raise OdtkError(f"--size {sizes} of {backend.name}: leave it out, or export it again.")
+    if data.size and asked != data.size:
+        say(f"--size {data.size} becomes {asked}: sides are multiples of {backend.stride}.")
     if backend.max_batch and data.batch > backend.max_batch:
         say(f"{backend.name} takes {backend.max_batch} images at a time at most, not {data.batch}.")
     return dataclasses.replace(
         data,
         training=False,
-        size=backend.size or data.size,
+        size=backend.size or asked,
         stride=backend.stride,
         mean=backend.mean,
         std=backend.std,
         rotated=backend.rotated,
         batch=min(data.batch, backend.max_batch or data.batch),
     )
+
+
+def round_up(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """The size (H, W), each side at least as large and a multiple of the stride."""
+    return -(-size[0] // stride) * stride, -(-size[1] // stride) * stride
 
 
 def size_line(data: LoaderConfig) -> str:

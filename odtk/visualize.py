@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import colorsys
 import difflib
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .config import LoaderConfig, LossConfig, OdtkError
 from .data.dataset import Dataset, Image, load_json
 from .data.images import ImageError, decode
 from .data.loader import Batch, create_loader
-from .evaluate import read_detections
+from .evaluate import STATS, read_detections
 from .loss import assign, place_anchors
 from .model.detector import Detector
 from .ops import rotated_iou
@@ -126,7 +127,7 @@ def save(picture: PILImage.Image, folder: Path, image: Image) -> str:
 
 def write(picture: PILImage.Image, path: Path) -> None:
     try:
-        picture.save(path, **({"quality": 92} if path.suffix == ".jpg" else {}))
+        picture.save(path, quality=92)  # of a JPEG; PNG has none
     except OSError as error:
         raise OdtkError(f"Cannot write {path}: {error.strerror or error}.") from error
 
@@ -204,7 +205,7 @@ def overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, 
 def beside(left: PILImage.Image, right: PILImage.Image) -> PILImage.Image:
     """Two pictures of one size side by side, under "truth" and "detections"."""
     font = ImageFont.load_default(max(14, min(left.size) // 30))
-    header = font.getbbox("Ag")[3] + 8
+    header = round(font.getbbox("Ag")[3]) + 8
     picture = PILImage.new("RGB", (left.width + right.width + 8, left.height + header), "white")
     draw = ImageDraw.Draw(picture)
     for x, part, title in ((0, left, "truth"), (left.width + 8, right, "detections")):
@@ -345,8 +346,6 @@ def points(box: Tensor) -> list[tuple[float, float]]:
 
 def inputs(detector: Detector, data: LoaderConfig, count: int) -> Iterator[tuple[Image, Batch]]:
     """The first images as the detector gets them, one per batch."""
-    from dataclasses import replace
-
     data = replace(data, batch=1, training=False, stride=detector.stride, rotated=detector.config.rotated)
     dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated)
     dataset.images = dataset.images[:count]
@@ -360,3 +359,76 @@ def picture_of(batch: Batch, data: LoaderConfig) -> PILImage.Image:
     mean, std = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
     pixels = ((batch.images[0].cpu() * std + mean) * 255).round().clamp(0, 255).byte()
     return PILImage.fromarray(pixels.permute(1, 2, 0).numpy())  # [3, H, W] -> [H, W, 3]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training curves
+
+
+def draw_curves(logdir: str, folder: str) -> list[str]:
+    """Losses, learning rate, speed and validation figures of LOGDIR/metrics.jsonl (train.Report) in one PNG.
+
+    Raises:
+        OdtkError: no such file, nothing in it, or matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")  # draws without a display
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise OdtkError("Training curves need matplotlib: pip install 'odtk[plot]'.") from error
+    curves = read_curves(Path(logdir) / "metrics.jsonl")
+    panels: dict[str, list[str]] = defaultdict(list)
+    for name in curves:
+        panels[panel_of(name)].append(name)
+    figure, axes = pyplot.subplots(len(panels), 1, sharex=True, squeeze=False, figsize=(9, 2.6 * len(panels)))
+    for axis, (title, names) in zip(axes[:, 0], panels.items(), strict=True):
+        for name in names:
+            x, y = zip(*curves[name], strict=True)
+            axis.plot(x, y, label=name, linewidth=1.2, marker="o" if len(x) < 30 else None, markersize=3)
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8, ncols=2, framealpha=0.6)
+    axes[-1, 0].set_xlabel("iteration")
+    figure.tight_layout()
+    path = make_folder(folder) / "curves.png"
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise OdtkError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        pyplot.close(figure)
+    return [str(path)]
+
+
+def panel_of(name: str) -> str:
+    """Which plot a recorded value stands in."""
+    if name in STATS:
+        return "validation"
+    return {"lr": "learning rate", "images_per_second": "images per second"}.get(name, "loss")
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """(iteration, value) by name. Where a resumed run went back, the second pass counts; a torn last line does not."""
+    if not path.is_file():
+        raise OdtkError(f"There is no {path}: train with --logdir {path.parent} to have it written.")
+    records: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        while records and records[-1]["iteration"] > record["iteration"]:
+            records.pop()
+        records.append(record)
+    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for record in records:
+        for name, value in record.items():
+            figure = name in STATS and value < 0  # nothing of that size was to be found
+            if name not in ("iteration", "time") and isinstance(value, (int, float)) and not figure:
+                curves[name].append((record["iteration"], value))
+    if not curves:
+        raise OdtkError(f"{path} has no figures yet.")
+    return curves
