@@ -138,7 +138,7 @@ class Sampler:
         crop = random_crop(generator, image) if augment.crop else (0, 0, image.width, image.height)
         inside = _centres_inside(image.boxes, crop)
         scale = _shorter_side(crop[2] - crop[0], crop[3] - crop[1], target, self.config.max_size)
-        boxes, labels = image.boxes[inside], image.labels[inside]
+        boxes, labels = _clip(image.boxes[inside], crop), image.labels[inside]
         return self._sample(image, crop, scale, flip, quarters, math.radians(degrees), colour, boxes, labels)
 
     def _sample(
@@ -321,15 +321,20 @@ def normalise_angle(boxes: np.ndarray, absolute: bool) -> np.ndarray:
 
 
 def _keep(boxes: np.ndarray, labels: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes with their centre on the canvas and sides of a pixel or more; upright ones are clipped to it."""
+    """Boxes [n, 4|5] (x, y, w, h, …) with their centre on the canvas, clipped to it, of sides of a pixel or more."""
     inside = _centres_inside(boxes, (0, 0, *canvas))
-    boxes, labels = boxes[inside], labels[inside]
-    if boxes.shape[1] == 4:
-        low = np.maximum(boxes[:, :2], 0)
-        high = np.minimum(boxes[:, :2] + boxes[:, 2:], canvas)
-        boxes = np.concatenate([low, high - low], axis=1)
+    boxes, labels = _clip(boxes[inside], (0, 0, *canvas)), labels[inside]
     large = (boxes[:, 2:4] >= MIN_SIDE).all(axis=1)
     return boxes[large], labels[large]
+
+
+def _clip(boxes: np.ndarray, window: tuple[float, float, float, float]) -> np.ndarray:
+    """Boxes [n, 4] (x, y, w, h) cut at a window (x1, y1, x2, y2); rotated ones [n, 5] as they are."""
+    if boxes.shape[1] == 5:
+        return boxes
+    low = np.maximum(boxes[:, :2], window[:2])
+    high = np.minimum(boxes[:, :2] + boxes[:, 2:], window[2:])
+    return np.concatenate([low, high - low], axis=1)
 
 
 def _corners(boxes: np.ndarray) -> np.ndarray:

@@ -1,0 +1,321 @@
+"""Order, sharding, resume, geometry and damage; the torch loader's pixels against plain arithmetic."""
+
+import math
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from odtk.config import AugmentConfig, LoaderConfig, OdtkError
+from odtk.data import loader as loader_module
+from odtk.data.dataset import Category, Dataset, Fault, Image
+from odtk.data.loader import Batch, TorchLoader, create_loader, render
+from odtk.data.sampler import Sampler, colour_matrix, normalise_angle, random_crop
+
+STILL = AugmentConfig(flip=0, crop=False, brightness=0, contrast=0, hue=0, saturation=0)
+IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def records(count: int, width: int = 40, height: int = 30, boxes: int = 2) -> Dataset:
+    """Images that exist only as records: enough for the sampler."""
+    generator = np.random.default_rng(0)
+    images = []
+    for i in range(count):
+        size = generator.uniform(4, 12, (boxes, 2))
+        corner = generator.random((boxes, 2)) * ((width, height) - size)
+        labels = generator.integers(0, 2, boxes)
+        images.append(Image(100 + i, Path(f"{i}.jpg"), width, height, np.concatenate([corner, size], axis=1), labels))
+    return Dataset(images, (Category(1, "a"), Category(5, "b")))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Dataset:
+    """Six PNG files of noise, of two sizes, with one box each but the last."""
+    generator = np.random.default_rng(1)
+    images = []
+    for i in range(6):
+        width, height = (40, 30) if i % 2 else (24, 50)
+        pixels = generator.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        PILImage.fromarray(pixels).save(tmp_path / f"{i}.png")
+        boxes = np.array([[3.0, 4, 10, 12]]) if i < 5 else np.zeros((0, 4))
+        images.append(Image(i + 1, tmp_path / f"{i}.png", width, height, boxes, np.zeros(len(boxes), np.int64)))
+    return Dataset(images, (Category(1, "a"),))
+
+
+def config(**changes) -> LoaderConfig:
+    return replace(LoaderConfig("images", loader="torch", resize=32, max_size=64, jitter=(24, 48)), **changes)
+
+
+def seen(dataset: Dataset, settings: LoaderConfig, batches: int) -> list[int]:
+    sampler = Sampler(dataset, settings)
+    return [sample.image.id for number in range(batches) for sample in sampler.plan(number).samples]
+
+
+@pytest.mark.parametrize(("count", "batch", "world"), [(10, 2, 1), (10, 3, 1), (13, 2, 2), (7, 4, 3), (3, 4, 2)])
+def test_each_image_once_per_epoch_over_all_ranks(count, batch, world) -> None:
+    dataset = records(count)
+    batches = 3 * count
+    ranks = [seen(dataset, config(training=True, batch=batch, rank=r, world=world), batches) for r in range(world)]
+    assert len({len(ids) for ids in ranks}) == 1  # no rank waits for another
+    stream = [
+        id for number in range(batches) for ids in ranks for id in ids[number * batch : (number + 1) * batch]
+    ]
+    for epoch in range(len(stream) // count):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == [100 + i for i in range(count)]
+    assert stream[:count] != stream[count : 2 * count] or count < 4  # shuffled anew
+    assert len(Sampler(dataset, config(training=True, batch=batch, world=world))) == math.ceil(count / batch / world)
+
+
+@pytest.mark.parametrize(("count", "batch", "world"), [(10, 4, 1), (10, 4, 3), (2, 4, 3)])
+def test_no_image_lost_or_doubled_in_inference(count, batch, world) -> None:
+    dataset = records(count)
+    ids = []
+    for rank in range(world):
+        settings = config(batch=batch, rank=rank, world=world)
+        ids += seen(dataset, settings, len(Sampler(dataset, settings)))
+    assert sorted(ids) == [100 + i for i in range(count)]
+
+
+def test_order_depends_on_the_seed_alone() -> None:
+    dataset = records(12)
+    assert seen(dataset, config(training=True, seed=1), 12) == seen(dataset, config(training=True, seed=1), 12)
+    assert seen(dataset, config(training=True, seed=1), 12) != seen(dataset, config(training=True, seed=2), 12)
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in Batch.__dataclass_fields__)
+
+
+def test_resume_gives_the_batches_that_would_have_been(files) -> None:
+    settings = config(training=True, batch=4, workers=2)
+    first = create_loader(files, settings)
+    batches = list(islice(first, 5))
+    again = create_loader(files, settings)
+    for _ in islice(again, 2):
+        state = again.state()
+    assert state == {"seen": 8}  # what was prepared ahead does not count
+    resumed = create_loader(files, settings)
+    resumed.restore(state)
+    assert all(equal(a, b) for a, b in zip(batches[2:], islice(resumed, 3), strict=True))
+    assert all(equal(a, b) for a, b in zip(batches[2:], islice(again, 3), strict=True))  # a second iteration goes on
+    other = create_loader(files, replace(settings, batch=2, world=2))
+    other.restore(state)
+    assert other.state() == state
+
+
+def test_inference_passes_repeat(files) -> None:
+    passes = create_loader(files, config(batch=4))
+    first, second = list(passes), list(passes)
+    assert [len(b.ids) for b in first] == [4, 2] and len(passes) == 2
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+    assert sorted(torch.cat([b.ids for b in first]).tolist()) == [1, 2, 3, 4, 5, 6]
+
+
+def test_shapes_scales_and_padding(files) -> None:
+    batch = next(iter(create_loader(files, config(batch=6, stride=32))))
+    assert batch.images.shape == (6, 3, 64, 64) and batch.images.dtype == torch.float32
+    # 24×50 → shorter side 32, longer side capped at 64: scale 64/50; 40×30 → 43×32
+    assert batch.scales[0].tolist() == pytest.approx([31 / 24, 64 / 50])
+    assert batch.scales[1].tolist() == pytest.approx([43 / 40, 32 / 30])
+    assert batch.images[1, :, 32:].abs().max() == 0 and batch.images[1, :, :, 43:].abs().max() == 0
+    assert batch.images[1, :, 31, 42].abs().max() > 0
+    sx, sy = batch.scales[1].tolist()
+    assert batch.boxes[1, 0].tolist() == pytest.approx([3 * sx, 4 * sy, 13 * sx - 1, 16 * sy - 1])
+    assert batch.labels.tolist() == [[0]] * 5 + [[-1]] and batch.boxes[5].abs().max() == 0
+    assert batch.boxes.shape == (6, 1, 4)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 32)])
+def test_size_means_fitted_inside_and_padded_to_exactly_it(files, size) -> None:
+    for batch in create_loader(files, config(batch=2, size=size)):
+        assert batch.images.shape[2:] == size
+    scale = min(size[0] / 30, size[1] / 40)
+    assert batch.scales[1].tolist() == pytest.approx([round(40 * scale) / 40, round(30 * scale) / 30])
+
+
+def test_normalisation_without_scaling_is_exact(files) -> None:
+    settings = config(batch=1, resize=30, max_size=40, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    batch = list(create_loader(files, settings))[1]
+    pixels = np.asarray(PILImage.open(files.images[1].path)).astype(np.float32) / 255
+    expected = (pixels - settings.mean) / settings.std
+    assert np.allclose(batch.images[0, :, :30, :40].permute(1, 2, 0), expected, atol=1e-5)
+    assert batch.images[0, :, 30:].abs().max() == 0
+
+
+def test_jitter_is_inclusive_and_common_to_the_ranks() -> None:
+    dataset = records(8, width=40, height=40)
+    settings = config(training=True, jitter=(30, 32), augment=STILL)
+    sizes = Counter(Sampler(dataset, settings).plan(k).samples[0].size[0] for k in range(60))
+    assert set(sizes) == {30, 31, 32}
+    for k in range(10):
+        ranks = [Sampler(dataset, replace(settings, rank=r, world=2)).plan(k).samples[0].size for r in range(2)]
+        assert ranks[0] == ranks[1]
+
+
+def test_the_crop_keeps_a_box() -> None:
+    dataset = records(1, width=400, height=300, boxes=3)
+    image = dataset.images[0]
+    generator = np.random.default_rng(0)
+    windows = [random_crop(generator, image) for _ in range(200)]
+    assert len(set(windows)) > 50 and (0, 0, 400, 300) in windows
+    for x1, y1, x2, y2 in windows:
+        assert 0 <= x1 < x2 <= 400 and 0 <= y1 < y2 <= 300
+        centre = image.boxes[:, :2] + image.boxes[:, 2:] / 2
+        assert ((centre >= (x1, y1)) & (centre < (x2, y2))).all(axis=1).any()
+    image.boxes = image.boxes[:0]
+    assert random_crop(generator, image) == (0, 0, 400, 300)
+
+
+def marked(tmp_path: Path, rotated: bool) -> Dataset:
+    """A black image with one filled white box and the record of its place."""
+    pixels = np.zeros((120, 160, 3), np.uint8)
+    pixels[30:60, 50:110] = 255
+    PILImage.fromarray(pixels).save(tmp_path / "marked.png")
+    box = np.array([[50.0, 30, 60, 30] + [0.0] * rotated])
+    image = Image(1, tmp_path / "marked.png", 160, 120, box, np.zeros(1, np.int64))
+    return Dataset([image], (Category(1, "a"),), rotated=rotated)
+
+
+AUGMENTS = {
+    "flip": replace(STILL, flip=1),
+    "crop": replace(STILL, crop=True),
+    "quarters": replace(STILL, rotate=True),
+    "crop and quarters": replace(STILL, crop=True, flip=0.5, rotate=True),
+    "free": replace(STILL, free_rotate=(-40, 40)),
+    "all": AugmentConfig(rotate=True, free_rotate=(-20, 20)),
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTS)
+def test_boxes_follow_the_pixels(tmp_path, name) -> None:
+    """The white pixels after augmentation span the box; what a free turn pushes out of sight may leave it larger."""
+    settings = config(training=True, augment=AUGMENTS[name], jitter=(110, 130), max_size=200, **IDENTITY)
+    checked = 0
+    for batch in islice(create_loader(marked(tmp_path, False), settings), 12):
+        if batch.labels[0, 0] < 0:
+            continue  # turned out of the canvas
+        checked += 1
+        ys, xs = torch.nonzero(batch.images[0, 0] > 0.5, as_tuple=True)
+        found = torch.tensor([xs.min(), ys.min(), xs.max(), ys.max()], dtype=torch.float32)
+        beyond = (found - batch.boxes[0, 0]) * torch.tensor([-1, -1, 1, 1])
+        assert beyond.max() <= 1.5
+        assert name == "all" or beyond.min() >= -1.5
+    assert checked >= 8
+
+
+@pytest.mark.parametrize("name", AUGMENTS)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_rotated_boxes_follow_the_pixels(tmp_path, name, absolute) -> None:
+    """Pixels well inside the rotated box are white (of those that were in the crop), those outside are black."""
+    settings = config(
+        training=True, augment=AUGMENTS[name], jitter=(110, 130), max_size=200, rotated=True,
+        absolute_angle=absolute, **IDENTITY,
+    )  # fmt: skip
+    checked = 0
+    for batch in islice(create_loader(marked(tmp_path, True), settings), 12):
+        if batch.labels[0, 0] < 0:
+            continue
+        x1, y1, x2, y2, theta = batch.boxes[0, 0].tolist()
+        limit = math.pi if absolute else math.pi / 4
+        assert abs(theta) <= limit + 1e-6
+        height, width = batch.images.shape[2:]
+        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+        dx, dy = x - (x1 + x2 + 1) / 2, y - (y1 + y2 + 1) / 2
+        along = math.cos(theta) * dx - math.sin(theta) * dy  # the inverse of the turn
+        across = math.sin(theta) * dx + math.cos(theta) * dy
+        inside = torch.maximum(along.abs() - (x2 - x1 + 1) / 2, across.abs() - (y2 - y1 + 1) / 2)
+        white = batch.images[0, 0] > 0.5
+        assert "crop" in name or name == "all" or white[inside < -1.5].all()
+        assert white[inside < -1.5].float().mean() > 0.4
+        assert not white[inside > 1.5].any()
+        checked += 1
+    assert checked >= 8
+
+
+def test_angles_are_normalised_about_the_centre() -> None:
+    box = np.array([[10.0, 20, 40, 8, 2.0]])
+    (x, y, w, h, theta), = normalise_angle(box, absolute=False)
+    assert (w, h) == (8, 40) and theta == pytest.approx(2.0 - math.pi / 2)
+    assert (x + w / 2, y + h / 2) == (30, 24)
+    (x, y, w, h, theta), = normalise_angle(np.array([[10.0, 20, 40, 8, 4.0]]), absolute=True)
+    assert (w, h) == (40, 8) and theta == pytest.approx(4.0 - 2 * math.pi)
+    edge = normalise_angle(np.array([[0, 0, 2, 1, math.pi / 4], [0, 0, 2, 1, -math.pi / 4]]), absolute=False)
+    assert edge[:, 4].tolist() == [-math.pi / 4, -math.pi / 4]
+
+
+def test_boxes_below_a_pixel_are_dropped_in_training_only(tmp_path) -> None:
+    dataset = records(1, width=400, height=400, boxes=1)
+    dataset.images[0].boxes = np.array([[10.0, 10, 300, 5]])
+    assert len(Sampler(dataset, config(training=True, augment=STILL, jitter=(32, 32))).plan(0).samples[0].boxes) == 0
+    assert len(Sampler(dataset, config()).plan(0).samples[0].boxes) == 1
+
+
+def test_colour_changes() -> None:
+    generator = np.random.default_rng(0)
+    none = colour_matrix(generator, STILL)
+    assert np.allclose(none, np.eye(3, 4), atol=1e-9)
+    strong = colour_matrix(generator, replace(STILL, hue=0.2, saturation=0.5))
+    assert np.allclose(strong @ [77, 77, 77, 1], 77, atol=0.5)  # grey has neither hue nor saturation
+    assert not np.allclose(strong @ [200, 50, 50, 1], [200, 50, 50], atol=5)
+    contrast = colour_matrix(generator, replace(STILL, contrast=0.5))
+    assert np.allclose(contrast @ [128, 128, 128, 1], 128, atol=1e-6)
+    brightness = colour_matrix(generator, replace(STILL, brightness=0.1))
+    assert np.allclose(brightness @ [10, 20, 40, 1] / brightness[0, 0], [10, 20, 40])
+
+
+def test_a_damaged_image_becomes_zeros_without_boxes_and_is_named_once(files, capsys) -> None:
+    path = files.images[2].path
+    path.write_bytes(path.read_bytes()[:200])
+    batches = [next(iter(create_loader(files, config(batch=6)))) for _ in range(2)]
+    passes = create_loader(files, config(batch=6))
+    for batch in [*batches, *passes, *passes]:
+        assert batch.ids.tolist() == [1, 2, 3, 4, 5, 6]  # not lost
+        assert batch.images[2].abs().max() == 0 and batch.labels[2].tolist() == [-1]
+        assert batch.images[1].abs().max() > 0 and batch.labels[1].tolist() == [0]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all("2.png" in line and "image 3" in line for line in lines)  # once per loader
+
+
+def test_impossible_settings_are_one_sentence(files) -> None:
+    with pytest.raises(OdtkError, match="multiples of the stride 32"):
+        create_loader(files, config(size=(50, 64)))
+    with pytest.raises(OdtkError, match="--jitter 9 3"):
+        create_loader(files, config(training=True, jitter=(9, 3)))
+    with pytest.raises(OdtkError, match="use dali or torch"):
+        create_loader(files, config(loader="tf"))
+    with pytest.raises(OdtkError, match="no images"):
+        create_loader(Dataset([], ()), config())
+
+
+def test_the_torch_loader_steps_in_where_dali_is_absent(files, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "odtk.data.dali", None)
+    assert isinstance(create_loader(files, config(loader="dali")), TorchLoader)
+    assert "DALI is not available" in capsys.readouterr().err
+
+
+def test_rank_zero_prints_the_counted_warnings(files, capsys) -> None:
+    files.faults = [Fault("x.json", f"annotation {i}", "dropped", True, "degenerate box dropped") for i in (4, 5)]
+    create_loader(files, config(rank=1, world=2))
+    assert capsys.readouterr().err == ""
+    create_loader(files, config())
+    assert capsys.readouterr().err == "Warning: degenerate box dropped (2 ×, first x.json annotation 4)\n"
+
+
+def test_loading_goes_on_ahead_of_its_use(files, monkeypatch) -> None:
+    rendered = []
+    monkeypatch.setattr(loader_module, "render", lambda sample: rendered.append(sample) or render(sample))
+    batches = iter(create_loader(files, config(training=True, batch=1, workers=1)))
+    next(batches)
+    for _ in range(200):
+        if len(rendered) == 1 + loader_module.PREFETCH:
+            break
+        time.sleep(0.01)
+    assert len(rendered) == 1 + loader_module.PREFETCH
+    batches.close()
