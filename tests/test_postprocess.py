@@ -1,0 +1,133 @@
+"""From raw levels to detections: planted objects come out, and the settings reach the right place."""
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from odtk import boxes as geometry
+from odtk.config import ModelConfig, PostprocessConfig
+from odtk.postprocess import Detections, postprocess
+
+STRIDES = (8, 16)
+SHAPES = ((8, 10), (4, 5))  # 80 × 64 px
+ANCHOR = torch.tensor([0.0, -4.0, 7.0, 11.0])  # 8 × 16 px about the first cell's centre
+KINDS = ["retinanet", "rotated", "fcos"]
+
+
+def model_config(kind: str) -> ModelConfig:
+    """One anchor per cell, three classes."""
+    one = {"classes": 3, "ratios": (1.0,), "scales": (1.0,)}
+    if kind == "fcos":
+        return ModelConfig(head="fcos", **one)
+    return ModelConfig(angles=(0.0,) if kind == "rotated" else (), **one)
+
+
+def anchors_of(model: ModelConfig) -> list[Tensor]:
+    if model.head == "fcos":
+        return [torch.tensor([[0.0, 0.0, s - 1.0, s - 1.0]]) for s in STRIDES]
+    return [torch.cat([ANCHOR, torch.zeros(int(model.rotated))])[None] for _ in STRIDES]
+
+
+def empty_heads(model: ModelConfig, n: int) -> tuple[list[Tensor], list[Tensor]]:
+    logits = [torch.full((n, model.classes, *shape), -10.0) for shape in SHAPES]
+    return logits, [torch.zeros(n, model.box_values, *shape) for shape in SHAPES]
+
+
+def plant(
+    heads,
+    model: ModelConfig,
+    *,
+    image: int,
+    level: int,
+    cell: tuple[int, int],
+    box: list[float],
+    label: int,
+    logit: float,
+) -> None:
+    """Write what the heads would say of this box [4 or 5] at a cell (y, x)."""
+    y, x = cell
+    s = STRIDES[level]
+    target = torch.tensor(box)
+    heads[0][level][image, label, y, x] = logit
+    if model.head == "fcos":
+        px, py = (x + 0.5) * s, (y + 0.5) * s
+        x1, y1, x2, y2 = box
+        numbers = torch.tensor([(px - x1) / s, (py - y1) / s, (x2 + 1 - px) / s, (y2 + 1 - py) / s, 20.0])
+    else:
+        anchor = anchors_of(model)[level][0] + torch.tensor([x * s, y * s, x * s, y * s, 0.0])[: len(box)]
+        numbers = (geometry.encode_rotated if model.rotated else geometry.encode)(target, anchor)
+    heads[1][level][image, :, y, x] = numbers
+
+
+def run(heads, model: ModelConfig, **settings) -> Detections:
+    config = PostprocessConfig(**settings)
+    return postprocess(*heads, anchors=anchors_of(model), strides=STRIDES, model=model, config=config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_planted_objects_come_out(kind: str) -> None:
+    """Two classes, two levels, one near copy that is suppressed, an image with nothing."""
+    model = model_config(kind)
+    heads = empty_heads(model, 2)
+    angle = [0.3] if model.rotated else []
+    first, near, other = [16.0, 8.0, 39.0, 31.0], [17.0, 8.0, 40.0, 31.0], [30.0, 20.0, 69.0, 59.0]
+    plant(heads, model, image=1, level=0, cell=(2, 3), box=first + angle, label=2, logit=2.0)
+    plant(heads, model, image=1, level=0, cell=(2, 2), box=near + angle, label=2, logit=1.0)
+    plant(heads, model, image=1, level=1, cell=(2, 3), box=other + angle, label=0, logit=3.0)
+    found = run(heads, model, detections=7)
+
+    assert found.scores.shape == found.classes.shape == (2, 7)
+    assert found.boxes.shape == (2, 7, 6 if model.rotated else 4)
+    assert not found.scores[0].any() and not found.boxes[0].any() and not found.classes[0].any()
+    assert (found.scores[1] > 0).sum() == 2
+    assert found.classes[1, :2].tolist() == [0, 2]
+    expected = torch.tensor([3.0, 2.0]).sigmoid()
+    assert torch.allclose(found.scores[1, :2], expected.sqrt() if model.head == "fcos" else expected, atol=1e-6)
+    assert torch.allclose(found.boxes[1, :2, :4], torch.tensor([other, first]), atol=1e-3)
+    if model.rotated:
+        assert torch.allclose(torch.atan2(found.boxes[1, :2, 4], found.boxes[1, :2, 5]), torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_setting_has_its_effect(kind: str) -> None:
+    model = model_config(kind)
+    heads = [[torch.randn_like(level) for level in part] for part in empty_heads(model, 1)]
+
+    def count(**settings) -> int:
+        return int((run(heads, model, **settings).scores > 0).sum())
+
+    usual = count()
+    assert count(score_threshold=0.7) < usual
+    assert count(nms_threshold=0.1, detections=999) < count(nms_threshold=0.9, detections=999)
+    assert count(detections=3) == 3
+    assert count(top_n=1) <= len(STRIDES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_detections_are_what_the_class_promises(kind: str) -> None:
+    model = model_config(kind)
+    logits, boxes = ([torch.randn_like(level) for level in part] for part in empty_heads(model, 3))
+    logits[0][1], logits[1][1] = -10, -10
+    found = run((logits, boxes), model)
+    types = [getattr(found, part.name).dtype for part in dataclasses.fields(found)]
+    assert types == [torch.float32, torch.float32, torch.int64]
+    assert (found.scores[:, :-1] >= found.scores[:, 1:]).all()
+    unused = found.scores == 0
+    assert unused[1].all() and not unused[0].all()
+    assert not found.boxes[unused].any() and not found.classes[unused].any()
+    limits = torch.tensor([79.0, 63.0, 79.0, 63.0])
+    assert (found.boxes[..., :4] >= 0).all() and (found.boxes[..., :4] <= limits).all()
+
+
+def test_a_rotated_pair_is_judged_by_its_polygons() -> None:
+    """Two bars crossed at 90°: their circumscribed boxes are nearly the same, their polygons share little."""
+    model = model_config("rotated")
+    heads = empty_heads(model, 1)
+    bar = [20.0, 28.0, 59.0, 35.0]
+    plant(heads, model, image=0, level=0, cell=(3, 4), box=[*bar, math.pi / 4], label=1, logit=2.0)
+    plant(heads, model, image=0, level=0, cell=(4, 4), box=[*bar, -math.pi / 4], label=1, logit=1.0)
+    assert (run(heads, model).scores > 0).sum() == 2
+    plant(heads, model, image=0, level=0, cell=(4, 4), box=[*bar, math.pi / 4 + 0.02], label=1, logit=1.0)
+    assert (run(heads, model).scores > 0).sum() == 1
