@@ -1,0 +1,244 @@
+// The Python module odtk._C: the only file that includes pybind11. It takes pointers, shapes and the caller's CUDA stream;
+// Python allocates. Arguments that are device pointers or streams are plain integers (torch: data_ptr(), cuda_stream).
+#include <pybind11/native_enum.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cuda/box.cuh"
+#include "../cuda/check.h"
+#include "../cuda/decode.h"
+#include "../cuda/nms.h"
+#include "../cuda/rotated_iou.h"
+
+namespace py = pybind11;
+using py::literals::operator""_a;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Array = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+/// Why no kernel can run here, or nothing.
+std::optional<std::string> device_error() {
+  int devices = 0;
+  const cudaError_t status = cudaGetDeviceCount(&devices);
+  if (status == cudaSuccess && devices > 0) return std::nullopt;
+  return std::string(status == cudaSuccess ? "no CUDA device" : cudaGetErrorString(status));
+}
+
+/// CudaError -> RuntimeError; says what this machine lacks where that is the reason.
+void translate(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const odtk::CudaError& e) {
+    std::string message = e.what();
+    if (const auto reason = device_error()) {
+      message = "odtk._C cannot run its CUDA kernels on this machine (" + *reason + "): use tensors on the CPU. " + message;
+    } else if (e.code() == cudaErrorNoKernelImageForDevice) {
+      message = "odtk._C was built for the architectures " ODTK_ARCHITECTURES
+                ", not for this GPU: build again with ODTK_CUDA_ARCH set to its compute capability. " + message;
+    }
+    PyErr_SetString(PyExc_RuntimeError, message.c_str());
+  }
+}
+
+// ---- host geometry, on numpy arrays ----
+
+/// Rows of an array [n, values]; throws ValueError for another shape.
+py::ssize_t rows(const Array& array, py::ssize_t values, const char* name) {
+  if (array.ndim() != 2 || array.shape(1) != values) {
+    throw py::value_error(std::string(name) + " must have the shape [n, " + std::to_string(values) + "]");
+  }
+  return array.shape(0);
+}
+
+odtk::Box box_of(const float* v) { return {v[0], v[1], v[2], v[3]}; }
+odtk::RotatedBox rotated_box_of(const float* v) { return {box_of(v), v[4], v[5]}; }
+
+Array decode_boxes(odtk::BoxKind kind, const Array& values, const Array& anchors, int stride, std::pair<int, int> size) {
+  const py::ssize_t count = rows(values, odtk::head_values(kind), "values");
+  if (rows(anchors, 4, "anchors") != count) throw py::value_error("values and anchors must have as many rows");
+  const py::ssize_t width = odtk::box_values(kind);
+  Array out({count, width});
+  for (py::ssize_t i = 0; i < count; ++i) {
+    const float* const v = values.data(i, 0);
+    float* const o = out.mutable_data(i, 0);
+    const odtk::Box anchor = box_of(anchors.data(i, 0));
+    const odtk::Box box = kind == odtk::BoxKind::kFcos
+                              ? odtk::decode_distances(v, anchor, stride, size.first, size.second)
+                              : odtk::decode_deltas(v, anchor, size.first, size.second);
+    o[0] = box.x1, o[1] = box.y1, o[2] = box.x2, o[3] = box.y2;
+    if (kind == odtk::BoxKind::kRotated) o[4] = odtk::finite(v[4]), o[5] = odtk::finite(v[5]);
+  }
+  return out;
+}
+
+Array iou(const Array& a, const Array& b) {
+  const py::ssize_t n = rows(a, 4, "a"), m = rows(b, 4, "b");
+  Array out({n, m});
+  for (py::ssize_t i = 0; i < n; ++i) {
+    for (py::ssize_t j = 0; j < m; ++j) *out.mutable_data(i, j) = odtk::iou(box_of(a.data(i, 0)), box_of(b.data(j, 0)));
+  }
+  return out;
+}
+
+py::array_t<bool> overlaps(const Array& a, const Array& b, float threshold) {
+  const py::ssize_t values = a.ndim() == 2 && a.shape(1) == 6 ? 6 : 4, n = rows(a, values, "a"), m = rows(b, values, "b");
+  py::array_t<bool> out({n, m});
+  for (py::ssize_t i = 0; i < n; ++i) {
+    for (py::ssize_t j = 0; j < m; ++j) {
+      const float *u = a.data(i, 0), *v = b.data(j, 0);
+      *out.mutable_data(i, j) = values == 6 ? odtk::overlaps(rotated_box_of(u), rotated_box_of(v), threshold)
+                                            : odtk::overlaps(box_of(u), box_of(v), threshold);
+    }
+  }
+  return out;
+}
+
+void bind_host(py::module_& m) {
+  m.def("decode_boxes", &decode_boxes, "kind"_a, "values"_a, "anchors"_a, "stride"_a, "size"_a,
+        "Boxes [n, 4 or 6] of head values [n, V] and placed anchors [n, 4]; size (width, height) px of the level.");
+  m.def("iou", &iou, "a"_a, "b"_a, "IoU [n, m] of boxes a [n, 4] and b [m, 4], inclusive corners.");
+  m.def("overlaps", &overlaps, "a"_a, "b"_a, "threshold"_a,
+        "Whether the IoU is above the threshold, [n, m], of boxes [n, 4] or [n, 6]: what the NMS kernel asks.");
+  m.def(
+      "rotated_iou_host",
+      [](const odtk::RotatedIouParams& params, Address a, Address b, Address out) {
+        odtk::rotated_iou_host(params, pointer<float>(a), pointer<float>(b), pointer<float>(out));
+      },
+      "params"_a, "a"_a, "b"_a, "out"_a, py::call_guard<py::gil_scoped_release>(),
+      "rotated_iou with host pointers, on the calling thread.");
+}
+
+// ---- kernels, on device pointers ----
+
+void bind_kernels(py::module_& m) {
+  py::native_enum<odtk::BoxKind>(m, "BoxKind", "enum.IntEnum", "How the values of a box head are read.")
+      .value("ANCHOR", odtk::BoxKind::kAnchor)
+      .value("ROTATED", odtk::BoxKind::kRotated)
+      .value("FCOS", odtk::BoxKind::kFcos)
+      .finalize();
+  m.attr("MAX_LEVELS") = odtk::kMaxLevels;
+  m.attr("MAX_TOP_N") = odtk::kMaxTopN;
+
+  py::class_<odtk::DecodeLevel>(m, "DecodeLevel", "One level's tensors and shape; see csrc/cuda/decode.h.")
+      .def(py::init([](Address logits, Address boxes, Address anchors, int height, int width, int stride,
+                       int logits_pitch, int boxes_pitch) {
+             odtk::DecodeLevel level;
+             level.logits = pointer<void>(logits);
+             level.boxes = pointer<void>(boxes);
+             level.anchors = pointer<float>(anchors);
+             level.height = height;
+             level.width = width;
+             level.stride = stride;
+             level.logits_pitch = logits_pitch;
+             level.boxes_pitch = boxes_pitch;
+             return level;
+           }),
+           py::kw_only(), "logits"_a, "boxes"_a, "anchors"_a, "height"_a, "width"_a, "stride"_a, "logits_pitch"_a = 0,
+           "boxes_pitch"_a = 0);
+
+  py::class_<odtk::DecodeParams>(m, "DecodeParams", "All of one call of decode; see csrc/cuda/decode.h.")
+      .def(py::init([](const std::vector<odtk::DecodeLevel>& levels, int batch, int anchors, int classes, int top_n,
+                       int anchor_values, double score_threshold, odtk::BoxKind kind, bool logits_half, bool boxes_half) {
+             if (levels.size() > static_cast<std::size_t>(odtk::kMaxLevels)) {
+               throw std::invalid_argument("odtk::decode: levels must be 1 to 16");
+             }
+             odtk::DecodeParams p;
+             p.batch = batch;
+             p.levels = static_cast<int>(levels.size());
+             p.anchors = anchors;
+             p.classes = classes;
+             p.top_n = top_n;
+             p.anchor_values = anchor_values;
+             p.score_threshold = score_threshold;
+             p.kind = kind;
+             p.logits_type = logits_half ? odtk::DataType::kHalf : odtk::DataType::kFloat;
+             p.boxes_type = boxes_half ? odtk::DataType::kHalf : odtk::DataType::kFloat;
+             for (std::size_t l = 0; l < levels.size(); ++l) p.level[l] = levels[l];
+             return p;
+           }),
+           py::kw_only(), "levels"_a, "batch"_a, "anchors"_a, "classes"_a, "top_n"_a, "anchor_values"_a,
+           "score_threshold"_a, "kind"_a, "logits_half"_a, "boxes_half"_a)
+      .def_property_readonly("columns", [](const odtk::DecodeParams& p) { return odtk::decode_columns(p); });
+
+  m.def("decode_workspace", &odtk::decode_workspace, "params"_a, "Bytes of scratch that decode needs.");
+  m.def(
+      "decode",
+      [](const odtk::DecodeParams& params, Address scores, Address boxes, Address classes, Address workspace,
+         std::size_t workspace_bytes, Address stream) {
+        odtk::decode(params, pointer<float>(scores), pointer<float>(boxes), pointer<std::int32_t>(classes),
+                     pointer<void>(workspace), workspace_bytes, pointer<CUstream_st>(stream));
+      },
+      "params"_a, "scores"_a, "boxes"_a, "classes"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a,
+      py::call_guard<py::gil_scoped_release>(), "Enqueues the decoding; see csrc/cuda/decode.h.");
+
+  py::class_<odtk::NmsParams>(m, "NmsParams", "All of one call of nms; see csrc/cuda/nms.h.")
+      .def(py::init([](int batch, int count, int detections, int values, float threshold) {
+             return odtk::NmsParams{batch, count, detections, values, threshold};
+           }),
+           py::kw_only(), "batch"_a, "count"_a, "detections"_a, "values"_a, "threshold"_a);
+  m.def("nms_workspace", &odtk::nms_workspace, "params"_a, "Bytes of scratch that nms needs.");
+  m.def(
+      "nms",
+      [](const odtk::NmsParams& params, Address scores, Address boxes, Address classes, Address out_scores,
+         Address out_boxes, Address out_classes, Address workspace, std::size_t workspace_bytes, Address stream) {
+        odtk::nms(params, pointer<float>(scores), pointer<float>(boxes), pointer<std::int32_t>(classes),
+                  pointer<float>(out_scores), pointer<float>(out_boxes), pointer<std::int32_t>(out_classes),
+                  pointer<void>(workspace), workspace_bytes, pointer<CUstream_st>(stream));
+      },
+      "params"_a, "scores"_a, "boxes"_a, "classes"_a, "out_scores"_a, "out_boxes"_a, "out_classes"_a, "workspace"_a,
+      "workspace_bytes"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
+      "Enqueues the suppression; see csrc/cuda/nms.h.");
+
+  py::class_<odtk::RotatedIouParams>(m, "RotatedIouParams", "All of one call of rotated_iou; see csrc/cuda/rotated_iou.h.")
+      .def(py::init([](int batch, int a_count, int b_count, int a_values, int b_values, bool a_shared, bool b_shared,
+                       float minimum) {
+             return odtk::RotatedIouParams{batch, a_count, b_count, a_values, b_values, a_shared, b_shared, minimum};
+           }),
+           py::kw_only(), "batch"_a, "a_count"_a, "b_count"_a, "a_values"_a, "b_values"_a, "a_shared"_a = false,
+           "b_shared"_a = false, "minimum"_a = 0.0f);
+  m.def(
+      "rotated_iou",
+      [](const odtk::RotatedIouParams& params, Address a, Address b, Address out, Address stream) {
+        odtk::rotated_iou(params, pointer<float>(a), pointer<float>(b), pointer<float>(out), pointer<CUstream_st>(stream));
+      },
+      "params"_a, "a"_a, "b"_a, "out"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
+      "Enqueues the IoU of all pairs; see csrc/cuda/rotated_iou.h.");
+}
+
+// ---- engine ----
+
+#ifdef ODTK_WITH_TENSORRT
+void bind_engine(py::module_&) {}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of odtk, their geometry on the host, and the TensorRT engine where it was built.";
+  py::register_exception_translator(&translate);
+  m.attr("CUDA_VERSION") = CUDART_VERSION;
+  m.attr("ARCHITECTURES") = ODTK_ARCHITECTURES;
+  m.def("device_error", &device_error, "Why no kernel can run on this machine, or None.");
+  bind_host(m);
+  bind_kernels(m);
+#ifdef ODTK_WITH_TENSORRT
+  m.attr("WITH_TENSORRT") = true;
+  bind_engine(m);
+#else
+  m.attr("WITH_TENSORRT") = false;
+#endif
+}
