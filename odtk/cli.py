@@ -640,7 +640,6 @@ def add_visualize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anchor-ious", metavar=("BG", "FG"), nargs=2, type=fraction, default=[0.4, 0.5],
                         help="bounds of the match, as in training (0.4 0.5)")
     parser.add_argument("--curves", metavar="LOGDIR", help="draw the training curves of LOGDIR/metrics.jsonl")
-    parser.add_argument("--rotated-bbox", action="store_true", help="boxes are [x, y, w, h, theta] (off)")
     add_resize(parser)
     add_size(parser, help="fit images inside H×W and pad them instead of --resize")
     parser.add_argument("--count", metavar="N", type=positive, default=16, help="images to draw (%(default)s)")
@@ -660,7 +659,6 @@ def run_visualize(args: argparse.Namespace) -> int:
         resize=args.resize,
         max_size=args.max_size,
         size=size_of(args.size),
-        rotated=args.rotated_bbox,
         loader="torch",
     )
     written: list[str] = []
@@ -679,7 +677,7 @@ def run_visualize(args: argparse.Namespace) -> int:
         written += visualize.draw_truth(data, args.output, count=args.count)
     if not written:
         raise OdtkError("Nothing to draw: give --detections, --annotations, --features, --anchors or --curves.")
-    print(f"Wrote {len(written)} pictures to {args.output}.")
+    print(f"Wrote {len(written)} picture{'s' * (len(written) > 1)} to {args.output}.")
     return 0
 
 

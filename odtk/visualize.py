@@ -30,17 +30,22 @@ from .ops import rotated_iou
 
 LEGIBLE = 400  # pixels: smaller pictures are enlarged until their shorter side has as many
 MAX_MAPS = 64  # channels shown of a feature map
+MAX_ANCHORS = 20  # drawn per box
 RAMP = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]])  # dark to bright
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Something to draw on an image: its outline (x, y pairs, pixels of the image), colour and label."""
+    """Something to draw on an image: its outline (x, y pairs, pixels of the image), colour, label and line width.
+
+    Attributes:
+        weight: 0 for a hair line, 1 for a line that suits the picture, 2 for twice as wide.
+    """
 
     outline: Sequence[tuple[float, float]]
     colour: tuple[int, int, int]
     label: str = ""
-    thin: bool = False
+    weight: int = 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,6 +93,11 @@ def read_truth(path: str) -> tuple[dict[int, list[dict[str, Any]]], dict[int, st
     return grouped(content.get("annotations", [])), names
 
 
+def has_angles(annotations: str) -> bool:
+    """Whether a box of a COCO file has five numbers."""
+    return any(len(entry.get("bbox", ())) == 5 for entry in load_json(Path(annotations)).get("annotations", []))
+
+
 def grouped(entries: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for entry in entries:
@@ -100,7 +110,8 @@ def pictures(
 ) -> Iterator[tuple[Path, Image, PILImage.Image]]:
     """The first `count` images of a dataset, with the folder to draw into."""
     target = make_folder(folder, data.images)
-    for image in Dataset.load(data.annotations, data.images, rotated=data.rotated).images[:count]:
+    rotated = data.annotations is not None and has_angles(data.annotations)
+    for image in Dataset.load(data.annotations, data.images, rotated=rotated).images[:count]:
         try:
             yield target, image, PILImage.fromarray(decode(image.path, image.orientation))
         except ImageError as error:
@@ -165,7 +176,7 @@ def annotate(image: PILImage.Image, shapes: Sequence[Shape]) -> PILImage.Image:
     line = max(2, side // 240)
     outlines = [[(x * factor, y * factor) for x, y in shape.outline] for shape in shapes]
     for shape, points in zip(shapes, outlines, strict=True):
-        draw.line([*points, points[0], points[1]], fill=shape.colour, width=1 if shape.thin else line, joint="curve")
+        draw.line([*points, points[0], points[1]], fill=shape.colour, width=line * shape.weight or 1, joint="curve")
     taken: list[tuple[float, float, float, float]] = []
     for shape, points in list(zip(shapes, outlines, strict=True))[::-1]:  # the best finds room first
         if shape.label:
@@ -231,6 +242,8 @@ def draw_features(path: str, layer: str, data: LoaderConfig, folder: str, *, cou
     target = make_folder(folder)
     detector = checkpoint.build(checkpoint.load(path)).eval()
     name, module = find_layer(detector, layer)
+    while isinstance(module, torch.nn.Sequential):  # whose parts may be called one by one; the last gives its output
+        module = module[-1]
     outputs: list[Tensor] = []
     handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.extend(feature_maps(output)))
     written = []
@@ -257,8 +270,9 @@ def find_layer(detector: Detector, layer: str) -> tuple[str, torch.nn.Module]:
     ends = [name for name in modules if name.endswith(f".{layer}")]
     if len(ends) == 1:
         return ends[0], modules[ends[0]]
-    near = ends[:8] or difflib.get_close_matches(layer, modules, n=5, cutoff=0.3) or list(modules)[:8]
-    raise OdtkError(f"There is no single layer {layer}: try {', '.join(near)}.")
+    holding = sorted((name for name in modules if layer.lower() in name.lower()), key=len)
+    near = ends or holding or difflib.get_close_matches(layer, modules, cutoff=0.3) or list(modules)
+    raise OdtkError(f"There is no single layer {layer}: try {', '.join(near[:6])}.")
 
 
 def feature_maps(output: Any) -> list[Tensor]:
@@ -297,8 +311,8 @@ def feature_grid(maps: Tensor, title: str, image: PILImage.Image) -> PILImage.Im
 def draw_anchors(path: str, data: LoaderConfig, loss: LossConfig, folder: str, *, count: int) -> list[str]:
     """Which anchors match which boxes: each box with the anchors that training would give it, a PNG per image.
 
-    Boxes that no anchor reaches are red, with their best anchor. The label says how many anchors match, on which
-    stride the best one stands, and its IoU.
+    Boxes that no anchor reaches are red, with their best anchor. The label says how many anchors match (the best
+    MAX_ANCHORS are drawn), on which stride the best one stands, and its IoU.
     """
     target = make_folder(folder)
     detector = checkpoint.build(checkpoint.load(path))
@@ -332,9 +346,10 @@ def anchor_shapes(detector: Detector, batch: Batch, loss: LossConfig) -> list[Sh
         best = int(overlaps.argmax())
         matched = ((labels[0] >= 0) & (index[0] == i)).nonzero()[:, 0]
         tint = colour(i + 1) if len(matched) else (255, 0, 0)
-        found += [Shape(points(anchors[a]), tint, thin=True) for a in (matched.tolist() or [best])]
+        shown = matched[overlaps[matched].argsort(descending=True)][:MAX_ANCHORS]
+        found += [Shape(points(anchors[a]), tint, weight=0) for a in (shown.tolist() or [best])]
         label = f"{len(matched)} anchors, stride {int(stride_of[best])}, IoU {overlaps[best]:.2f}"
-        found.append(Shape(points(box), tint, label))
+        found.append(Shape(points(box), tint, label, weight=2))
     return found
 
 
@@ -390,7 +405,7 @@ def draw_curves(logdir: str, folder: str) -> list[str]:
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         if len(names) > 1:
-            axis.legend(fontsize=8, ncols=2, framealpha=0.6)
+            axis.legend(fontsize=8, ncols=3, framealpha=0.6)
     axes[-1, 0].set_xlabel("iteration")
     figure.tight_layout()
     path = make_folder(folder) / "curves.png"
@@ -406,7 +421,7 @@ def draw_curves(logdir: str, folder: str) -> list[str]:
 def panel_of(name: str) -> str:
     """Which plot a recorded value stands in."""
     if name in STATS:
-        return "validation"
+        return f"validation {name[:2]}"
     return {"lr": "learning rate", "images_per_second": "images per second"}.get(name, "loss")
 
 
