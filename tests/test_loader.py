@@ -17,7 +17,7 @@ from odtk.config import AugmentConfig, LoaderConfig, OdtkError
 from odtk.data import loader as loader_module
 from odtk.data.dataset import Category, Dataset, Fault, Image
 from odtk.data.loader import Batch, TorchLoader, create_loader, render
-from odtk.data.sampler import Sampler, colour_matrix, normalise_angle, random_crop
+from odtk.data.sampler import Sampler, colour_matrix, random_crop
 
 STILL = AugmentConfig(flip=0, crop=False, brightness=0, contrast=0, hue=0, saturation=0)
 IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -237,17 +237,6 @@ def test_rotated_boxes_follow_the_pixels(tmp_path, name, absolute) -> None:
         assert not white[inside > 1.5].any()
         checked += 1
     assert checked >= 8
-
-
-def test_angles_are_normalised_about_the_centre() -> None:
-    box = np.array([[10.0, 20, 40, 8, 2.0]])
-    (x, y, w, h, theta), = normalise_angle(box, absolute=False)
-    assert (w, h) == (8, 40) and theta == pytest.approx(2.0 - math.pi / 2)
-    assert (x + w / 2, y + h / 2) == (30, 24)
-    (x, y, w, h, theta), = normalise_angle(np.array([[10.0, 20, 40, 8, 4.0]]), absolute=True)
-    assert (w, h) == (40, 8) and theta == pytest.approx(4.0 - 2 * math.pi)
-    edge = normalise_angle(np.array([[0, 0, 2, 1, math.pi / 4], [0, 0, 2, 1, -math.pi / 4]]), absolute=False)
-    assert edge[:, 4].tolist() == [-math.pi / 4, -math.pi / 4]
 
 
 def test_boxes_below_a_pixel_are_dropped_in_training_only(tmp_path) -> None:

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
+from ..boxes import coco_to_corners, normalize_angle
 from ..config import AugmentConfig, LoaderConfig, OdtkError
 from .dataset import Dataset, Image
 
@@ -167,12 +169,12 @@ class Sampler:
             rotation = _rotation(angle, size, canvas)
             forward = rotation @ forward
             turn = np.linalg.inv(rotation)[:2].astype(np.float32)
-        boxes = _move(boxes, forward, (sx, sy), flip, angle, config.absolute_angle)
+        boxes = _move(boxes, forward, (sx, sy), flip, angle)
         if config.training:
             boxes, labels = _keep(boxes, labels, canvas)
         return Sample(
             image, crop, size, flip, _normalised(colour, config), turn, canvas,
-            _corners(boxes).astype(np.float32), labels, (sx, sy),
+            _corners(boxes, config.absolute_angle), labels, (sx, sy),
         )  # fmt: skip
 
 
@@ -288,9 +290,7 @@ def _rotation(angle: float, size: tuple[int, int], canvas: tuple[int, int]) -> n
     return matrix
 
 
-def _move(
-    boxes: np.ndarray, forward: np.ndarray, scale: tuple[float, float], flip: bool, angle: float, absolute: bool
-) -> np.ndarray:
+def _move(boxes: np.ndarray, forward: np.ndarray, scale: tuple[float, float], flip: bool, angle: float) -> np.ndarray:
     """Boxes [n, 4|5] (x, y, w, h, theta) under an affine map [3, 3]; an upright box becomes the hull of its image."""
     centre = (boxes[:, :2] + boxes[:, 2:4] / 2) @ forward[:2, :2].T + forward[:2, 2]
     if boxes.shape[1] == 4:
@@ -298,26 +298,7 @@ def _move(
         return np.concatenate([centre - size / 2, size], axis=1)
     size = boxes[:, 2:4] * scale
     theta = (-boxes[:, 4] if flip else boxes[:, 4]) + angle
-    return normalise_angle(np.concatenate([centre - size / 2, size, theta[:, None]], axis=1), absolute)
-
-
-def normalise_angle(boxes: np.ndarray, absolute: bool) -> np.ndarray:
-    """Boxes [n, 5] (x, y, w, h, theta) with theta in [−π/4, π/4), or [−π, π) when ``absolute``.
-
-    A box without a front is the same after a quarter turn with w and h exchanged about its centre, so one quadrant of
-    theta is enough; with a front the whole circle matters.
-    """
-    boxes = boxes.copy()
-    if absolute:
-        boxes[:, 4] = (boxes[:, 4] + math.pi) % (2 * math.pi) - math.pi
-        return boxes
-    quarters = np.floor((boxes[:, 4] + math.pi / 4) / (math.pi / 2))
-    boxes[:, 4] -= quarters * math.pi / 2
-    odd = quarters % 2 == 1
-    centre = boxes[odd, :2] + boxes[odd, 2:4] / 2
-    boxes[odd, 2:4] = boxes[odd, 3:1:-1]
-    boxes[odd, :2] = centre - boxes[odd, 2:4] / 2
-    return boxes
+    return np.concatenate([centre - size / 2, size, theta[:, None]], axis=1)
 
 
 def _keep(boxes: np.ndarray, labels: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -337,8 +318,9 @@ def _clip(boxes: np.ndarray, window: tuple[float, float, float, float]) -> np.nd
     return np.concatenate([low, high - low], axis=1)
 
 
-def _corners(boxes: np.ndarray) -> np.ndarray:
-    """x, y, w, h, … → x1, y1, x2, y2, … with inclusive corners (the convention of ``boxes.py``)."""
-    corners = boxes.copy()
-    corners[:, 2:4] += boxes[:, :2] - 1
-    return corners
+def _corners(boxes: np.ndarray, absolute: bool) -> np.ndarray:
+    """Boxes [n, 4|5] (x, y, w, h, theta) in the convention of ``boxes.py``, float32."""
+    corners = coco_to_corners(torch.from_numpy(boxes))
+    if boxes.shape[1] == 5:
+        corners = normalize_angle(corners, absolute=absolute)
+    return corners.numpy().astype(np.float32)

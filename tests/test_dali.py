@@ -1,0 +1,183 @@
+"""DALI's Batches equal the torch loader's: pixels within 2/255 on average, boxes to the bit."""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+from PIL import ImageFilter
+
+from odtk.config import AugmentConfig, LoaderConfig
+from odtk.data.dataset import Category, Dataset, Image, check
+from odtk.data.loader import Batch, create_loader
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+STRONG = AugmentConfig(rotate=True, free_rotate=(-30, 30), brightness=0.2, contrast=0.2, hue=0.1, saturation=0.3)
+MODES = {
+    "shorter side": {"resize": 96, "max_size": 130},
+    "enlarged": {"resize": 200, "max_size": 400},
+    "letterbox": {"size": (128, 96)},
+    "training": {"training": True, "jitter": (64, 160), "max_size": 200},
+    "training, every augmentation": {"training": True, "jitter": (64, 160), "max_size": 200, "augment": STRONG},
+}
+
+
+def picture(seed: int, width: int = 160, height: int = 120) -> PILImage.Image:
+    """A smooth picture with edges, somewhat like a photograph."""
+    generator = np.random.default_rng(seed)
+    coarse = PILImage.fromarray(generator.integers(0, 256, (9, 12, 3)).astype(np.uint8))
+    image = coarse.resize((width, height), PILImage.Resampling.NEAREST)
+    return image.filter(ImageFilter.GaussianBlur(1))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Dataset:
+    generator = np.random.default_rng(2)
+    images = []
+    for i in range(5):
+        width, height = (160, 120) if i % 2 else (90, 150)
+        picture(i, width, height).save(tmp_path / f"{i}.jpg", quality=92)
+        size = generator.uniform(20, 60, (3, 2))
+        boxes = np.concatenate([generator.random((3, 2)) * ((width, height) - size), size], axis=1)
+        images.append(Image(i + 1, tmp_path / f"{i}.jpg", width, height, boxes, np.arange(3) % 2))
+    return Dataset(images, (Category(1, "a"), Category(2, "b")))
+
+
+def batches(dataset: Dataset, loader: str, count: int, **settings) -> list[Batch]:
+    config = replace(LoaderConfig("images", batch=2, workers=2, loader=loader), **settings)
+    return list(islice(create_loader(dataset, config), count))
+
+
+def assert_equal(a: Batch, b: Batch, limit: float = 2.0) -> None:
+    """Pixels of each image on average within ``limit`` grey values, everything else equal."""
+    assert a.images.shape == b.images.shape and a.images.dtype == b.images.dtype
+    std = torch.tensor(LoaderConfig("").std)[:, None, None]
+    difference = ((a.images - b.images) * std * 255).abs().mean(dim=(1, 2, 3))
+    assert difference.max() < limit, difference
+    assert torch.equal(a.boxes, b.boxes) and torch.equal(a.labels, b.labels)
+    assert torch.equal(a.ids, b.ids) and torch.equal(a.scales, b.scales)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_both_loaders_give_the_same_batches(files, mode) -> None:
+    pairs = list(zip(batches(files, "torch", 5, **MODES[mode]), batches(files, "dali", 5, **MODES[mode]), strict=True))
+    assert len(pairs) == (5 if "training" in mode else 3)
+    for a, b in pairs:
+        assert_equal(a, b, limit=1.0)
+        assert a.images.std() > 0.3  # there is something to compare
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_both_loaders_agree_on_real_images(bccd, mode) -> None:
+    dataset = Dataset.load(bccd / "val.json", bccd / "val")
+    settings = {k: v for k, v in MODES[mode].items()} | {"batch": 4}
+    for a, b in zip(batches(dataset, "torch", 3, **settings), batches(dataset, "dali", 3, **settings), strict=True):
+        assert_equal(a, b, limit=1.0)
+
+
+def test_rotated_boxes_are_the_same(files) -> None:
+    for i, image in enumerate(files.images):
+        image.boxes = np.concatenate([image.boxes, np.full((3, 1), 0.3 * i)], axis=1)
+    settings = MODES["training, every augmentation"] | {"rotated": True}
+    for a, b in zip(batches(files, "torch", 4, **settings), batches(files, "dali", 4, **settings), strict=True):
+        assert a.boxes.shape[2] == 5
+        assert_equal(a, b)
+
+
+def odd_file(kind: str, folder: Path) -> Path:
+    image = picture(7)
+    exif = PILImage.Exif()
+    if kind.startswith("EXIF"):
+        exif[0x0112] = int(kind[-1])
+        image.save(folder / "odd.jpg", exif=exif, quality=92)
+        return folder / "odd.jpg"
+    if kind == "alpha":
+        image.putalpha(PILImage.linear_gradient("L").resize(image.size))
+    converted = {
+        "grayscale JPEG": (image.convert("L"), "odd.jpg"),
+        "grayscale PNG": (image.convert("L"), "odd.png"),
+        "CMYK": (image.convert("CMYK"), "odd.jpg"),
+        "palette": (image.quantize(64), "odd.png"),
+        "alpha": (image, "odd.png"),
+        "16-bit": (PILImage.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "odd.png"),
+        "GIF": (image.quantize(64), "odd.gif"),
+        "BMP": (image, "odd.bmp"),
+        "WebP": (image, "odd.webp"),
+        "TIFF": (image, "odd.tif"),
+        "bilevel": (image.convert("1"), "odd.png"),
+        "progressive": (image, "odd.jpg"),
+    }
+    pixels, name = converted[kind]
+    pixels.save(folder / name, **({"progressive": True} if kind == "progressive" else {}))
+    return folder / name
+
+
+KINDS = [
+    "EXIF 3", "EXIF 6", "EXIF 8", "grayscale JPEG", "grayscale PNG", "CMYK", "palette", "alpha", "16-bit", "GIF",
+    "BMP", "WebP", "TIFF", "bilevel", "progressive",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_images_are_the_same(tmp_path, kind) -> None:
+    path = odd_file(kind, tmp_path)
+    dataset = Dataset.load(None, tmp_path)  # without annotations EXIF turns the image
+    assert dataset.images[0].width == (120 if kind in ("EXIF 6", "EXIF 8") else 160)
+    dataset.images[0].boxes, dataset.images[0].labels = np.array([[20.0, 30, 50, 40]]), np.zeros(1, np.int64)
+    for settings in (MODES["shorter side"], MODES["training, every augmentation"]):
+        for a, b in zip(batches(dataset, "torch", 1, **settings), batches(dataset, "dali", 1, **settings), strict=True):
+            assert_equal(a, b)
+            assert a.images.std() > 0.3
+    assert check(None, path.parent).refused == 0
+
+
+def test_exif_ignored_where_the_annotated_size_is_the_stored_one(tmp_path) -> None:
+    """DALI turns by EXIF on its own unless it is told not to."""
+    path = odd_file("EXIF 6", tmp_path)
+    image = Image(1, path, 160, 120, np.zeros((0, 4)), np.zeros(0, np.int64))
+    (a,), (b,) = (batches(Dataset([image], ()), loader, 1, resize=120, max_size=160) for loader in ("torch", "dali"))
+    assert_equal(a, b)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.8, 0.99])
+def test_a_file_damaged_after_the_scan_stops_nothing(files, capsys, keep) -> None:
+    path = files.images[1].path
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    for loader in ("torch", "dali"):
+        first, second, third = batches(files, loader, 3, resize=96, max_size=130)
+        assert first.images[1].abs().max() == 0 and first.labels[1].max() == -1
+        assert first.images[0].std() > 0.3 and first.labels[0].max() >= 0
+        assert second.images.std() > 0.3 and third.ids.tolist() == [5]
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(path) in error and "image 2" in error
+
+
+def test_a_file_that_vanishes_stops_nothing(files, capsys) -> None:
+    files.images[0].path.unlink()
+    first, second, _ = batches(files, "dali", 3, resize=96, max_size=130)
+    assert first.images[0].abs().max() == 0 and first.images[1].std() > 0.3 and second.images.std() > 0.3
+    assert "0.jpg" in capsys.readouterr().err
+
+
+def test_resume_and_shards(files) -> None:
+    settings = {"training": True, "jitter": (64, 96), "max_size": 130}
+    config = replace(LoaderConfig("images", batch=2, loader="dali"), **settings)
+    whole = list(islice(create_loader(files, config), 4))
+    resumed = create_loader(files, config)
+    resumed.restore({"seen": 4})
+    for a, b in zip(whole[2:], islice(resumed, 2), strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.boxes, b.boxes)  # bit for bit
+    ids = [b.ids for rank in (0, 1) for b in batches(files, "dali", 9, rank=rank, world=2, resize=64, max_size=96)]
+    assert sorted(torch.cat(ids).tolist()) == [1, 2, 3, 4, 5]
+
+
+def test_passes_repeat_and_shapes_may_change(files) -> None:
+    loader = create_loader(files, LoaderConfig("images", batch=2, loader="dali", resize=64, max_size=96))
+    for a, b in zip(loader, loader, strict=True):
+        assert torch.equal(a.images, b.images)
+    assert type(loader).__name__ == "DaliLoader"

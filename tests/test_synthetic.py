@@ -1,0 +1,111 @@
+"""The drawn dataset is valid COCO, its boxes are exact, the same seed draws the same files."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from odtk.config import OdtkError
+from odtk.data.dataset import check
+from odtk.data.images import decode
+from odtk.data.synthetic import ROTATED_SHAPES, SHAPES, draw, synthesize
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_the_dataset_is_clean(tmp_path, rotated) -> None:
+    synthesize(tmp_path / "set", images=20, size=(96, 128), classes=3, rotated=rotated)
+    for part, count in (("train", 16), ("val", 4)):
+        report = check(tmp_path / "set" / f"{part}.json", tmp_path / "set" / part, rotated=rotated)
+        assert [f for f in report.faults if "category without" not in f.rule] == []
+        assert len(report.dataset.images) == count
+        assert all((i.width, i.height) == (128, 96) and len(i.boxes) for i in report.dataset.images)
+        assert [c.name for c in report.dataset.categories] == list(ROTATED_SHAPES if rotated else SHAPES)[:3]
+    first, other = (decode(tmp_path / "set" / part / "00001.jpg") for part in ("train", "val"))
+    assert (first != other).any()  # validation is not a copy of training
+
+
+def test_the_same_seed_draws_the_same(tmp_path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        synthesize(tmp_path / name, images=4, size=(64, 64), seed=seed)
+    a, b, c = ((tmp_path / name / "train" / "00002.jpg").read_bytes() for name in "abc")
+    assert a == b != c
+    assert (tmp_path / "a" / "train.json").read_text() == (tmp_path / "b" / "train.json").read_text()
+
+
+def polygon_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pixels whose centre is inside a polygon [k, 2], by the even-odd rule."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    inside = np.zeros((height, width), bool)
+    for (x1, y1), (x2, y2) in zip(points, np.roll(points, 1, axis=0), strict=True):
+        crosses = (y1 > y) != (y2 > y)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            inside ^= crosses & (x < (x2 - x1) * (y - y1) / (y2 - y1) + x1)
+    return inside
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_boxes_hold_exactly_the_drawn_shape(name, rotated, monkeypatch) -> None:
+    monkeypatch.setattr("odtk.data.synthetic.OBJECTS", (1, 1))
+    names = list(ROTATED_SHAPES if rotated else SHAPES)
+    name = {"circle": "ellipse", "square": "rectangle"}.get(name, name) if rotated else name
+    assert name in names
+    generator = np.random.default_rng(5)
+    for _ in range(3):
+        image, (entry,) = draw(generator, (120, 160), [name], rotated)
+        points = np.array(entry["segmentation"][0]).reshape(-1, 2)  # [2·k] → [k, 2]
+        x, y, w, h = entry["bbox"][:4]
+        if rotated:  # the box's corners by the contract's formula
+            theta = entry["bbox"][4]
+            cos, sin = math.cos(theta), math.sin(theta)
+            offsets = np.array([[-w, -h], [w, -h], [w, h], [-w, h]]) / 2
+            corners = offsets @ np.array([[cos, -sin], [sin, cos]]) + (x + w / 2, y + h / 2)
+            assert np.allclose(corners, points, atol=0.02)
+        else:
+            assert np.allclose(points.min(axis=0), (x, y), atol=0.02)
+            assert np.allclose(points.max(axis=0), (x + w, y + h), atol=0.02)
+            pixels = np.asarray(image).astype(float)
+            inside = polygon_mask(points, 120, 160)
+            grown = polygon_mask((points - points.mean(axis=0)) * 1.3 + points.mean(axis=0), 120, 160)
+            ring = grown & ~inside
+            assert inside.any() and np.abs(pixels[inside].mean(axis=0) - pixels[ring].mean(axis=0)).sum() > 40
+
+
+def test_rotated_pixels_are_inside_the_rotated_box(monkeypatch) -> None:
+    """The fill of a rectangle: its own colour inside the box, another outside (the sign of theta matters)."""
+    monkeypatch.setattr("odtk.data.synthetic.OBJECTS", (1, 1))
+    generator = np.random.default_rng(1)
+    for _ in range(5):
+        image, (entry,) = draw(generator, (120, 160), ["rectangle"], True)
+        x, y, w, h, theta = entry["bbox"]
+        rows, columns = np.mgrid[:120, :160] + 0.5
+        dx, dy = columns - (x + w / 2), rows - (y + h / 2)
+        along, across = math.cos(theta) * dx - math.sin(theta) * dy, math.sin(theta) * dx + math.cos(theta) * dy
+        distance = np.maximum(np.abs(along) - w / 2, np.abs(across) - h / 2)
+        pixels = np.asarray(image).astype(float)
+        fill = np.median(pixels[distance < -3], axis=0)
+        near = np.abs(pixels - fill).sum(axis=2) < 70
+        assert near[distance < -3].mean() > 0.9 and near[distance > 4].mean() < 0.2
+
+
+def test_refusals_are_one_sentence(tmp_path) -> None:
+    with pytest.raises(OdtkError, match="1 to 8, not 9"):
+        synthesize(tmp_path, classes=9)
+    with pytest.raises(OdtkError, match="2 images"):
+        synthesize(tmp_path, images=1)
+    (tmp_path / "train.json").write_text(json.dumps({"images": []}))
+    with pytest.raises(OdtkError, match="not drawn by odtk synth"):
+        synthesize(tmp_path, images=4)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OdtkError, match="cannot be written"):
+        synthesize(tmp_path / "file" / "set", images=4)
+    assert json.loads((tmp_path / "train.json").read_text()) == {"images": []}  # untouched
+
+
+def test_drawing_again_replaces_its_own(tmp_path: Path) -> None:
+    synthesize(tmp_path, images=4, size=(64, 64), seed=1)
+    before = (tmp_path / "train.json").read_text()
+    synthesize(tmp_path, images=4, size=(64, 64), seed=2)
+    assert (tmp_path / "train.json").read_text() != before
