@@ -1,0 +1,119 @@
+"""Backends: a .pth and its .onnx give the same Detections, and each wrong file or flag its sentence."""
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from odtk import backends, checkpoint, export
+from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
+from odtk.data.dataset import Category
+from odtk.model.detector import Detector
+
+CONFIG = ModelConfig(backbones=("ResNet18C4",), classes=2)
+LIMITS = PostprocessConfig(score_threshold=0.3, detections=20)
+
+
+def make(folder: Path, config: ModelConfig) -> tuple[str, str]:
+    """Paths of a checkpoint and its fp32 export at 32×48."""
+    torch.manual_seed(0)
+    detector = Detector(config)
+    detector.initialize()
+    for parameter in detector.head.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    detector.head.cls_head[-1].bias.data.fill_(0.0)  # type: ignore[union-attr, index]
+    pth, path = str(folder / "model.pth"), str(folder / "model.onnx")
+    categories = (Category(3, "cat"), Category(7, "dog"))
+    checkpoint.save(pth, checkpoint.Checkpoint(config, categories, detector.state_dict()))
+    export.export(ExportConfig(path=pth, output=path, size=(32, 48), precision="fp32", postprocess=LIMITS))
+    return pth, path
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return make(tmp_path_factory.mktemp("model"), CONFIG)
+
+
+def open_cpu(path: str, postprocess: PostprocessConfig | None = None, precision: str = "fp32") -> backends.Backend:
+    return backends.open_backend(path, device="cpu", precision=precision, postprocess=postprocess)
+
+
+def images() -> Tensor:
+    return torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+
+
+def assert_same(pth: str, path: str) -> None:
+    a, b = open_cpu(pth, LIMITS)(images()), open_cpu(path)(images())
+    assert (a.scores > 0).sum() > 5 and a.classes.dtype == b.classes.dtype == torch.int64
+    torch.testing.assert_close(a.scores, b.scores, atol=1e-4, rtol=0)
+    torch.testing.assert_close(a.boxes, b.boxes, atol=0.1, rtol=0)
+    torch.testing.assert_close(a.classes, b.classes)
+
+
+def test_torch_and_onnx_agree(paths: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert_same(*paths)
+    assert "score above 0.3, NMS at IoU 0.5, at most 20 detections" in capsys.readouterr().out
+
+
+def test_rotated_detections_agree(tmp_path: Path) -> None:
+    pth, path = make(tmp_path, dataclasses.replace(CONFIG, angles=ROTATED_ANGLES))
+    assert_same(pth, path)
+    assert open_cpu(path)(images()).boxes.shape == (3, 20, 6)
+
+
+def test_backends_describe_themselves(paths: tuple[str, str]) -> None:
+    pth, exported = map(open_cpu, paths)
+    assert (pth.size, exported.size) == (None, (32, 48))
+    assert pth.stride == exported.stride == 16 and pth.classes == exported.classes == 2
+    assert pth.categories == exported.categories == (Category(3, "cat"), Category(7, "dog"))
+    assert not pth.rotated and not exported.rotated
+    assert exported.precision == "fp32" and open_cpu(paths[0], precision="mixed").precision == "fp32"
+
+
+def test_bf16_is_close(paths: tuple[str, str]) -> None:
+    expected, found = (open_cpu(paths[0], LIMITS, p)(images()).scores for p in ("fp32", "bf16"))
+    torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
+    assert not torch.equal(found, expected)
+
+
+def test_a_contradicting_threshold_is_refused(paths: tuple[str, str]) -> None:
+    open_cpu(paths[1], PostprocessConfig())  # defaults are no wish
+    open_cpu(paths[1], LIMITS)
+    with pytest.raises(OdtkError, match="--nms-threshold 0.6 contradicts the 0.5 baked into"):
+        open_cpu(paths[1], dataclasses.replace(LIMITS, nms_threshold=0.6))
+
+
+def test_wrong_files_are_refused(tmp_path: Path, paths: tuple[str, str]) -> None:
+    foreign = onnx.load(paths[1])
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"not a model")
+    (tmp_path / "model.tflite").touch()
+    newer = onnx.load(paths[1])
+    newer.metadata_props[0].value = newer.metadata_props[0].value.replace('"format": 1', '"format": 99')
+    onnx.save(newer, tmp_path / "newer.onnx")
+    damaged = onnx.load(paths[1])
+    damaged.metadata_props[0].value = damaged.metadata_props[0].value[:40]
+    onnx.save(damaged, tmp_path / "damaged.onnx")
+    for name, sentence in {
+        "foreign.onnx": "was not exported by odtk",
+        "broken.onnx": "is not a model that ONNX Runtime can run",
+        "model.tflite": "must end in",
+        "missing.pth": "There is no model",
+        "newer.onnx": "newer odtk",
+        "damaged.onnx": "is damaged",
+    }.items():
+        with pytest.raises(OdtkError, match=sentence):
+            open_cpu(str(tmp_path / name))
+
+
+def test_an_engine_needs_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    (tmp_path / "model.plan").touch()
+    with pytest.raises(OdtkError, match="needs a GPU"):
+        open_cpu(str(tmp_path / "model.plan"))

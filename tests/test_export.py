@@ -1,0 +1,265 @@
+"""The ONNX file against PyTorch: endings in standard operators, FP32 and FP16, metadata, refusals."""
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from odtk import checkpoint, export, ops
+from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
+from odtk.data.dataset import Category
+from odtk.model.detector import Detector
+from odtk.postprocess import postprocess
+from odtk.quantize import to_fp16
+
+SMALL = ModelConfig(backbones=("ResNet18FPN",), classes=3)
+C4 = ModelConfig(backbones=("ResNet18C4",), classes=2)
+SIZE = (96, 64)
+
+
+def detector_of(config: ModelConfig) -> Detector:
+    """Random weights that give many scores above the threshold, and different ones."""
+    torch.manual_seed(0)
+    detector = Detector(config)
+    detector.initialize()
+    for parameter in detector.head.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    detector.head.cls_head[-1].bias.data.fill_(-1.0)  # type: ignore[union-attr, index]
+    return detector
+
+
+def save(detector: Detector, folder: Path) -> str:
+    path = folder / "model.pth"
+    categories = tuple(Category(10 * c, f"thing {c}") for c in range(detector.config.classes))
+    checkpoint.save(path, checkpoint.Checkpoint(detector.config, categories, detector.state_dict()))
+    return str(path)
+
+
+def images_of(batch: int, size: tuple[int, int] = SIZE) -> Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def finished(graph: onnx.ModelProto, detector: Detector, limits: PostprocessConfig, ending: str = "") -> bytes:
+    """A raw graph with the ending of its kind, as the bytes of a file."""
+    config = ExportConfig(path="", output="", size=SIZE, postprocess=limits)
+    source = checkpoint.Checkpoint(detector.config, None, {})
+    ending = ending or ("candidates" if detector.config.rotated else "detections")
+    return export.serialize(export.finish(graph, detector, export.describe(detector, source, config, ending)))
+
+
+def run(content: bytes, feed: dict[str, Tensor]) -> list[Tensor]:
+    session = onnxruntime.InferenceSession(content)
+    return [torch.from_numpy(value) for value in session.run(None, {k: v.numpy() for k, v in feed.items()})]
+
+
+def by_torch(
+    detector: Detector, logits: Sequence[Tensor], boxes: Sequence[Tensor], limits: PostprocessConfig
+) -> list[Tensor]:
+    anchors, strides = detector.anchors(), detector.strides
+    found = postprocess(logits, boxes, anchors=anchors, strides=strides, model=detector.config, config=limits)
+    return [found.scores, found.boxes, found.classes]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(actual[0], expected[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(actual[1], expected[1], atol=0.1, rtol=0)
+    torch.testing.assert_close(actual[2], expected[2])
+
+
+# The whole network
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return detector_of(SMALL).fold()
+
+
+@pytest.fixture(scope="module")
+def traced(detector: Detector) -> onnx.ModelProto:
+    return export.trace(detector, SIZE)
+
+
+def test_detections_are_those_of_pytorch_for_any_batch(detector: Detector, traced: onnx.ModelProto) -> None:
+    limits = PostprocessConfig()
+    content = finished(copy.deepcopy(traced), detector, limits)
+    onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
+    for batch in (1, 3):
+        images = images_of(batch)
+        with torch.no_grad():
+            expected = by_torch(detector, *detector(images), limits)
+        assert (expected[0] > 0).sum() > 50
+        assert_same(run(content, {"images": images}), expected)
+
+
+def test_values_are_named_by_their_layers(traced: onnx.ModelProto) -> None:
+    names = {name for node in traced.graph.node for name in node.output}
+    trunk = "backbones.ResNet18FPN"
+    assert {f"{trunk}.features.layer1.0.conv1/relu", f"{trunk}.lateral4/add", "head.cls_head.0:4/relu"} <= names
+    assert [output.name for output in traced.graph.output][::5] == ["logits_0", "boxes_0"]
+    assert len(names) == len(traced.graph.node)
+
+
+def test_raw_ending_has_the_levels_as_outputs(detector: Detector, traced: onnx.ModelProto) -> None:
+    content = finished(copy.deepcopy(traced), detector, PostprocessConfig(), "raw")
+    images = images_of(2)
+    with torch.no_grad():
+        logits, boxes = detector(images)
+    for actual, expected in zip(run(content, {"images": images}), [*logits, *boxes], strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_fp16_is_close_and_keeps_box_arithmetic_in_fp32(detector: Detector, traced: onnx.ModelProto) -> None:
+    graph = copy.deepcopy(traced)
+    to_fp16(graph)
+    content = finished(graph, detector, PostprocessConfig())
+    model = onnx.load_from_string(content)
+    assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    weights = [t for t in model.graph.initializer if t.name.startswith(("head", "backbones"))]
+    assert weights and all(t.data_type == TensorProto.FLOAT16 for t in weights)
+    types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            assert types[node.output[0]] == TensorProto.FLOAT16
+        if node.name.startswith("ending/") and types.get(node.output[0]) == TensorProto.FLOAT16:
+            raise AssertionError(f"{node.name} is in half precision")
+    with torch.no_grad():
+        expected = by_torch(detector, *detector(images_of(1)), PostprocessConfig())
+    np.testing.assert_allclose(run(content, {"images": images_of(1)})[0], expected[0], atol=2e-2)
+
+
+def test_a_constant_beyond_fp16_is_refused(traced: onnx.ModelProto) -> None:
+    graph = copy.deepcopy(traced)
+    bias = next(t for t in graph.graph.initializer if t.name == "head.cls_head.8.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(27, 7e4, np.float32), bias.name))
+    with pytest.raises(OdtkError, match=r"head.cls_head.8.bias holds 7e\+04"):
+        to_fp16(graph)
+
+
+# Endings alone, on planted levels
+
+
+def on_levels(config: ModelConfig, cells: Sequence[tuple[int, int]], limits: PostprocessConfig) -> bytes:
+    """The ending of a graph whose inputs are the raw levels themselves."""
+    detector = Detector(config)
+    shapes = [(f"{kind}_{i}", [None, config.num_anchors * channels, *cell])
+              for kind, channels in (("logits", config.classes), ("boxes", config.box_values))
+              for i, cell in enumerate(cells)]  # fmt: skip
+    inputs = [helper.make_tensor_value_info(f"in_{name}", TensorProto.FLOAT, shape) for name, shape in shapes]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes]
+    nodes = [helper.make_node("Identity", [f"in_{name}"], [name]) for name, _ in shapes]
+    model = helper.make_model(helper.make_graph(nodes, "levels", inputs, outputs),
+                              opset_imports=[helper.make_opsetid("", export.OPSET)], ir_version=10)  # fmt: skip
+    return finished(model, detector, limits)
+
+
+def feed_of(logits: Sequence[Tensor], boxes: Sequence[Tensor]) -> dict[str, Tensor]:
+    feed = {f"in_logits_{i}": level for i, level in enumerate(logits)}
+    return feed | {f"in_boxes_{i}": level for i, level in enumerate(boxes)}
+
+
+def random_levels(config: ModelConfig, cells: Sequence[tuple[int, int]], batch: int) -> tuple[list[Tensor], ...]:
+    logits = [torch.randn(batch, config.num_anchors * config.classes, h, w) - 2 for h, w in cells]
+    return logits, [torch.randn(batch, config.num_anchors * config.box_values, h, w) * 0.5 for h, w in cells]
+
+
+PYRAMID = ((12, 8), (6, 4), (3, 2), (2, 1), (1, 1))
+
+
+@pytest.mark.parametrize("head", ["retinanet", "fcos"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_ending_is_the_reference(head: str, batch: int) -> None:
+    config = dataclasses.replace(SMALL, head=head)
+    limits = PostprocessConfig(score_threshold=0.1, nms_threshold=0.4, detections=60, top_n=50)
+    logits, boxes = random_levels(config, PYRAMID, batch)
+    expected = by_torch(Detector(config), logits, boxes, limits)
+    assert (expected[0] > 0).sum() > 40 * batch
+    assert_same(run(on_levels(config, PYRAMID, limits), feed_of(logits, boxes)), expected)
+
+
+def test_rotated_ending_stops_at_the_candidates_of_decode() -> None:
+    config = dataclasses.replace(SMALL, angles=ROTATED_ANGLES)
+    logits, boxes = random_levels(config, PYRAMID, 2)
+    detector = Detector(config)
+    expected = ops.decode(
+        logits, boxes, detector.anchors(), detector.strides, score_threshold=0.3, top_n=40, values=6
+    )
+    content = on_levels(config, PYRAMID, PostprocessConfig(score_threshold=0.3, top_n=40))
+    assert '"ending": "candidates"' in onnx.load_from_string(content).metadata_props[0].value
+    assert (expected[0] > 0).any() and expected[1].shape == (2, 200, 6)
+    assert_same(run(content, feed_of(logits, boxes)), list(expected))
+
+
+def test_images_without_detections_give_zeros() -> None:
+    logits, boxes = random_levels(C4, [(4, 4)], 3)
+    logits[0][::2] = -20.0
+    limits = PostprocessConfig()
+    found = run(on_levels(C4, [(4, 4)], limits), feed_of(logits, boxes))
+    assert_same(found, by_torch(Detector(C4), logits, boxes, limits))
+    assert all((value[::2] == 0).all() for value in found) and (found[0][1] > 0).any()
+    logits[0][:] = -20.0
+    assert all((value == 0).all() for value in run(on_levels(C4, [(4, 4)], limits), feed_of(logits, boxes)))
+
+
+def test_fewer_candidates_than_rows() -> None:
+    logits, boxes = random_levels(C4, [(2, 1)], 2)  # 36 candidates
+    limits = PostprocessConfig(detections=50)
+    found = run(on_levels(C4, [(2, 1)], limits), feed_of(logits, boxes))
+    assert_same(found, by_torch(Detector(C4), logits, boxes, limits))
+    assert found[0].shape == (2, 50) and (found[0][:, 36:] == 0).all()
+
+
+def test_ties_thresholds_and_not_a_number_are_those_of_the_reference() -> None:
+    logits = torch.full((1, 18, 4, 4), -5.0)
+    logits[torch.rand(logits.shape) < 0.6] = 1.5  # many ties
+    logits[0, :7, 0, 0] = torch.tensor([1.5, 1.5, 0.5, ops.to_logit(0.05), -np.inf, np.nan, np.inf])
+    boxes = torch.randn(1, 36, 4, 4)
+    boxes[0, 24:28, 0, 0] = torch.tensor([np.nan, 0, np.inf, -np.inf])
+    expected = by_torch(Detector(C4), [logits], [boxes], PostprocessConfig())
+    assert (expected[0] > 0).sum() > 50
+    assert_same(run(on_levels(C4, [(4, 4)], PostprocessConfig()), feed_of([logits], [boxes])), expected)
+
+
+# The command
+
+
+def test_file_carries_its_metadata(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ExportConfig(
+        path=save(detector_of(C4), tmp_path), output=str(tmp_path / "model.onnx"), size=(30, 32), precision="fp32",
+        postprocess=PostprocessConfig(score_threshold=0.2),
+    )  # fmt: skip
+    report = export.export(config)
+    assert "becomes 32 32" in capsys.readouterr().out
+    content = Path(config.output).read_bytes()
+    assert report.bytes == len(content)
+    metadata = export.Metadata.from_json(onnx.load_from_string(content).metadata_props[0].value, config.output)
+    assert metadata.size == (32, 32) and metadata.stride == 16 and metadata.precision == "fp32"
+    assert metadata.categories == ((0, "thing 0"), (10, "thing 1"))
+    assert metadata.postprocess == config.postprocess
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"output": "model.trt"}, "must end in"),
+        ({"output": "model.plan"}, "needs a GPU"),
+        ({"output": "model.onnx", "opset": 11}, "--opset 11"),
+        ({"output": "nowhere/model.onnx"}, "could not be written"),
+    ],
+)
+def test_refusals_are_sentences(tmp_path: Path, changes: dict, sentence: str) -> None:
+    if torch.cuda.is_available() and "plan" in changes["output"]:
+        pytest.skip("this machine has a GPU")
+    output = str(tmp_path / changes["output"])
+    config = ExportConfig(path=save(detector_of(C4), tmp_path), output=output, size=(32, 32), precision="fp32")
+    with pytest.raises(OdtkError, match=sentence):
+        export.export(dataclasses.replace(config, **(changes | {"output": output})))
