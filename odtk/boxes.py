@@ -87,14 +87,20 @@ def clamp(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], -1).nan_to_num(nan=0.0)
 
 
+def intersection(a: Tensor, b: Tensor) -> Tensor:
+    """Area [..., N, M] in px² that boxes a [..., N, 4] and b [..., M, 4] share."""
+    ax1, ay1, ax2, ay2 = a[..., :, None, :].movedim(-1, 0).contiguous()  # each [..., N, 1]
+    bx1, by1, bx2, by2 = b[..., None, :, :].movedim(-1, 0).contiguous()  # each [..., 1, M]
+    width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).add_(1).clamp_(min=0)
+    height = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).add_(1).clamp_(min=0)
+    return width.mul_(height)
+
+
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union [..., N, M], in [0, 1], of boxes a [..., N, 4] and b [..., M, 4]; 0 without area."""
-    a, b = a[..., :, None, :], b[..., None, :, :]  # [..., N, 1, 4], [..., 1, M, 4]
-    width = (torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0]) + 1).clamp_(min=0)
-    height = (torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1]) + 1).clamp_(min=0)
-    intersection = width.mul_(height)  # [..., N, M]
-    union = (area(a) + area(b)).sub_(intersection)
-    return intersection / union.clamp_(min=SMALLEST)
+    shared = intersection(a, b)
+    union = (area(a)[..., :, None] + area(b)[..., None, :]).sub_(shared)
+    return shared.div_(union.clamp_(min=SMALLEST))
 
 
 def rotation(boxes: Tensor) -> tuple[Tensor, Tensor]:

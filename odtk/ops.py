@@ -223,15 +223,14 @@ def rotated_iou_reference(a: Tensor, b: Tensor, *, minimum: float = 0.0) -> Tens
     The intersection is at most the smaller area, and at most that of the circumscribed axis-aligned boxes.
     Listing the pairs is a host synchronisation on a GPU; the kernel has none.
     """
-    a, b = a[..., :, None, :], b[..., None, :, :]  # [..., N, 1, 5], [..., 1, M, 5]
-    around_a, around_b = geometry.circumscribe(a), geometry.circumscribe(b)
-    start = torch.maximum(around_a[..., :2], around_b[..., :2])
-    size = (torch.minimum(around_a[..., 2:], around_b[..., 2:]) - start + 1).clamp(min=0)
-    area_a, area_b = geometry.area(a), geometry.area(b)
-    most = torch.minimum(size[..., 0] * size[..., 1], torch.minimum(area_a, area_b))
-    union = (area_a + area_b - most).clamp(min=geometry.SMALLEST)
+    area_a, area_b = geometry.area(a)[..., :, None], geometry.area(b)[..., None, :]  # [..., N, 1], [..., 1, M]
+    most = geometry.intersection(geometry.circumscribe(a), geometry.circumscribe(b))  # [..., N, M]
+    most = torch.minimum(most, torch.minimum(area_a, area_b))
+    union = (area_a + area_b).sub_(most).clamp_(min=geometry.SMALLEST)
+    possible = (most > 0) & (most > union.mul_(minimum - 1e-4))  # leaves room for the rounding of the bound
+    pairs = possible.nonzero(as_tuple=True)
     result = torch.zeros_like(most)
-    possible = (most > 0) & (most / union > minimum - 1e-4)  # leaves room for the rounding of the bound
     shape = (*most.shape, a.shape[-1])
-    result[possible] = geometry.paired_rotated_iou(a.expand(shape)[possible], b.expand(shape)[possible])
+    first, second = a[..., :, None, :].expand(shape), b[..., None, :, :].expand(shape)
+    result[pairs] = geometry.paired_rotated_iou(first[pairs], second[pairs])
     return result
