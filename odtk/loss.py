@@ -23,7 +23,7 @@ from .config import LossConfig, ModelConfig
 
 BACKGROUND = -1  # labels of places; a foreground place has its class index, 0 or more
 IGNORED = -2
-CHUNK = 1 << 20  # (image, box, place) triples looked at in one step of the assignment: bounds its memory
+CHUNK = 1 << 21  # (image, box, place) triples looked at in one step of the assignment: bounds its memory
 CENTRE_RADIUS = 1.5  # strides; FCOS with centre sampling, https://arxiv.org/abs/1904.01355 and its code
 SMALLEST = 1e-6  # keeps the logarithm and the quotients of the IoU loss finite
 

@@ -104,10 +104,12 @@ def _decode_level(
     num_classes = channels // len(anchors)
     flat = logits.float().flatten(1)  # [N, A·C·h·w]; a comparison with NaN is false
     image, index = (flat > to_logit(score_threshold)).nonzero(as_tuple=True)  # [S] survivors, by image, then index
-    scores = flat[image, index].sigmoid()
+    # in float64: the CPU's float32 sigmoid may differ in the last bit between equal logits, and ties would be none
+    scores = flat[image, index].double().sigmoid()
     if values == 5:
         anchor, _, y, x = _split_index(index, num_classes, height, width)
-        scores = (scores * boxes.unflatten(1, (-1, values))[image, anchor, 4, y, x].float().sigmoid()).sqrt()
+        scores = (scores * boxes.unflatten(1, (-1, values))[image, anchor, 4, y, x].double().sigmoid()).sqrt()
+    scores = scores.float()
 
     kept, rank = _best_per_image(scores, image, images, top_n)
     image, index, scores = image[kept], index[kept], scores[kept]

@@ -137,6 +137,16 @@ def test_decode_orders_ties_by_index() -> None:
     assert all(torch.equal(a, b) for a, b in zip((scores, boxes, classes), once_more, strict=True))
 
 
+@pytest.mark.parametrize("values", [4, 5])
+def test_equal_logits_are_ties_wherever_they_lie(values: int) -> None:
+    """torch's float32 sigmoid on the CPU differs in the last bit between a vector's body and its tail."""
+    for logit in torch.randn(200).tolist():
+        head = random_head(1, 1, [(1, 37)], anchors=1, values=values)
+        head[0][0][:], head[1][0][:] = logit, logit
+        scores, _, _ = ops.decode_reference(*head, score_threshold=THRESHOLD, top_n=37, values=values)
+        assert (scores == scores[0, 0]).all()
+
+
 def test_a_score_at_the_threshold_does_not_survive() -> None:
     """Strictly above, compared as logits; the two neighbours in float32 tell the sides apart."""
     at = np.float32(math.log(THRESHOLD / (1 - THRESHOLD)))
