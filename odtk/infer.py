@@ -80,12 +80,13 @@ def loader_config(data: LoaderConfig, backend: Backend, say: Callable[[str], Non
     Raises:
         OdtkError: a size is asked for and the file has another one.
     """
-    asked = data.size and round_up(data.size, backend.stride)
+    asked = round_up(data.size, backend.stride) if data.size else None
     if asked and backend.size and asked != tuple(backend.size):
         sizes = f"{asked[0]}×{asked[1]} contradicts the {backend.size[0]}×{backend.size[1]}"
         raise OdtkError(f"--size {sizes} of {backend.name}: leave it out, or export it again.")
-    if data.size and asked != data.size:
-        say(f"--size {data.size} becomes {asked}: sides are multiples of {backend.stride}.")
+    if data.size and asked and asked != tuple(data.size):
+        sizes = f"{data.size[0]} {data.size[1]} becomes {asked[0]} {asked[1]}"
+        say(f"--size {sizes}: sides are multiples of {backend.stride}.")
     if backend.max_batch and data.batch > backend.max_batch:
         say(f"{backend.name} takes {backend.max_batch} images at a time at most, not {data.batch}.")
     return dataclasses.replace(
