@@ -47,6 +47,16 @@ class FPN(nn.Module):
         p5 = self.lateral5(c5)
         p4 = self.lateral4(c4) + F.interpolate(p5, scale_factor=2.0)  # nearest; exact, as sizes are multiples of 32
         p3 = self.lateral3(c3) + F.interpolate(p4, scale_factor=2.0)
-        p6 = self.pyramid6(c5)
-        p7 = self.pyramid7(F.relu(p6))
+        p6 = halve(self.pyramid6, c5)
+        p7 = halve(self.pyramid7, F.relu(p6))
         return [self.smooth3(p3), self.smooth4(p4), self.smooth5(p5), p6, p7]
+
+
+def halve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 3×3 convolution of stride 2. Of a 1×1 map only its centre counts.
+
+    Said so, because torch 2.13 on CPUs leaves that case's weight gradient uninitialised in bfloat16 (oneDNN).
+    """
+    if x.shape[-2:] == (1, 1):
+        return F.conv2d(x, conv.weight[:, :, 1:2, 1:2], conv.bias)
+    return conv(x)

@@ -1,0 +1,121 @@
+"""Anchors against a plain restatement of spec §2; layout, prior and scales of the heads."""
+import math
+
+import pytest
+import torch
+
+from odtk.config import ROTATED_ANGLES, ModelConfig, OdtkError
+from odtk.model.heads import FCOSHead, RetinaNetHead, base_anchors, create_head
+
+STRIDES = (8, 16, 32, 64, 128)
+
+
+def anchor_of_the_spec(stride: int, index: int) -> list[float]:
+    """Anchor number index = scale·3 + ratio by the formulas of spec §2."""
+    ratio = [1, 2, 0.5][index % 3]
+    scale = [4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)][index // 3]
+    w = (stride**2 / ratio) ** 0.5
+    h = w * ratio
+    return [
+        0.5 * (stride - w * scale),
+        0.5 * (stride - h * scale),
+        0.5 * (stride + w * scale),
+        0.5 * (stride + h * scale),
+    ]
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_anchors_follow_the_spec(stride: int) -> None:
+    anchors = base_anchors(stride, ModelConfig())
+    assert anchors.dtype == torch.float32 and anchors.shape == (9, 4)
+    expected = [anchor_of_the_spec(stride, index) for index in range(9)]
+    torch.testing.assert_close(anchors, torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+def test_first_anchor_by_hand() -> None:
+    assert base_anchors(8, ModelConfig())[0].tolist() == [-12, -12, 20, 20]
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_rotated_anchors_repeat_the_upright_ones_angle_outermost(stride: int) -> None:
+    anchors = base_anchors(stride, ModelConfig(angles=ROTATED_ANGLES))
+    assert anchors.shape == (27, 5)
+    for index, row in enumerate(anchors.tolist()):
+        expected = [*anchor_of_the_spec(stride, index % 9), [-math.pi / 6, 0, math.pi / 6][index // 9]]
+        assert row == pytest.approx(expected, abs=1e-4)
+
+
+def test_rounded_anchors_are_those_of_odtk_0_2() -> None:
+    """Stride 8, ratio 2, scale 4: w = round(5.66) = 6, h = round(6·2) = 12; width x2 − x1 + 1 = 6·4 exactly."""
+    anchors = base_anchors(8, ModelConfig(angles=ROTATED_ANGLES, rounded_anchors=True))
+    assert anchors[1].tolist() == pytest.approx([4 - 12, 4 - 24, 4 + 12 - 1, 4 + 24 - 1, -math.pi / 6])
+
+
+def test_a_point_of_fcos_is_the_middle_of_its_cell() -> None:
+    anchors = base_anchors(16, ModelConfig(head="fcos"))
+    x1, y1, x2, y2 = anchors[0].tolist()
+    assert anchors.shape == (1, 4)
+    assert x1 + 0.5 * (x2 - x1 + 1) == y1 + 0.5 * (y2 - y1 + 1) == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "anchors", "values"),
+    [
+        (ModelConfig(classes=3), 9, 4),
+        (ModelConfig(classes=3, angles=ROTATED_ANGLES), 27, 6),
+        (ModelConfig(classes=3, head="fcos"), 1, 5),
+    ],
+)
+def test_channels(config: ModelConfig, anchors: int, values: int) -> None:
+    logits, boxes = create_head(config, 2)([torch.randn(2, 256, 4, 6), torch.randn(2, 256, 2, 3)])
+    assert [tuple(t.shape) for t in logits] == [(2, anchors * 3, 4, 6), (2, anchors * 3, 2, 3)]
+    assert [tuple(t.shape) for t in boxes] == [(2, anchors * values, 4, 6), (2, anchors * values, 2, 3)]
+
+
+@pytest.mark.parametrize("name", ["retinanet", "fcos"])
+def test_every_score_starts_at_the_prior(name: str) -> None:
+    head = create_head(ModelConfig(head=name), 1)
+    head.initialize()
+    logits, _ = head([torch.randn(1, 256, 8, 8)])
+    assert float(logits[0].detach().sigmoid().mean()) == pytest.approx(0.01, rel=0.2)
+
+
+def test_initial_weights_are_narrow_normals() -> None:
+    head = RetinaNetHead(ModelConfig())
+    head.initialize()
+    convolutions = [m for m in head.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 10
+    assert all(float(c.weight.detach().std()) == pytest.approx(0.01, rel=0.05) for c in convolutions)
+
+
+def test_towers_of_fcos_have_group_norm_of_32_groups() -> None:
+    norms = [m for m in FCOSHead(ModelConfig(head="fcos"), 5).modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert [norm.num_groups for norm in norms] == [32] * 8
+
+
+def test_the_scale_of_a_level_multiplies_its_distances_only() -> None:
+    head = FCOSHead(ModelConfig(head="fcos"), 2).eval()
+    head.initialize()
+    x = torch.randn(1, 256, 4, 4)
+    with torch.no_grad():
+        head.scales.copy_(torch.tensor([1.0, 3.0]))
+        _, (plain, scaled) = head([x, x])
+    torch.testing.assert_close(scaled[:, :4], 3 * plain[:, :4])
+    assert torch.equal(scaled[:, 4], plain[:, 4])
+
+
+def test_distances_start_positive_so_that_relu_passes_gradients() -> None:
+    head = FCOSHead(ModelConfig(head="fcos"), 1)
+    head.initialize()
+    _, (boxes,) = head([torch.randn(1, 256, 8, 8)])
+    assert float(boxes[:, :4].detach().min()) > 0.3
+    assert float(boxes[:, 4].detach().abs().max()) < 1
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [(ModelConfig(head="yolo"), "yolo"), (ModelConfig(head="fcos", angles=ROTATED_ANGLES), "rotated")],
+)
+def test_impossible_heads_are_refused(config: ModelConfig, words: str) -> None:
+    with pytest.raises(OdtkError, match=words):
+        create_head(config, 5)
