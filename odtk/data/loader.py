@@ -66,17 +66,16 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="odtk-loader")
-        ahead: deque[tuple[int, BatchPlan, Future[Tensor]]] = deque()
+        ahead: deque[tuple[int, Future[tuple[BatchPlan, Tensor]]]] = deque()
         numbers = count(self._next) if self.config.training else iter(range(len(self)))
         try:
             while True:
                 for number in islice(numbers, 1 + PREFETCH - len(ahead)):
-                    plan = self.sampler.plan(number)
-                    ahead.append((number, plan, pool.submit(self._render, plan)))
+                    ahead.append((number, pool.submit(self._prepare, number)))
                 if not ahead:
                     return
-                number, plan, images = ahead.popleft()
-                batch = self._batch(plan, images.result())
+                number, prepared = ahead.popleft()
+                batch = self._batch(*prepared.result())
                 if self.config.training:
                     self._next = number + 1
                 yield batch
@@ -90,6 +89,10 @@ class Loader:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue behind ``state``; with another batch or number of devices, from the last whole batch before it."""
         self._next = int(state["seen"]) // (self.config.batch * self.config.world)
+
+    def _prepare(self, number: int) -> tuple[BatchPlan, Tensor]:
+        plan = self.sampler.plan(number)
+        return plan, self._render(plan)
 
     def _render(self, plan: BatchPlan) -> Tensor:
         """The normalised images of a plan, float32 [N, 3, H, W], complete, on the device or the CPU."""
@@ -119,7 +122,8 @@ class Loader:
 
     def _render_with_torch(self, plan: BatchPlan) -> Tensor:
         """The images of a plan by Pillow and PyTorch, on the CPU."""
-        images = torch.zeros(len(plan.samples), 3, plan.height, plan.width)
+        # NumPy, not torch: several of these run at once, and torch would spread each over all cores.
+        images = np.zeros((len(plan.samples), 3, plan.height, plan.width), dtype=np.float32)
         for i, sample in enumerate(plan.samples):
             try:
                 pixels = render(sample)
@@ -127,7 +131,7 @@ class Loader:
                 self._report_damage(sample, error)
                 continue
             images[i, :, : pixels.shape[1], : pixels.shape[2]] = pixels
-        return images
+        return torch.from_numpy(images)
 
     def _report_damage(self, sample: Sample, error: ImageError) -> None:
         if sample.image.path not in self._damaged:
@@ -149,7 +153,7 @@ class TorchLoader(Loader):
         return self._render_with_torch(plan)
 
 
-def render(sample: Sample) -> Tensor:
+def render(sample: Sample) -> np.ndarray:
     """The normalised pixels of a sample, float32 [3, height, width] of its canvas.
 
     Raises:
@@ -161,20 +165,20 @@ def render(sample: Sample) -> Tensor:
         pixels = np.asarray(PILImage.fromarray(pixels).resize(sample.size, PILImage.Resampling.BILINEAR))
     if sample.flip:
         pixels = pixels[:, ::-1]
-    height, width = pixels.shape[:2]
-    planes = pixels.astype(np.float32).reshape(-1, 3).T  # [H, W, 3] → [3, H·W]
-    planes = sample.colour[:, :3] @ planes + sample.colour[:, 3:]
-    image = torch.from_numpy(np.ascontiguousarray(planes)).view(3, height, width)  # [3, H·W] → [3, H, W]
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)  # [H, W, 3] → [3, H, W]
+    # einsum and not @, whose BLAS threads would wait for each other
+    image = np.einsum("ij,jhw->ihw", sample.colour[:, :3], planes) + sample.colour[:, 3:, None]
     return image if sample.turn is None else _turn(image, sample.turn, sample.canvas)
 
 
-def _turn(image: Tensor, matrix: np.ndarray, canvas: tuple[int, int]) -> Tensor:
+def _turn(image: np.ndarray, matrix: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
     """Bilinear sampling of image [3, h, w] at matrix [2, 3] · (x, y, 1) for each pixel centre of the canvas."""
     size = torch.tensor([image.shape[2], image.shape[1]])
     x, y = torch.arange(canvas[0]) + 0.5, torch.arange(canvas[1]) + 0.5
     points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(canvas[1], canvas[0])], dim=-1)
     source = points @ torch.from_numpy(matrix).T  # [H, W, 3] · [3, 2] → [H, W, 2]
-    return F.grid_sample(image[None], (2 * source / size - 1)[None], align_corners=False)[0]
+    batch = torch.from_numpy(np.ascontiguousarray(image))[None]
+    return F.grid_sample(batch, (2 * source / size - 1)[None], align_corners=False)[0].numpy()
 
 
 def create_loader(dataset: Dataset, config: LoaderConfig) -> Loader:
