@@ -438,12 +438,12 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
         while records and records[-1]["iteration"] > record["iteration"]:
             records.pop()
         records.append(record)
-    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
     for record in records:
         for name, value in record.items():
-            figure = name in STATS and value < 0  # nothing of that size was to be found
-            if name not in ("iteration", "time") and isinstance(value, (int, float)) and not figure:
-                curves[name].append((record["iteration"], value))
+            empty = name in STATS and value < 0  # nothing of that size was to be found
+            if name not in ("iteration", "time") and isinstance(value, (int, float)) and not empty:
+                curves[name][record["iteration"]] = value
     if not curves:
         raise OdtkError(f"{path} has no figures yet.")
-    return curves
+    return {name: list(values.items()) for name, values in curves.items()}

@@ -1,0 +1,197 @@
+"""Pictures are written, hold what they should where they should, and refuse what cannot be drawn."""
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from odtk import checkpoint, visualize
+from odtk.config import LoaderConfig, LossConfig, ModelConfig, OdtkError
+from odtk.data.dataset import Category
+from odtk.evaluate import STATS
+from odtk.model.detector import Detector
+
+torch.set_num_threads(1)
+GREY = (128, 128, 128)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two grey images with one box each, the second one rotated in rotated.json."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in (1, 2):
+        Image.new("RGB", (480, 400), GREY).save(folder / f"{i}.png")
+    entries = [{"id": i, "file_name": f"{i}.png", "width": 480, "height": 400} for i in (1, 2)]
+    boxes = [{"id": i, "image_id": i, "category_id": 3, "bbox": [100, 200, 120, 80]} for i in (1, 2)]
+    content = {"images": entries, "categories": [{"id": 3, "name": "cell"}], "annotations": boxes}
+    (folder / "truth.json").write_text(json.dumps(content))
+    content["annotations"] = [box | {"bbox": [100, 200, 120, 80, 0.5]} for box in boxes]
+    (folder / "rotated.json").write_text(json.dumps(content))
+    return folder
+
+
+def data(images: Path, annotations: str | None = "truth.json", **changes) -> LoaderConfig:
+    path = None if annotations is None else str(images / annotations)
+    return LoaderConfig(images=str(images), annotations=path, loader="torch", **changes)
+
+
+def changed(path: str) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of what is not grey in a picture."""
+    drawn = (np.abs(np.asarray(Image.open(path)).astype(int) - 128) > 60).any(axis=2)
+    rows, columns = drawn.any(axis=1).nonzero()[0], drawn.any(axis=0).nonzero()[0]
+    return columns[0], rows[0], columns[-1], rows[-1]
+
+
+def test_truth_is_drawn_where_it_is(images: Path, tmp_path: Path) -> None:
+    paths = visualize.draw_truth(data(images), str(tmp_path / "out"))
+    assert [Path(p).name for p in paths] == ["1_1.jpg", "2_2.jpg"]
+    left, top, right, bottom = changed(paths[0])
+    assert (left, right, bottom) == pytest.approx((100, 220, 280), abs=3)
+    assert 170 < top < 200  # the label is above the box
+
+
+def test_a_rotated_box_is_drawn_turned(images: Path, tmp_path: Path) -> None:
+    [path] = visualize.draw_truth(data(images, "rotated.json"), str(tmp_path), count=1)
+    left, _, right, bottom = changed(path)
+    half = 60 * math.cos(0.5) + 40 * math.sin(0.5)
+    assert (left, right) == pytest.approx((160 - half, 160 + half), abs=3)
+    assert bottom == pytest.approx(240 + 60 * math.sin(0.5) + 40 * math.cos(0.5), abs=3)
+    # Anticlockwise on the screen: the right end is up.
+    corners = visualize.outline([100, 200, 120, 80, 0.5])
+    assert corners[1][1] < corners[0][1]
+
+
+def test_detections_get_a_picture_each_even_where_there_are_none(images: Path, tmp_path: Path) -> None:
+    found = [{"image_id": 2, "category_id": 3, "category": "cell", "bbox": [10, 300, 50, 50], "score": 0.9}]
+    first, second = visualize.draw_detections(found, data(images), str(tmp_path))
+    assert (np.abs(np.asarray(Image.open(first)).astype(int) - 128) < 10).all()
+    assert changed(second)[3] == pytest.approx(350, abs=3)
+
+
+def test_detections_stand_beside_the_truth_and_below_the_threshold_they_do_not(images: Path, tmp_path: Path) -> None:
+    found = [{"image_id": 1, "category_id": 3, "bbox": [10, 300, 50, 50], "score": s} for s in (0.2, 0.9)]
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    path = str(tmp_path / "found.json")
+    [picture] = visualize.draw_results(path, data(images), str(tmp_path / "a"), score_threshold=0.5, count=1)
+    assert Image.open(picture).width == 2 * 480 + 8
+    [picture] = visualize.draw_results(path, data(images, None), str(tmp_path / "b"), score_threshold=0.95, count=1)
+    assert (np.abs(np.asarray(Image.open(picture)).astype(int) - 128) < 10).all()
+
+
+def test_labels_stay_inside_and_apart() -> None:
+    image = Image.new("RGB", (400, 400), GREY)
+    corner = visualize.Shape([(0, 0), (30, 0), (30, 30), (0, 30)], (255, 0, 0), "a rather long name 0.99")
+    one, two = (np.asarray(visualize.annotate(image, [corner] * n)) for n in (1, 2))
+    red = [(picture == (255, 0, 0)).all(axis=2).sum() for picture in (one, two)]
+    assert red[1] > 1.7 * red[0] - 200  # the second label is not on top of the first
+    assert (np.asarray(image) == 128).all()  # a copy was drawn on
+
+
+def test_small_images_are_enlarged() -> None:
+    assert visualize.annotate(Image.new("RGB", (60, 50)), []).size == (480, 400)
+
+
+def test_colours_of_neighbours_differ() -> None:
+    colours = [np.array(visualize.colour(i)) for i in range(40)]
+    assert min(np.abs(a - b).sum() for a, b in zip(colours, colours[1:], strict=False)) > 150
+    assert len({tuple(c) for c in colours}) == 40
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside a model
+
+
+def make_model(tmp_path: Path, **changes) -> str:
+    config = ModelConfig(backbones=("ResNet18FPN",), classes=1, **changes)
+    detector = Detector(config)
+    detector.initialize()
+    path = str(tmp_path / "model.pth")
+    checkpoint.save(path, checkpoint.Checkpoint(config, (Category(3, "cell"),), detector.state_dict()))
+    return path
+
+
+def test_feature_maps_of_a_layer_by_name_or_end(images: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    layer2 = visualize.draw_features(model, "layer2", data(images, resize=64), str(tmp_path / "f"), count=1)
+    assert len(layer2) == 1 and layer2[0].endswith("layer2_0.png")
+    pyramid = "backbones.ResNet18FPN"
+    levels = visualize.draw_features(model, pyramid, data(images, resize=64), str(tmp_path / "f"), count=2)
+    assert len(levels) == 2 * 5  # images × levels
+    with pytest.raises(OdtkError, match="no single layer layer.*try .*layer"):
+        visualize.draw_features(model, "layer", data(images, resize=64), str(tmp_path), count=1)
+    with pytest.raises(OdtkError, match="try .*lateral3"):
+        visualize.draw_features(model, "lateral", data(images, resize=64), str(tmp_path), count=1)
+
+
+def test_a_grid_shows_each_map_over_its_own_range() -> None:
+    maps = torch.stack([torch.arange(12.0).view(3, 4), 100 * torch.arange(12.0).view(3, 4), torch.zeros(3, 4)])
+    grid = np.asarray(visualize.feature_grid(maps, "maps", Image.new("RGB", (8, 6))))
+    colours = {tuple(c) for c in grid.reshape(-1, 3)}
+    assert {tuple(visualize.RAMP[0]), tuple(visualize.RAMP[-1])} <= colours
+    factor = 24  # 96 / 4
+    columns = grid.shape[1] - 2 * (4 * factor + 2)  # two columns of tiles stand on the right
+    first = grid[28 : 28 + 3 * factor, columns : columns + 4 * factor]
+    second = grid[28 : 28 + 3 * factor, columns + 4 * factor + 2 : columns + 8 * factor + 2]
+    assert (first == second).all()
+
+
+def test_anchors_that_match_and_a_box_that_none_reaches(images: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    truth = json.loads((images / "truth.json").read_text())
+    truth["annotations"][1]["bbox"] = [300, 20, 6, 6]  # far below the smallest anchor
+    (images / "truth.json").write_text(json.dumps(truth))
+    settings = data(images, resize=400)
+    detector = checkpoint.build(checkpoint.load(model))
+    reached, missed = (
+        visualize.anchor_shapes(detector, batch, LossConfig()) for _, batch in visualize.inputs(detector, settings, 2)
+    )
+    assert int(reached[-1].label.split()[0]) >= len(reached) - 1 > 1 and reached[-1].colour != (255, 0, 0)
+    assert missed[-1].label.startswith("0 anchors, stride 8") and missed[-1].colour == (255, 0, 0) and len(missed) == 2
+    assert len(visualize.draw_anchors(model, settings, LossConfig(), str(tmp_path / "out"), count=2)) == 2
+
+
+def test_anchors_of_fcos_are_refused(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(OdtkError, match="points, not anchors"):
+        visualize.draw_anchors(make_model(tmp_path, head="fcos"), data(images), LossConfig(), str(tmp_path), count=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+
+
+def test_a_resumed_run_replaces_what_it_did_again_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = [{"iteration": i, "time": 0.0, "loss": 1.0 / i, "lr": 0.1} for i in (1, 2, 3)]
+    records += [{"iteration": 2, "time": 0.0, "loss": 7.0, "lr": 0.1}]
+    records += [{"iteration": 2, "time": 0.0, **dict(zip(STATS, [0.5, 0.6, -1] + [0.1] * 9, strict=True))}]
+    path.write_text("\n".join(map(json.dumps, records)) + '\n{"iteration": 3, "lo')
+    curves = visualize.read_curves(path)
+    assert curves["loss"] == [(1, 1.0), (2, 7.0)] and curves["AP"] == [(2, 0.5)]
+    assert "AP75" not in curves and "time" not in curves
+    pytest.importorskip("matplotlib")
+    [picture] = visualize.draw_curves(str(tmp_path), str(tmp_path / "out"))
+    assert min(Image.open(picture).size) > 300
+
+
+def test_curves_without_a_log_or_without_matplotlib(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(OdtkError, match="--logdir"):
+        visualize.read_curves(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(OdtkError, match="no figures"):
+        visualize.read_curves(tmp_path / "metrics.jsonl")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(OdtkError, match=r"odtk\[plot\]"):
+        visualize.draw_curves(str(tmp_path), str(tmp_path))
+
+
+def test_the_user_s_images_are_not_drawn_over(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(OdtkError, match="another one"):
+        visualize.draw_truth(data(images), str(images))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OdtkError, match="Cannot make"):
+        visualize.draw_truth(data(images), str(tmp_path / "file" / "out"))
