@@ -5,6 +5,7 @@ a noisy machine disturbs all alike; the peak memory is the process's own. The ra
 """
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import statistics
@@ -13,6 +14,26 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+
+def arguments(description: str | None, *, rounds: int, batch: int | None = None) -> argparse.ArgumentParser:
+    """A parser with the flags that the benchmarks share: data and sizes where a `batch` is given, rounds, report."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if batch is not None:
+        parser.add_argument("--annotations")
+        parser.add_argument("--images", required=True)
+        parser.add_argument("--batch", type=int, default=batch)
+        parser.add_argument("--resize", type=int, default=240)
+        parser.add_argument("--max-size", type=int, default=320)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--report", type=Path, help="JSON lines to append the rows to")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)  # which one a child is
+    return parser
+
+
+def again(variant: str) -> list[str]:
+    """The command line of this very call, for a child that is to be `variant`."""
+    return [sys.executable, *sys.argv, "--variant", variant]
 
 
 def serve(step: Callable[[], int]) -> None:
@@ -54,7 +75,8 @@ def compare(title: str, commands: dict[str, list[str]], *, rounds: int, report: 
         child.communicate()
 
     rows = []
-    print(f"\n{title}: {rounds} rounds in turns\n{'variant':36} {'ms/image':>9} {'spread':>15} {'ratio':>6} {'peak MiB':>9}")
+    print(f"\n{title}: {rounds} rounds in turns")
+    print(f"{'variant':36} {'ms/image':>9} {'spread':>15} {'ratio':>6} {'peak MiB':>9}")
     for name, results in answers.items():
         times = [r["seconds"] / r["images"] * 1e3 for r in results]
         median, peak = statistics.median(times), results[-1]["peak"] / 2**20

@@ -5,7 +5,6 @@ a batch of real images, flip, forward, backward, SGD: the whole loop, as odtk's 
 """
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections import defaultdict
@@ -13,39 +12,37 @@ from pathlib import Path
 
 import torch
 import torchvision.transforms.functional as transforms
-from harness import serve
+from harness import arguments, serve
 from PIL import Image
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--annotations", type=Path, required=True)
-parser.add_argument("--images", type=Path, required=True)
-parser.add_argument("--batch", type=int, default=8)
-parser.add_argument("--resize", type=int, default=240)
-parser.add_argument("--max-size", type=int, default=320)
+parser = arguments(__doc__, rounds=0, batch=8)
+parser.add_argument("--peer-python")
 args = parser.parse_args()
 
 torch.manual_seed(0)
 random.seed(0)
 torch.set_num_threads(2)
-coco = json.loads(args.annotations.read_text())
+coco = json.loads(Path(args.annotations).read_text())
 boxes, labels = defaultdict(list), defaultdict(list)
 for annotation in coco["annotations"]:
     x, y, w, h = annotation["bbox"]
     boxes[annotation["image_id"]].append([x, y, x + w, y + h])
     labels[annotation["image_id"]].append(annotation["category_id"])
 
-trunk = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d,
-                            trainable_layers=5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))  # fmt: skip
+trunk = resnet_fpn_backbone(
+    backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d, trainable_layers=5,
+    returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256),
+)  # fmt: skip
 classes = 1 + max(c["id"] for c in coco["categories"])
 model = RetinaNet(trunk, classes, min_size=args.resize, max_size=args.max_size).train()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
 
 
 def load(image: dict) -> tuple[torch.Tensor, dict]:
-    pixels = transforms.to_tensor(Image.open(args.images / image["file_name"]).convert("RGB"))  # [3, H, W]
+    pixels = transforms.to_tensor(Image.open(Path(args.images) / image["file_name"]).convert("RGB"))  # [3, H, W]
     target = torch.tensor(boxes[image["id"]]).reshape(-1, 4)
     if random.random() < 0.5:
         pixels = pixels.flip(2)

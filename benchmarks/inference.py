@@ -1,0 +1,54 @@
+"""Inference on real images: an exported file in ONNX Runtime beside the same model in eager PyTorch.
+
+    python benchmarks/inference.py MODEL.pth MODEL.onnx [OTHER.onnx …] --images DIR
+
+The images are loaded once, at the size of the first .onnx; a step is one batch, from normalised images to detections.
+"""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from harness import again, arguments, compare, serve
+
+
+def variant(args: argparse.Namespace) -> None:
+    import torch
+
+    from odtk.backends import OnnxBackend, open_backend
+    from odtk.config import LoaderConfig
+    from odtk.data.dataset import Dataset
+    from odtk.data.loader import create_loader
+
+    torch.set_num_threads(2)
+    size = OnnxBackend(args.models[1], device="cpu").size
+    backend = open_backend(args.variant, device="cpu", precision="fp32", postprocess=None)
+    loader = create_loader(Dataset.load(None, args.images), LoaderConfig(
+        images=args.images, size=size, batch=args.batch, stride=backend.stride, loader="torch"))  # fmt: skip
+    batches = [batch.images for batch, _ in zip(loader, range(4), strict=False)]
+    number = 0
+
+    def step() -> int:
+        nonlocal number
+        number += 1
+        images = batches[number % len(batches)]
+        backend(images)
+        return len(images)
+
+    serve(step)
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=20, batch=1)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="the checkpoint, then the files exported from it")
+    args = parser.parse_args()
+    if args.variant:
+        return variant(args)
+    if len(args.models) < 2:
+        parser.error("name a checkpoint and at least one file exported from it")
+    compare(f"inference, batch {args.batch}", {Path(model).name: again(model) for model in args.models},
+            rounds=args.rounds, report=args.report)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
