@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from odtk import boxes as geometry
-from odtk.config import ModelConfig, PostprocessConfig
+from odtk.config import LossConfig, ModelConfig, PostprocessConfig
+from odtk.loss import detection_loss
 from odtk.postprocess import Detections, postprocess
 
 STRIDES = (8, 16)
@@ -131,3 +132,34 @@ def test_a_rotated_pair_is_judged_by_its_polygons() -> None:
     assert (run(heads, model).scores > 0).sum() == 2
     plant(heads, model, image=0, level=0, cell=(4, 4), box=[*bar, math.pi / 4 + 0.02], label=1, logit=1.0)
     assert (run(heads, model).scores > 0).sum() == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_loss_teaches_is_what_postprocess_reads(kind: str) -> None:
+    """Raw levels that minimise the loss give the targets back: both sides agree on layout, anchors and coding."""
+    model = model_config(kind)
+    angle = [0.2] if model.rotated else []
+    boxes = torch.tensor([[[8.0, 8.0, 17.0, 25.0, *angle], [46.0, 30.0, 55.0, 47.0, *angle]]] * 2)
+    labels = torch.tensor([[2, 0], [1, -1]])  # the second box of the second image is padding
+    logits, numbers = empty_heads(model, 2)
+    heads = [
+        [level.fill_(value).requires_grad_() for level in part] for part, value in ((logits, -3.0), (numbers, 0.5))
+    ]
+    optimizer = torch.optim.Adam(logits + numbers, lr=0.2)
+    for _ in range(60):
+        found = detection_loss(
+            *heads, boxes, labels, anchors=anchors_of(model), strides=STRIDES, model=model, loss=LossConfig()
+        )
+        optimizer.zero_grad()
+        sum(total / normalizer.clamp(min=1) for total, normalizer in found.values()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        detections = run(heads, model, score_threshold=0.5)
+    for image, used in enumerate([2, 1]):
+        assert (detections.scores[image] > 0).sum() == used
+        order = detections.classes[image, :used].argsort(descending=True)
+        assert detections.classes[image, order].tolist() == labels[image, :used].tolist()
+        assert torch.allclose(detections.boxes[image, order, :4], boxes[image, :used, :4], atol=1.0)
+        if model.rotated:
+            sin, cos = detections.boxes[image, order, 4:].unbind(-1)
+            assert torch.allclose(torch.atan2(sin, cos), torch.tensor(0.2), atol=0.05)
