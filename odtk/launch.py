@@ -114,8 +114,10 @@ def process_group(device: str, *, timeout: timedelta, **where: Any) -> Iterator[
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout, **where)
     try:
         yield
-    finally:
+    except SystemExit:  # a stop that the ranks agreed on
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()  # not after an error: that would make the other ranks fail before it is told
 
 
 def join_torchrun(job: Job, config: Any, devices: str | int | None) -> Any:

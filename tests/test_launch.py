@@ -1,0 +1,191 @@
+"""Processes of a run: they meet, they end together, and the first error is the one that is told."""
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from odtk import launch
+from odtk.config import LoaderConfig, OdtkError
+
+
+@dataclass(frozen=True)
+class Config:
+    """What launch needs of a config, and where a job writes."""
+
+    data: LoaderConfig
+    folder: str = ""
+
+
+def config(folder: Path | str = "") -> Config:
+    return Config(LoaderConfig(images="."), str(folder))
+
+
+def note(config: Config, rank: int, world: int) -> str:
+    """A job: writes where it ran; all ranks add up their number."""
+    total = torch.tensor(rank + 1)
+    if world > 1:
+        dist.all_reduce(total)
+    data = config.data
+    line = f"{rank} {world} {data.rank} {data.world} {data.device} {total.item()}"
+    Path(config.folder, str(rank)).write_text(line)
+    return line
+
+
+def refuse(config: Config, rank: int, world: int) -> None:
+    """A job: rank 1 finds something to mend while rank 0 waits for it."""
+    if rank == 1:
+        raise OdtkError("The file x.json is broken: mend it.")
+    dist.barrier()
+
+
+def crash(config: Config, rank: int, world: int) -> None:
+    if rank == 1:
+        raise ZeroDivisionError("by nothing")
+    dist.barrier()
+
+
+def be_killed(config: Config, rank: int, world: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def hang(config: Config, rank: int, world: int) -> None:
+    """A job: rank 0 is deaf in an endless wait when rank 1 fails."""
+    if rank == 1:
+        raise OdtkError("Rank 1 has a reason.")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+
+
+def wait_for_signal(config: Config, rank: int, world: int) -> None:
+    """A job that ends as training does: on SIGTERM, with a code of its own."""
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    Path(config.folder, f"ready{rank}").touch()
+    while not received:
+        time.sleep(0.05)
+    Path(config.folder, f"saved{rank}").touch()
+    raise SystemExit(128 + received[0])
+
+
+def test_one_process_is_this_one(tmp_path: Path) -> None:
+    assert launch.launch(note, config(tmp_path), devices="cpu") == "0 1 0 1 cpu 1"
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [launch.resolve(d) for d in (None, "cpu", "cpu:3", "2", 4)] == [
+        ("cuda", 4), ("cpu", 1), ("cpu", 3), ("cuda", 2), ("cuda", 4),
+    ]  # fmt: skip
+    with pytest.raises(OdtkError, match="--devices 5: 4 GPUs are visible"):
+        launch.world_size(5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert launch.resolve(None) == ("cpu", 1)
+    with pytest.raises(OdtkError, match="--devices 1: 0 GPUs are visible"):
+        launch.world_size("1")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert launch.world_size("cpu") == 16
+
+
+def test_the_meeting_place() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        address, port = launch.rendezvous(f"127.0.0.1:{taken}").split(":")
+        assert (address, int(port) != taken) == ("127.0.0.1", True)
+    assert launch.rendezvous(f"127.0.0.1:{taken}") == f"127.0.0.1:{taken}"
+    for wrong in ("127.0.0.1", "host:name", ":29500"):
+        with pytest.raises(OdtkError, match="give an address and a port"):
+            launch.rendezvous(wrong)
+    with pytest.raises(OdtkError, match="not an address of this machine"):
+        launch.rendezvous("192.0.2.1:29500")
+
+
+def test_the_first_error_is_told() -> None:
+    """Codes and sentences of ranks, in the order in which they ended, to what is raised."""
+    late, early = (2.0, launch.Failure(0, "Connection closed.")), (1.0, launch.Failure(1, "The disk is full."))
+    with pytest.raises(OdtkError, match=r"^The disk is full\.$"):
+        launch.report([1, 1], [late, early], [])
+    with pytest.raises(OdtkError, match=r"^Rank 1 of 2 was ended by SIGKILL \(out of memory\?\)"):
+        launch.report([1, -9], [late], [])  # rank 1 could not speak, rank 0 is only its echo
+    for codes in ([143, 143], [143, -15], [None, 143]):
+        with pytest.raises(SystemExit) as stop:
+            launch.report(codes, [], [signal.SIGTERM])
+        assert stop.value.code == 143
+    launch.report([0, 0], [], [])
+
+
+@pytest.mark.slow
+def test_processes_meet(tmp_path: Path) -> None:
+    assert launch.launch(note, config(tmp_path), devices="cpu:2", master="127.0.0.1:29511") is None
+    assert (tmp_path / "0").read_text() == "0 2 0 2 cpu 3"
+    assert (tmp_path / "1").read_text() == "1 2 1 2 cpu 3"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job, message", [
+    (refuse, r"^The file x\.json is broken: mend it\.$"),
+    (crash, r"^Rank 1 of 2 failed, and the run with it: ZeroDivisionError: by nothing$"),
+    (be_killed, r"^Rank 1 of 2 was ended by SIGKILL"),
+    (hang, r"^Rank 1 has a reason\.$"),
+], ids=["refuse", "crash", "killed", "hang"])  # fmt: skip
+def test_a_rank_that_dies_ends_the_run(job, message: str, capfd: pytest.CaptureFixture) -> None:
+    start = time.monotonic()
+    with pytest.raises(OdtkError, match=message):
+        launch.launch(job, config(), devices="cpu:2")
+    assert time.monotonic() - start < 60
+    said = capfd.readouterr().err
+    assert ("ZeroDivisionError: by nothing" in said) == (job is crash)  # a traceback only where the fault is ours
+
+
+PARENT = """
+import sys
+sys.path.insert(0, {tests!r})
+from odtk import launch
+from test_launch import config, {job}
+if __name__ == "__main__":
+    print(launch.launch({job}, config({folder!r}), devices="cpu{number}"), flush=True)
+"""
+
+
+def script(tmp_path: Path, job: str, number: str = "") -> str:
+    path = tmp_path / "parent.py"
+    path.write_text(PARENT.format(tests=str(Path(__file__).parent), job=job, folder=str(tmp_path), number=number))
+    return str(path)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_signals_reach_the_ranks(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, script(tmp_path, "wait_for_signal", ":2")], env=environment())
+    try:
+        deadline = time.monotonic() + 120
+        while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+    assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
+
+
+@pytest.mark.slow
+def test_joins_torchrun(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    result = subprocess.run([*command, script(tmp_path, "note")], env=environment(), capture_output=True, timeout=170)
+    assert result.returncode == 0, result.stderr.decode()
+    assert {(tmp_path / rank).read_text() for rank in "01"} == {"0 2 0 2 cpu 3", "1 2 1 2 cpu 3"}
