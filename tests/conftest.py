@@ -1,5 +1,4 @@
 """Shared fixtures: one seed for every test, few threads, the real BCCD images where the workplace has them."""
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,6 @@ BCCD = Path(__file__).resolve().parents[2] / "shared" / "data" / "bccd"
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For tests of many small operations: on a busy machine a second thread makes them ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
