@@ -30,7 +30,7 @@ ORDER, BATCH, IMAGE = range(3)
 
 CROP_IOUS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None keeps the whole image; SSD §2.2
 CROP_SIDES = (0.3, 1.0)  # of the image's sides
-CROP_ASPECTS = (0.5, 2.0)  # relative to the image's aspect
+CROP_ASPECTS = (0.75, 4 / 3)  # relative to the image's; narrow, for less padding in a batch (SSD: 0.5 to 2)
 CROP_CANDIDATES = 50
 MIN_SIDE = 1.0  # pixels of the network's input; smaller boxes are dropped in training
 
@@ -137,7 +137,8 @@ class Sampler:
         quarters = int(generator.integers(4)) if augment.rotate else 0
         degrees = float(generator.uniform(*augment.free_rotate))
         colour = colour_matrix(generator, augment)
-        crop = random_crop(generator, image) if augment.crop else (0, 0, image.width, image.height)
+        crops = generator.random() < augment.crop
+        crop = random_crop(generator, image) if crops else (0, 0, image.width, image.height)
         inside = _centres_inside(image.boxes, crop)
         scale = _shorter_side(crop[2] - crop[0], crop[3] - crop[1], target, self.config.max_size)
         boxes, labels = _clip(image.boxes[inside], crop), image.labels[inside]
