@@ -34,7 +34,7 @@ def variant(args: argparse.Namespace) -> None:
     detector.initialize()
     loader = create_loader(dataset, LoaderConfig(
         images=args.images, annotations=args.annotations, batch=args.batch, training=True, stride=detector.stride,
-        jitter=(args.resize, args.resize), max_size=args.max_size, augment=AugmentConfig(crop=False),
+        jitter=(args.resize, args.resize), max_size=args.max_size, augment=AugmentConfig(crop=0),
         loader="torch" if plain else "dali",
     ))  # fmt: skip
     batches, anchors = iter(loader), detector.anchors()

@@ -248,6 +248,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--augment-rotate", action="store_true", help="turn by multiples of 90 degrees (off)")
+    augment.add_argument("--augment-crop", metavar="PROBABILITY", type=fraction, default=1.0,
+                         help="cut out a window that keeps boxes (%(default)s); 0 suits short training from scratch")
     augment.add_argument("--augment-free-rotate", metavar=("MIN", "MAX"), nargs=2, type=angle, default=[0.0, 0.0],
                          help="turn by degrees from this range (0 0)")
     for name in ("brightness", "contrast", "hue", "saturation"):
@@ -298,6 +300,7 @@ def train_config(args: argparse.Namespace, world: int) -> TrainConfig:
         rotated=args.rotated_bbox,
         absolute_angle=args.absolute_angle,
         augment=AugmentConfig(
+            crop=args.augment_crop,
             rotate=args.augment_rotate,
             free_rotate=tuple(args.augment_free_rotate),
             brightness=args.augment_brightness,

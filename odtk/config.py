@@ -103,7 +103,7 @@ class AugmentConfig:
     """Training augmentation. The four colour values are standard deviations of normal distributions."""
 
     flip: float = 0.5  # probability
-    crop: bool = True  # random crop that keeps boxes (SSD, https://arxiv.org/abs/1512.02325 §2.2)
+    crop: float = 1.0  # probability of a random crop that keeps boxes (SSD, https://arxiv.org/abs/1512.02325 §2.2)
     rotate: bool = False  # by a random multiple of 90 degrees
     free_rotate: tuple[float, float] = (0.0, 0.0)  # degrees, uniform in the range
     brightness: float = 0.002

@@ -19,7 +19,7 @@ from odtk.data.dataset import Category, Dataset, Fault, Image
 from odtk.data.loader import Batch, TorchLoader, create_loader, render
 from odtk.data.sampler import Sampler, colour_matrix, random_crop
 
-STILL = AugmentConfig(flip=0, crop=False, brightness=0, contrast=0, hue=0, saturation=0)
+STILL = AugmentConfig(flip=0, crop=0, brightness=0, contrast=0, hue=0, saturation=0)
 IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
@@ -185,9 +185,9 @@ def marked(tmp_path: Path, rotated: bool) -> Dataset:
 
 AUGMENTS = {
     "flip": replace(STILL, flip=1),
-    "crop": replace(STILL, crop=True),
+    "crop": replace(STILL, crop=1),
     "quarters": replace(STILL, rotate=True),
-    "crop and quarters": replace(STILL, crop=True, flip=0.5, rotate=True),
+    "crop and quarters": replace(STILL, crop=1, flip=0.5, rotate=True),
     "free": replace(STILL, free_rotate=(-40, 40)),
     "all": AugmentConfig(rotate=True, free_rotate=(-20, 20)),
 }
