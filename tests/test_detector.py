@@ -57,16 +57,11 @@ def test_the_names_that_odtk_0_2_used() -> None:
     [
         {"backbones": ("ResNet18C4",), "deep_stem": True, "avg_down": True, "dcn": (3, 4)},
         {"backbones": ("RepVGGA0FPN",)},
-        *(
-            pytest.param(changes, marks=pytest.mark.slow)
-            for changes in (
-                {"backbones": ("ResNet18FPN",), "norm": "frozen"},
-                {"backbones": ("ResNet18FPN",), "norm": "group"},
-                {"backbones": ("MobileNetV2FPN",), "head": "fcos"},
-                {"backbones": ("RepVGGB0FPN",), "norm": "frozen"},
-                {"backbones": ("GhostNetFPN",)},
-            )
-        ),
+        {"backbones": ("ResNet18FPN",), "norm": "frozen"},
+        {"backbones": ("ResNet18FPN",), "norm": "group"},
+        {"backbones": ("MobileNetV2FPN",), "head": "fcos"},
+        {"backbones": ("RepVGGB0FPN",), "norm": "frozen"},
+        {"backbones": ("GhostNetFPN",)},
     ],
     ids=str,
 )
