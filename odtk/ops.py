@@ -7,11 +7,16 @@ ReLU and the centre-ness logit.
 
 A candidate is one (anchor, class, cell); its index in its level is ((a·C + c)·h + y)·w + x. Ties of score go to the
 lower level first, then to the lower index.
+
+Where odtk._C was built, its kernels do the work on CUDA tensors, as operators that torch.compile and torch.export see
+(torch.ops.odtk.decode, .nms, .rotated_iou), and rotated_iou on CPU tensors too. Elsewhere the reference does.
 """
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,6 +24,16 @@ from torch import Tensor
 from . import boxes as geometry
 
 NMS_CHUNK = 128  # candidates looked at in one step of the NMS
+
+
+def _load_kernels() -> ModuleType | None:
+    try:
+        return importlib.import_module("odtk._C")
+    except ImportError:  # not built, or not for this Python
+        return None
+
+
+kernels = _load_kernels()  # odtk._C, or None; `odtk info` tells which, and how to get it
 
 
 def decode(
@@ -45,6 +60,9 @@ def decode(
         scores [N, T] float32, boxes [N, T, 4 or 6] float32, classes [N, T] int64, where T is the sum over the levels
         of K = min(top_n, A·C·h·w). Within a level they are ordered by score. Unused rows are zero.
     """
+    limited = kernels is not None and len(logits) <= kernels.MAX_LEVELS and 0 < top_n <= kernels.MAX_TOP_N
+    if limited and logits[0].is_cuda and len(logits[0]):
+        return torch.ops.odtk.decode(logits, boxes, anchors, strides, score_threshold, top_n, values)
     return decode_reference(
         logits, boxes, anchors, strides, score_threshold=score_threshold, top_n=top_n, values=values
     )
@@ -65,6 +83,8 @@ def nms(
         scores [N, D] float32, boxes [N, D, 4 or 6] float32, classes [N, D] int64, ordered by score, ties by lower
         index. Unused rows are zero.
     """
+    if kernels is not None and scores.is_cuda and scores.numel() and detections > 0:
+        return torch.ops.odtk.nms(scores, boxes, classes, threshold, detections)
     return nms_reference(scores, boxes, classes, threshold=threshold, detections=detections)
 
 
@@ -74,7 +94,12 @@ def rotated_iou(a: Tensor, b: Tensor, *, minimum: float = 0.0) -> Tensor:
     Args:
         minimum: pairs whose IoU is surely below may be given as 0, which saves most of the work.
     """
-    return rotated_iou_reference(a, b, minimum=minimum)
+    if kernels is None or not a.dtype == b.dtype == torch.float32:
+        return rotated_iou_reference(a, b, minimum=minimum)
+    leading = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    flat = [_flatten_leading(part, leading) for part in (a, b)]
+    iou = torch.ops.odtk.rotated_iou(*flat, minimum)  # [P, N, M]
+    return iou.reshape(*leading, a.shape[-2], b.shape[-2])  # [P, N, M] → [..., N, M]
 
 
 def decode_reference(
@@ -236,3 +261,182 @@ def rotated_iou_reference(a: Tensor, b: Tensor, *, minimum: float = 0.0) -> Tens
     first, second = a[..., :, None, :].expand(shape), b[..., None, :, :].expand(shape)
     result[pairs] = geometry.paired_rotated_iou(first[pairs], second[pairs])
     return result
+
+
+# ---- the compiled kernels ----
+
+
+@torch.library.custom_op(
+    "odtk::decode",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor[] logits, Tensor[] boxes, Tensor[] anchors, int[] strides, float score_threshold, int top_n, "
+    "int values) -> (Tensor, Tensor, Tensor)",
+)
+def decode_kernel(
+    logits: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    strides: Sequence[int],
+    score_threshold: float,
+    top_n: int,
+    values: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """decode by csrc/cuda/decode.cu: two launches, no host synchronisation. Anchors should be on the device already."""
+    assert kernels is not None
+    logits, logits_half = _as_kernel_type(logits)
+    boxes, boxes_half = _as_kernel_type(boxes)
+    device = logits[0].device
+    base = [a.to(device=device, dtype=torch.float32).contiguous() for a in anchors]
+    levels = [
+        kernels.DecodeLevel(
+            logits=level.data_ptr(),
+            boxes=box.data_ptr(),
+            anchors=anchor.data_ptr(),
+            height=level.shape[2],
+            width=level.shape[3],
+            stride=stride,
+            logits_pitch=_channels_last_pitch(level),
+            boxes_pitch=_channels_last_pitch(box),
+        )
+        for level, box, anchor, stride in zip(logits, boxes, base, strides, strict=True)
+    ]
+    params = kernels.DecodeParams(
+        levels=levels,
+        batch=logits[0].shape[0],
+        anchors=base[0].shape[0],
+        classes=logits[0].shape[1] // base[0].shape[0],
+        top_n=top_n,
+        anchor_values=base[0].shape[1],
+        score_threshold=score_threshold,
+        kind={4: kernels.BoxKind.ANCHOR, 6: kernels.BoxKind.ROTATED, 5: kernels.BoxKind.FCOS}[values],
+        logits_half=logits_half,
+        boxes_half=boxes_half,
+    )
+    scores, found, classes = _empty_detections(logits[0], params.columns, 6 if values == 6 else 4)
+    with _on_device(device):
+        bytes_ = kernels.decode_workspace(params)
+        workspace = torch.empty(bytes_, dtype=torch.uint8, device=device)
+        outputs = (scores.data_ptr(), found.data_ptr(), classes.data_ptr())
+        kernels.decode(params, *outputs, workspace.data_ptr(), bytes_, _stream(device))
+    return scores, found, classes.long()
+
+
+@decode_kernel.register_fake
+def _(
+    logits: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    strides: Sequence[int],
+    score_threshold: float,
+    top_n: int,
+    values: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    columns = sum(min(top_n, level[0].numel()) for level in logits)
+    scores, found, classes = _empty_detections(logits[0], columns, 6 if values == 6 else 4)
+    return scores, found, classes.long()
+
+
+@torch.library.custom_op(
+    "odtk::nms",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor scores, Tensor boxes, Tensor classes, float threshold, int detections) -> (Tensor, Tensor, Tensor)",
+)
+def nms_kernel(
+    scores: Tensor, boxes: Tensor, classes: Tensor, threshold: float, detections: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """nms by csrc/cuda/nms.cu: one launch, no host synchronisation."""
+    assert kernels is not None
+    scores, boxes, classes = scores.float().contiguous(), boxes.float().contiguous(), classes.int().contiguous()
+    batch, count, values = boxes.shape
+    params = kernels.NmsParams(batch=batch, count=count, detections=detections, values=values, threshold=threshold)
+    out = _empty_detections(scores, detections, values)
+    with _on_device(scores.device):
+        bytes_ = kernels.nms_workspace(params)
+        workspace = torch.empty(bytes_, dtype=torch.uint8, device=scores.device)
+        pointers = [tensor.data_ptr() for tensor in (scores, boxes, classes, *out, workspace)]
+        kernels.nms(params, *pointers, bytes_, _stream(scores.device))
+    return out[0], out[1], out[2].long()
+
+
+@nms_kernel.register_fake
+def _(
+    scores: Tensor, boxes: Tensor, classes: Tensor, threshold: float, detections: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = _empty_detections(scores, detections, boxes.shape[-1])
+    return out[0], out[1], out[2].long()
+
+
+@torch.library.custom_op(
+    "odtk::rotated_iou",
+    mutates_args=(),
+    device_types=("cpu", "cuda"),
+    schema="(Tensor a, Tensor b, float minimum) -> Tensor",
+)
+def rotated_iou_kernel(a: Tensor, b: Tensor, minimum: float) -> Tensor:
+    """IoU [P, N, M] of a [P or 1, N, 5 or 6] and b [P or 1, M, 5 or 6], float32, by csrc/cuda/rotated_iou.cu."""
+    assert kernels is not None
+    a, b = a.contiguous(), b.contiguous()
+    batch = max(len(a), len(b))
+    params = kernels.RotatedIouParams(
+        batch=batch,
+        a_count=a.shape[1],
+        b_count=b.shape[1],
+        a_values=a.shape[2],
+        b_values=b.shape[2],
+        a_shared=len(a) < batch,
+        b_shared=len(b) < batch,
+        minimum=minimum,
+    )
+    iou = a.new_empty(batch, a.shape[1], b.shape[1])
+    pointers = (a.data_ptr(), b.data_ptr(), iou.data_ptr())
+    if a.is_cuda:
+        with _on_device(a.device):
+            kernels.rotated_iou(params, *pointers, _stream(a.device))
+    else:
+        kernels.rotated_iou_host(params, *pointers)
+    return iou
+
+
+@rotated_iou_kernel.register_fake
+def _(a: Tensor, b: Tensor, minimum: float) -> Tensor:
+    return a.new_empty(max(a.shape[0], b.shape[0]), a.shape[1], b.shape[1])
+
+
+def _as_kernel_type(tensors: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+    """All in float16, or all in float32, dense in one of the two memory formats; and whether float16."""
+    half = all(t.dtype == torch.float16 for t in tensors)
+    same = [t if half else t.float() for t in tensors]
+    return [t if t.is_contiguous(memory_format=torch.channels_last) else t.contiguous() for t in same], half
+
+
+def _channels_last_pitch(tensor: Tensor) -> int:
+    """Elements from one cell to the next if channels-last, else 0: how csrc/cuda/decode.h tells the formats apart."""
+    return 0 if tensor.is_contiguous() else tensor.shape[1]
+
+
+def _empty_detections(like: Tensor, rows: int, values: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores [N, rows], boxes [N, rows, values], classes [N, rows] (int32, as the kernels write them)."""
+    return (
+        like.new_empty(len(like), rows, dtype=torch.float32),
+        like.new_empty(len(like), rows, values, dtype=torch.float32),
+        like.new_empty(len(like), rows, dtype=torch.int32),
+    )
+
+
+def _flatten_leading(boxes: Tensor, leading: Sequence[int]) -> Tensor:
+    """Boxes [..., N, V] as [P, N, V] with P the product of the leading dimensions, or [1, N, V] if they have none."""
+    if boxes.shape[:-2].numel() == 1:
+        return boxes.reshape(1, *boxes.shape[-2:])  # [1…, N, V] → [1, N, V]
+    return boxes.expand(*leading, *boxes.shape[-2:]).flatten(0, -3)  # [..., N, V] → [P, N, V]
+
+
+def _on_device(device: torch.device) -> torch.cuda.device:
+    """The kernels run on the current device: makes it this one. Does nothing for the CPU (the tests' emulation)."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def _stream(device: torch.device) -> int:
+    """torch's current stream, as the kernels take it."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -57,7 +57,8 @@ template <typename T>
 ODTK_HD T ratio(T a, T b) {
   return b == 0 ? T(0) : a / b;
 }
-ODTK_HD float sigmoid(float logit) { return 1.0f / (1.0f + expf(-logit)); }
+/// In fp64: rounded once, a score has the same bits wherever it is worked out, so the same scores tie everywhere.
+ODTK_HD double sigmoid(float logit) { return 1.0 / (1.0 + exp(-static_cast<double>(logit))); }
 
 // ---- decoding ----
 

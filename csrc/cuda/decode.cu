@@ -144,10 +144,11 @@ __device__ Key candidate_key(const Plan& plan, const DecodeLevel& level, const T
     cell = offset / level.logits_pitch;
     if (channel >= p.anchors * p.classes) return 0;  // padding
   }
-  float score = sigmoid(logit);
+  double precise = sigmoid(logit);
   if (p.kind == BoxKind::kFcos) {
-    score = sqrtf(score * sigmoid(box_value(p, level, image, channel / p.classes, 4, cell)));
+    precise = sqrt(precise * sigmoid(box_value(p, level, image, channel / p.classes, 4, cell)));
   }
+  const float score = static_cast<float>(precise);
   return score > 0.0f ? make_key(score, static_cast<std::uint32_t>(channel) * cells + cell) : 0;
 }
 

@@ -1,0 +1,212 @@
+"""csrc/cuda without a GPU: the kernels run by an emulation (tests/emulation), and the geometry against torch."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import emulation
+import kernel_cases as cases
+import numpy as np
+import pytest
+import torch
+from kernel_cases import CANDIDATES, HEADS, Candidates, Head
+
+from odtk import boxes as geometry
+from odtk import ops
+
+
+@pytest.fixture(scope="module")
+def compiled() -> ModuleType:
+    return emulation.build()
+
+
+@pytest.fixture
+def kernels(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The emulated odtk._C in place of the real one, if any."""
+    monkeypatch.setattr(ops, "kernels", compiled)
+    return compiled
+
+
+# The functions behind the CUDA operators: on CPU tensors they hand the emulation pointers that it can read.
+decode: Callable[..., cases.Triple] = ops.decode_kernel._init_fn
+nms: Callable[..., cases.Triple] = ops.nms_kernel._init_fn
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_decode_is_the_reference(kernels: ModuleType, head: Head) -> None:
+    cases.assert_same(cases.decoded(head, decode), cases.reference(head))
+
+
+@pytest.mark.parametrize("case", CANDIDATES, ids=str)
+def test_nms_is_the_reference(kernels: ModuleType, case: Candidates) -> None:
+    cases.assert_same(cases.suppressed(case, nms), cases.suppressed_by_score(case))
+
+
+@pytest.mark.parametrize("name", ["plain", "all_above_the_threshold", "all_tie", "fcos_ties_half"])
+def test_decode_does_not_depend_on_the_order_of_threads(kernels: ModuleType, name: str) -> None:
+    head = next(head for head in HEADS if head.name == name)
+    first = cases.decoded(head, decode)
+    for seed in (1, 2):
+        with emulation.seed(seed):
+            again = cases.decoded(head, decode)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("name", ["plain", "all_tie", "rotated_ties"])
+def test_nms_does_not_depend_on_the_order_of_threads(kernels: ModuleType, name: str) -> None:
+    case = next(case for case in CANDIDATES if case.name == name)
+    first = cases.suppressed(case, nms)
+    for seed in (1, 2):
+        with emulation.seed(seed):
+            again = cases.suppressed(case, nms)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_workspace_is_enough_and_nothing_is_kept_in_it(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "kernels", cases.Guarded(kernels, "cpu"))
+    for head in HEADS[:8]:
+        cases.assert_same(cases.decoded(head, decode), cases.reference(head))
+    for case in [c for c in CANDIDATES if c.name in ("plain", "sorted_in_global_memory", "rotated")]:
+        cases.assert_same(cases.suppressed(case, nms), cases.suppressed_by_score(case))
+
+
+def test_workspace_grows_with_batch_and_size(kernels: ModuleType) -> None:
+    """TensorRT asks for the largest shapes of a profile only."""
+
+    def needed(batch: int, height: int, top_n: int) -> int:
+        level = kernels.DecodeLevel(logits=0, boxes=0, anchors=0, height=height, width=160, stride=8)
+        return kernels.decode_workspace(
+            kernels.DecodeParams(
+                levels=[level], batch=batch, anchors=9, classes=80, top_n=top_n, anchor_values=4,
+                score_threshold=0.05, kind=kernels.BoxKind.ANCHOR, logits_half=True, boxes_half=True,
+            )
+        )  # fmt: skip
+
+    sizes = [needed(1, 50, 500), needed(1, 100, 500), needed(1, 100, 1000), needed(8, 100, 1000), needed(16, 100, 1000)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
+    assert sizes[-1] < 100 << 20
+
+
+@pytest.mark.parametrize("change, field", [
+    ({"batch": 0}, "batch"), ({"batch": 70000}, "batch"), ({"top_n": 0}, "top_n"), ({"top_n": 5000}, "top_n"),
+    ({"anchor_values": 3}, "anchor_values"), ({"classes": 0}, "classes"), ({"levels": []}, "levels"),
+])  # fmt: skip
+def test_bad_parameters_are_named(kernels: ModuleType, change: dict[str, int], field: str) -> None:
+    level = kernels.DecodeLevel(logits=0, boxes=0, anchors=0, height=1, width=1, stride=8)
+    good = {
+        "levels": [level], "batch": 1, "anchors": 1, "classes": 1, "top_n": 1, "anchor_values": 4,
+        "score_threshold": 0.05, "kind": kernels.BoxKind.ANCHOR, "logits_half": False, "boxes_half": False,
+    }  # fmt: skip
+    kernels.decode_workspace(kernels.DecodeParams(**good))
+    with pytest.raises(ValueError, match=field):
+        kernels.decode_workspace(kernels.DecodeParams(**good | change))
+
+
+def test_padding_of_channels_last_is_not_read_as_classes(kernels: ModuleType) -> None:
+    """TensorRT's kHWC8: 3 classes in 8 channels; what stands in the padding must not count."""
+    head = Head("padded", batch=2, classes=3, anchors=1, sizes=((4, 5),), channels_last=True, half=True)
+    (logits,), (boxes,), (anchors,), (stride,) = cases.make(head)
+
+    def pad(t: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((2, 4, 5, 8), 9.0, dtype=torch.float16)
+        wide[..., : t.shape[1]] = t.permute(0, 2, 3, 1)  # NCHW → NHWC
+        return wide
+
+    wide_logits, wide_boxes = pad(logits), pad(boxes)
+    level = kernels.DecodeLevel(
+        logits=wide_logits.data_ptr(), boxes=wide_boxes.data_ptr(), anchors=anchors.data_ptr(),
+        height=4, width=5, stride=stride, logits_pitch=8, boxes_pitch=8,
+    )  # fmt: skip
+    params = kernels.DecodeParams(
+        levels=[level], batch=2, anchors=1, classes=3, top_n=20, anchor_values=4, score_threshold=0.05,
+        kind=kernels.BoxKind.ANCHOR, logits_half=True, boxes_half=True,
+    )  # fmt: skip
+    out = torch.empty(2, 20), torch.empty(2, 20, 4), torch.empty(2, 20, dtype=torch.int32)
+    size = kernels.decode_workspace(params)
+    workspace = torch.empty(size, dtype=torch.uint8)
+    kernels.decode(params, *(t.data_ptr() for t in out), workspace.data_ptr(), size, 0)
+    cases.assert_same((out[0], out[1], out[2].long()), cases.reference(head))
+
+
+def test_fake_operators_have_the_shapes_of_the_real_ones(kernels: ModuleType) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    head = next(head for head in HEADS if head.name == "rotated")
+    with FakeTensorMode() as mode:
+        logits, boxes, anchors, strides = cases.make(head)
+        fake = torch.ops.odtk.decode(logits, boxes, anchors, strides, head.threshold, head.top_n, head.values)
+        kept = torch.ops.odtk.nms(*fake, 0.5, 100)
+        iou = torch.ops.odtk.rotated_iou(torch.empty(1, 7, 5), torch.empty(3, 4, 5), 0.0)
+    assert mode is not None
+    real = cases.decoded(head, decode)
+    assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in real]
+    assert [(t.shape, t.dtype) for t in kept] == [(t.shape, t.dtype) for t in nms(*real, 0.5, 100)]
+    assert iou.shape == (3, 7, 4)
+
+
+# ---- geometry ----
+
+
+@pytest.mark.parametrize("values", [4, 5, 6])
+def test_decoded_boxes_are_torchs(kernels: ModuleType, values: int) -> None:
+    numbers = torch.randn(2000, values) * 2
+    numbers[::50, values % 3] = torch.nan
+    numbers[1::50, 2] = torch.inf
+    numbers[2::50, 0] = -torch.inf
+    anchors = geometry.circumscribe(cases.random_rotated_boxes(2000))
+    kind = {4: kernels.BoxKind.ANCHOR, 5: kernels.BoxKind.FCOS, 6: kernels.BoxKind.ROTATED}[values]
+    found = kernels.decode_boxes(kind, numbers.numpy(), anchors.numpy(), 16, (512, 384))
+    expected = ops.decode_boxes(numbers, anchors, 16, (512, 384))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-3)
+
+
+def test_iou_is_torchs_to_the_bit(kernels: ModuleType) -> None:
+    boxes = torch.cat([cases.random_rotated_boxes(200)[:, :4], cases.degenerate_rotated_boxes()[:, :4]])
+    assert np.array_equal(kernels.iou(boxes.numpy(), boxes.numpy()), geometry.iou(boxes, boxes).numpy())
+
+
+def test_rotated_iou_is_torchs_and_shapelys(kernels: ModuleType) -> None:
+    """100 × 100 random pairs and all pairs of degenerate boxes: error below 1e-4."""
+    pytest.importorskip("shapely")
+    for a, b in [
+        (cases.random_rotated_boxes(100), cases.random_rotated_boxes(100)),
+        (cases.degenerate_rotated_boxes(), cases.degenerate_rotated_boxes()),
+    ]:
+        found = ops.rotated_iou(a, b)
+        torch.testing.assert_close(found, ops.rotated_iou_reference(a, b), rtol=0, atol=1e-5)
+        shapes = torch.tensor([[cases.polygon_iou(x, y) for y in b] for x in a])
+        torch.testing.assert_close(found, shapes, rtol=0, atol=1e-4)
+        assert ((found > 0) & (found < 0.999)).float().mean() > 0.1
+
+
+def test_rotated_iou_kernel_is_the_hosts(kernels: ModuleType) -> None:
+    a, b = cases.random_rotated_boxes(60).reshape(3, 20, 5), cases.random_rotated_boxes(31)[None]
+    params = kernels.RotatedIouParams(
+        batch=3, a_count=20, b_count=31, a_values=5, b_values=5, b_shared=True, minimum=0.1
+    )
+    found = torch.full((3, 20, 31), torch.nan)
+    kernels.rotated_iou(params, a.data_ptr(), b.data_ptr(), found.data_ptr(), 0)
+    assert torch.equal(found, ops.rotated_iou(a, b, minimum=0.1))
+    torch.testing.assert_close(found, ops.rotated_iou_reference(a, b, minimum=0.1), rtol=0, atol=1e-5)
+
+
+def test_rotated_iou_takes_any_leading_dimensions(kernels: ModuleType) -> None:
+    boxes = cases.random_rotated_boxes(24)
+    for a, b in [
+        (boxes[:4], boxes), (boxes.reshape(2, 3, 4, 5), boxes[:7]), (boxes[:5], boxes.reshape(2, 12, 5)),
+        (boxes.reshape(2, 1, 12, 5), boxes.reshape(1, 3, 8, 5)), (boxes[:0], boxes),
+    ]:  # fmt: skip
+        found, expected = ops.rotated_iou(a, b), ops.rotated_iou_reference(a, b)
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_nms_rule_is_exact_near_the_threshold(kernels: ModuleType) -> None:
+    """fp32 decides far from the threshold only: the rule is that of the exact IoU on all pairs but rounding's."""
+    boxes = torch.cat([cases.random_rotated_boxes(120), cases.degenerate_rotated_boxes()])
+    six = torch.cat([boxes[:, :4], boxes[:, 4:].sin(), boxes[:, 4:].cos()], -1)
+    exact = geometry.rotated_iou(boxes.double(), boxes.double()).numpy()
+    for threshold in (0.0, 0.1, 0.5, 0.9):
+        found = kernels.overlaps(six.numpy(), six.numpy(), threshold)
+        clear = np.abs(exact - threshold) > 1e-6
+        assert np.array_equal(found[clear], (exact > threshold)[clear])
