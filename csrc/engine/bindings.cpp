@@ -17,6 +17,15 @@
 #include "../cuda/nms.h"
 #include "../cuda/rotated_iou.h"
 
+#ifdef ODTK_WITH_TENSORRT
+#include <exception>
+#include <map>
+#include <string_view>
+#include <utility>
+
+#include "engine.h"
+#endif
+
 namespace py = pybind11;
 using py::literals::operator""_a;
 
@@ -222,7 +231,118 @@ void bind_kernels(py::module_& m) {
 // ---- engine ----
 
 #ifdef ODTK_WITH_TENSORRT
-void bind_engine(py::module_&) {}
+/// TensorRT from pip lies beside its Python module: the package tensorrt_libs (10 and newer), or tensorrt itself (8.6).
+void find_pip_tensorrt() {
+  static bool searched = false;
+  if (std::exchange(searched, true)) return;
+  const py::object find_spec = py::module_::import("importlib.util").attr("find_spec");
+  for (const char* package : {"tensorrt_libs", "tensorrt"}) {
+    const py::object spec = find_spec(package);
+    if (spec.is_none() || spec.attr("submodule_search_locations").is_none()) continue;
+    odtk::set_tensorrt_folder(py::str(py::list(spec.attr("submodule_search_locations"))[0]));
+    return;
+  }
+}
+
+/// A Python callable for TensorRT's lines; it takes a level of the module logging and the line. Never freed: TensorRT may
+/// log until the process ends.
+void set_logger(const py::object& callable) {
+  if (callable.is_none()) return odtk::set_logger({});
+  auto* function = new py::object(callable);
+  odtk::set_logger([function](odtk::LogLevel level, const std::string& line) {
+    if (!Py_IsInitialized()) return;
+    const py::gil_scoped_acquire gil;
+    static constexpr int kLevels[] = {40, 30, 20, 10};  // ERROR, WARNING, INFO, DEBUG
+    try {
+      (*function)(kLevels[static_cast<int>(level)], line);
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("odtk._C.set_logger");
+    }
+  });
+}
+
+py::bytes engine_build(const py::bytes& onnx, std::array<std::int32_t, 3> batch, std::size_t workspace, bool fp16, bool int8,
+                       const std::string& timing_cache, const std::string& metadata, const py::object& progress) {
+  find_pip_tensorrt();
+  odtk::BuildOptions options{batch, workspace, fp16, int8, timing_cache, metadata, {}};
+  std::exception_ptr raised;  // by progress, e.g. KeyboardInterrupt: stops the build and goes on from here
+  if (!progress.is_none()) {
+    options.progress = [&](const std::string& phase, int step, int steps) {
+      const py::gil_scoped_acquire gil;
+      try {
+        return !progress(phase, step, steps).is(py::bool_(false));
+      } catch (py::error_already_set&) {
+        raised = std::current_exception();
+        return false;
+      }
+    };
+  }
+  const std::string_view graph = onnx;
+  std::vector<char> plan;
+  try {
+    const py::gil_scoped_release released;
+    plan = odtk::build(graph.data(), graph.size(), options);
+  } catch (const odtk::TensorRtError&) {
+    if (raised) std::rethrow_exception(raised);
+    throw;
+  }
+  return {plan.data(), plan.size()};
+}
+
+py::list engine_tensors(const odtk::Engine& engine) {
+  py::list all;
+  for (const odtk::TensorInfo& tensor : engine.tensors())
+    all.append(py::dict("name"_a = tensor.name, "input"_a = tensor.input, "dtype"_a = tensor.type,
+                        "shape"_a = py::tuple(py::cast(tensor.shape))));
+  return all;
+}
+
+void bind_engine(py::module_& m) {
+  m.attr("TENSORRT_HEADERS") = ODTK_TENSORRT_HEADERS;
+  m.def("set_logger", &set_logger, "callable"_a,
+        "Where TensorRT's lines go: callable(level of the module logging, line); None: errors and warnings to stderr.");
+  m.def(
+      "tensorrt_version",
+      [] {
+        find_pip_tensorrt();
+        return odtk::tensorrt_version();
+      },
+      "Version of the TensorRT library; RuntimeError that says what to do where there is none.");
+  m.def("engine_build", &engine_build, "onnx"_a, py::kw_only(), "batch"_a, "workspace"_a, "fp16"_a = false,
+        "int8"_a = false, "timing_cache"_a = "", "metadata"_a = "", "progress"_a = py::none(),
+        "A plan (bytes) from ONNX (bytes); see BuildOptions in csrc/engine/engine.h. progress(phase, step, steps) may "
+        "return False to stop.");
+  m.def(
+      "split_plan",
+      [](const py::bytes& file) {
+        const std::string_view bytes = file;
+        return odtk::split_plan(bytes.data(), bytes.size());
+      },
+      "file"_a, "Size of the plain TensorRT plan in a plan file, and the metadata behind it (mostly none).");
+
+  py::class_<odtk::Engine>(m, "Engine", "A loaded plan; see csrc/engine/engine.h.")
+      .def(py::init([](const py::bytes& plan) {
+             find_pip_tensorrt();
+             const std::string_view bytes = plan;
+             const py::gil_scoped_release released;
+             return std::make_unique<odtk::Engine>(bytes.data(), bytes.size());
+           }),
+           "plan"_a)
+      .def_property_readonly("metadata", &odtk::Engine::metadata, "What engine_build was given.")
+      .def_property_readonly("tensors", &engine_tensors, "dicts of name, input, dtype, shape (-1: the batch).")
+      .def_property_readonly("batch", &odtk::Engine::batch, "Smallest and largest batch.")
+      .def(
+          "infer",
+          [](odtk::Engine& engine, const std::map<std::string, std::pair<Address, std::vector<std::int64_t>>>& tensors,
+             Address stream, bool graph) {
+            std::map<std::string, odtk::Binding> bindings;
+            for (const auto& [name, tensor] : tensors) bindings[name] = {pointer<void>(tensor.first), tensor.second};
+            const py::gil_scoped_release released;
+            engine.infer(bindings, pointer<CUstream_st>(stream), graph);
+          },
+          "tensors"_a, "stream"_a, "graph"_a = false,
+          "Enqueues one inference. tensors: name -> (device pointer, shape), inputs and outputs.");
+}
 #endif
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include <array>
 #include <cstdio>
+#include <utility>
 
 #include "plugin.h"
 
@@ -27,7 +28,8 @@ void* find_symbol(const char* name) {
 }
 
 nvinfer1::ILogger* find_logger() {
-  if (logger_finder) return logger_finder->findLogger();
+  if (logger_finder)
+    if (nvinfer1::ILogger* logger = logger_finder->findLogger()) return logger;
   const auto get = reinterpret_cast<nvinfer1::ILogger* (*)()>(find_symbol("getLogger"));
   return get ? get() : nullptr;
 }
@@ -47,13 +49,23 @@ PluginCreator* registered(nvinfer1::IPluginRegistry& registry, PluginCreatorBase
 }
 #endif
 
-/// Registers the plugins when this library is loaded, if TensorRT is there by then.
-const bool registered_at_load = [] {
+nvinfer1::IPluginRegistry* find_registry() {
   const auto get = reinterpret_cast<nvinfer1::IPluginRegistry* (*)()>(find_symbol("getPluginRegistry"));
-  nvinfer1::IPluginRegistry* registry = get ? get() : nullptr;
+  return get ? get() : nullptr;
+}
+
+/// Whether the plugins were registered when this library was loaded, because TensorRT was there.
+bool registered_at_load = [] {
+  nvinfer1::IPluginRegistry* registry = find_registry();
   if (registry) register_plugins(*registry);
   return registry != nullptr;
 }();
+
+/// loadLibrary() registers what it gets and fails for what is there: it must not find what its own dlopen registered.
+void hand_over() {
+  if (!std::exchange(registered_at_load, false)) return;
+  for (PluginCreator* creator : creators()) find_registry()->deregisterCreator(*creator);
+}
 
 }  // namespace
 
@@ -85,6 +97,7 @@ ODTK_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& 
 #else
 ODTK_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(std::int32_t& count) {
 #endif
+  odtk::hand_over();
   count = static_cast<std::int32_t>(odtk::creators().size());
   return odtk::creators().data();
 }
