@@ -47,7 +47,7 @@ from .loss import detection_loss
 from .model.detector import Detector, load_matching
 from .postprocess import Detections, postprocess
 
-READ_EVERY = 20  # iterations between readings of the losses from a GPU; a CPU's are read at each
+READ_EVERY = {"cuda": 20, "cpu": 1}  # iterations between readings of the losses, for which the host waits
 POST_SECONDS = 3.0  # until a server of --post-metrics counts as failing
 LINE_SECONDS = 10  # between printed lines where there is no terminal for a progress bar
 PICTURES = 4  # validation images drawn for TensorBoard
@@ -154,7 +154,7 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
             },
         )
 
-    read_every = READ_EVERY if device.type == "cuda" else 1
+    read_every = READ_EVERY[device.type]
     saved_at, last_save = iteration, time.monotonic()
     report = Report(config, iteration, iters) if rank == 0 else None
     meter = Meter(device)
@@ -180,7 +180,7 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
                     )  # fmt: skip
                     loss, values = normalize(terms, world)
                     scaler.scale(loss / config.accumulate).backward()
-                meter.add(values, iteration, len(images) * world)
+                meter.add(values, iteration + 1, len(images) * world)
 
             if config.clip_grad is not None:
                 scaler.unscale_(optimizer)
@@ -202,7 +202,7 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
             # Here the host waits for the device
             losses = meter.read(list(terms))
             if meter.not_finite_at is not None:
-                raise OdtkError(diverged(config, meter.not_finite_at, rate, saved_at))
+                raise OdtkError(diverged(config, meter.not_finite_at, saved_at))
             if report is not None:
                 report.training(iteration, losses, rate, meter.speed())
             if scheduled and validation is not None and not stop:
@@ -268,7 +268,7 @@ class Meter:
     The values are those of all ranks, so all ranks read the same.
 
     Attributes:
-        not_finite_at: iteration (counted from 0) of the first loss that was not finite, as of the last read().
+        not_finite_at: iteration (from 1) of the first loss that was not finite, as of the last read().
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -301,8 +301,9 @@ class Meter:
         return {"loss": sum(means), **dict(zip(names, means, strict=True))}
 
 
-def diverged(config: TrainConfig, iteration: int, rate: float, saved_at: int) -> str:
-    """The sentence for a loss that is not finite."""
+def diverged(config: TrainConfig, iteration: int, saved_at: int) -> str:
+    """The sentence for a loss that is not finite, at an iteration counted from 1."""
+    rate = learning_rate(iteration - 1, config)
     last = f"{config.path} is of iteration {saved_at}, the last good one" if saved_at else "nothing was saved yet"
     return (
         f"The loss is not finite at iteration {iteration} (learning rate {rate:g}): lower --lr, lengthen --warmup, or "

@@ -1,0 +1,476 @@
+"""The loop: what it writes, that it resumes exactly, stops well, and is one run over several processes."""
+import dataclasses
+import http.server
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import odtk.train
+from odtk import checkpoint as files
+from odtk.config import AugmentConfig, LoaderConfig, ModelConfig, OdtkError, TrainConfig
+from odtk.launch import launch
+from odtk.loss import detection_loss
+from odtk.model.detector import Detector
+from odtk.train import Average, Poster, learning_rate, normalize, train
+
+COLOURS = {3: ("red", (220, 40, 40)), 7: ("green", (40, 220, 40))}
+
+
+def draw_dataset(folder: Path, count: int) -> None:
+    """64×64 images with one or two filled rectangles, of a class by colour; folder/data.json."""
+    generator = np.random.default_rng(0)
+    folder.mkdir()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number in range(1, count + 1):
+        picture = Image.new("RGB", (64, 64), (60, 60, 60))
+        for category in (3, 7)[: 1 + number % 2]:
+            w, h = (int(v) for v in generator.integers(24, 40, 2))
+            x, y = int(generator.integers(0, 64 - w)), int(generator.integers(0, 64 - h))
+            ImageDraw.Draw(picture).rectangle((x, y, x + w - 1, y + h - 1), COLOURS[category][1])
+            box = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": category, **box})
+        picture.save(folder / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 64})
+    categories = [{"id": id, "name": name} for id, (name, _) in COLOURS.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "data.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    draw_dataset(folder, 6)
+    return folder
+
+
+def settings(path: Path, dataset: Path, **changes: Any) -> TrainConfig:
+    """A run of four iterations on the smallest model, fp32, no validation."""
+    data = LoaderConfig(
+        images=str(dataset), annotations=str(dataset / "data.json"), batch=2, training=True,
+        resize=64, max_size=64, jitter=(64, 64), loader="torch", workers=1,
+    )  # fmt: skip
+    model = ModelConfig(backbones=("ResNet18C4",), classes=2, norm="batch")
+    config = TrainConfig(
+        path=str(path), model=model, data=data, iters=4, milestones=(3,), warmup=2, backbone_weights="none",
+        precision="fp32", logdir=str(path.parent / "log"),
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def with_validation(config: TrainConfig, **changes: Any) -> TrainConfig:
+    return dataclasses.replace(config, val_data=dataclasses.replace(config.data, training=False), **changes)
+
+
+def records(config: TrainConfig, kind: str = "loss") -> dict[int, dict[str, float]]:
+    """metrics.jsonl by iteration: the losses, or (AP) the validation."""
+    lines = [json.loads(line) for line in Path(str(config.logdir), "metrics.jsonl").read_text().splitlines()]
+    return {line["iteration"]: line for line in lines if kind in line}
+
+
+def losses(config: TrainConfig) -> dict[int, float]:
+    return {iteration: line["loss"] for iteration, line in records(config).items()}
+
+
+def test_learning_rate(tmp_path: Path) -> None:
+    config = settings(tmp_path / "m.pth", tmp_path, lr=0.02, warmup=10, milestones=(60, 80), gamma=0.1, schedule=0.5)
+    expected = {0: 0.002, 5: 0.011, 10: 0.02, 29: 0.02, 30: 0.002, 39: 0.002, 40: 0.0002}
+    assert {i: round(learning_rate(i, config), 10) for i in expected} == expected
+
+
+def test_a_loss_is_its_sum_by_the_foreground() -> None:
+    sums = torch.tensor([6.0, 3.0], requires_grad=True)
+    terms = {"cls": (sums[0], torch.tensor(4.0)), "box": (sums[1], torch.tensor(0.0))}
+    loss, values = normalize(terms, world=1)
+    loss.backward()
+    assert (loss.item(), values.tolist()) == (4.5, [1.5, 3.0])
+    assert sums.grad is not None and sums.grad.tolist() == [0.25, 1.0]
+
+
+def test_average() -> None:
+    detector = Detector(ModelConfig(backbones=("ResNet18C4",), classes=1, norm="batch"))
+    average = Average(detector, 0.5)
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    with torch.no_grad():
+        for tensor in detector.state_dict().values():
+            tensor.add_(1)
+    average.update(0)  # decay (1 + 0) / (10 + 0): nine tenths of the way
+    average.update(100)  # decay 0.5
+    for name, tensor in average.detector.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, before[name] + 0.95)
+
+
+def test_a_run_from_start_to_end(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    config = with_validation(settings(tmp_path / "m.pth", dataset, val_iters=2, precision="mixed"))
+    train(config)
+    said = capsys.readouterr().out
+    assert "2 classes, 4 iterations, batch 2 on 1 × cpu, bfloat16, learning rate 0.01, warm-up 2." in said
+    assert re.search(r"\[4/4\]  loss \d\.\d+  cls \d\.\d+  box \d\.\d+  lr 1\.00e-03  [\d.]+ im/s  0:00:00 left", said)
+    assert "[4/4]  validation: AP 0." in said
+
+    found = files.load(config.path)
+    assert found.training is not None and found.training["iteration"] == 4
+    assert [(c.id, c.name) for c in found.categories or ()] == [(3, "red"), (7, "green")]
+    assert files.load(tmp_path / "m.best.pth").training["best"] == max(r["AP"] for r in records(config, "AP").values())
+    assert list(records(config)) == [1, 2, 3, 4] and list(records(config, "AP")) == [2, 4]
+    assert [round(line["lr"], 6) for line in records(config).values()] == [0.001, 0.0055, 0.01, 0.001]
+    events = b"".join(path.read_bytes() for path in (tmp_path / "log").glob("events.*"))
+    assert all(tag in events for tag in (b"loss", b"images_per_second", b"AP50", b"validation/0", b"validation/3"))
+
+    train(config)  # once more: there is nothing left to do
+    assert "is trained: 4 iterations are done" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["log", "m.best.pth", "m.pth"]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: int) -> None:
+    """Sends this process a signal in the midst of an iteration (from 1)."""
+    calls = 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        nonlocal calls
+        calls += 1
+        if calls == iteration:
+            os.kill(os.getpid(), number)
+        return detection_loss(*args, **kwargs)
+
+    monkeypatch.setattr(odtk.train, "detection_loss", interrupted)
+
+
+def test_interrupting_saves(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(tmp_path / "m.pth", dataset, logdir=None)
+    stop_at(monkeypatch, 1, signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        train(config)
+    assert stop.value.code == 130
+    assert files.load(config.path).training["iteration"] == 1  # type: ignore[index]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_stopped_run_is_resumed_exactly(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    whole = settings(tmp_path / "whole.pth", dataset, ema=0.9, clip_grad=5.0, accumulate=2, logdir=str(tmp_path / "a"))
+    train(whole)
+    parts = dataclasses.replace(whole, path=str(tmp_path / "parts.pth"), logdir=str(tmp_path / "b"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2 * 2, signal.SIGTERM)
+        with pytest.raises(SystemExit) as stop:
+            train(parts)
+    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert f"saved {parts.path} at iteration 2." in capsys.readouterr().out
+    assert list(losses(parts)) == [1, 2]
+    torch.rand(7)  # whatever happened in between
+    train(parts)
+    assert f"Resuming {parts.path} at iteration 2 of 4" in capsys.readouterr().out
+    assert losses(parts) == losses(whole)  # to the last bit
+
+    a, b = files.load(whole.path), files.load(parts.path)
+    assert files.fingerprint(a.state_dict) == files.fingerprint(b.state_dict)
+    assert a.training is not None and b.training is not None
+    for name in ("average", "optimizer", "scaler", "rng", "loader"):
+        torch.testing.assert_close(a.training[name], b.training[name], rtol=0, atol=0)
+    assert files.fingerprint(a.state_dict) != files.fingerprint(a.training["average"])
+
+
+def test_saving_by_the_clock(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(tmp_path / "m.pth", dataset, save_seconds=0.0)
+    saved: list[int] = []
+    monkeypatch.setattr(odtk.train, "save", lambda path, checkpoint: saved.append(checkpoint.training["iteration"]))
+    train(config)
+    assert saved == [1, 2, 3, 4]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read only at the fourth iteration, as on a GPU: the weights must have stayed good from the third on."""
+    config = settings(tmp_path / "m.pth", dataset, iters=8, val_iters=2)
+    calls = 0
+    built: list[Detector] = []
+
+    def poisoned(*args: Any, **kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        nonlocal calls
+        calls += 1
+        terms = detection_loss(*args, **kwargs)
+        total, normalizer = terms["cls"]
+        return {**terms, "cls": (total * (float("nan") if calls == 3 else 1), normalizer)}
+
+    def recorded(model: ModelConfig) -> Detector:
+        built.append(Detector(model))
+        return built[-1]
+
+    monkeypatch.setattr(odtk.train, "READ_EVERY", {"cpu": 100})
+    monkeypatch.setattr(odtk.train, "detection_loss", poisoned)
+    monkeypatch.setattr(odtk.train, "Detector", recorded)
+    with pytest.raises(OdtkError, match="not finite at iteration 3 .*: lower --lr, lengthen --warmup.*of iteration 2"):
+        train(config)
+    assert calls == 4
+    assert files.load(config.path).training["iteration"] == 2  # type: ignore[index]
+    assert all(torch.isfinite(p).all() for p in built[0].parameters())
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint(tmp_path: Path, dataset: Path) -> None:
+    config = settings(tmp_path / "m.pth", dataset, iters=1, logdir=None)
+    train(config)
+    before = Path(config.path).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(OdtkError, match=r"m\.pth could not be written \(File too large\)"):
+            train(dataclasses.replace(config, iters=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Path(config.path).read_bytes() == before and os.listdir(tmp_path) == ["m.pth"]
+
+
+def test_what_a_run_refuses(tmp_path: Path, dataset: Path) -> None:
+    path = tmp_path / "m.pth"
+    config = settings(path, dataset, iters=1, logdir=None)
+    refused = {
+        "does not exist": settings(tmp_path / "no" / "m.pth", dataset),
+        "--classes 3: .* has 2 categories": dataclasses.replace(
+            config, model=dataclasses.replace(config.model, classes=3)
+        ),
+        "no checkpoint .*/x.pth": dataclasses.replace(config, fine_tune=str(tmp_path / "x.pth")),
+        "no checkpoint .*/y.pth": dataclasses.replace(config, backbone_weights=str(tmp_path / "y.pth")),
+    }
+    train(config)
+    group = dataclasses.replace(config.model, norm="group")
+    refused |= {
+        "was trained with norm batch, not group: pass --override": dataclasses.replace(config, model=group),
+        "trained without --ema": dataclasses.replace(config, ema=0.9),
+        "is not a checkpoint": settings(dataset / "data.json", dataset),
+        "other categories": other_categories(config, tmp_path / "other.json"),
+    }
+    for message, wrong in refused.items():
+        if "no checkpoint" in message:
+            wrong = dataclasses.replace(wrong, override=True)
+        with pytest.raises(OdtkError, match=message):
+            train(wrong)
+    assert files.load(path).training["iteration"] == 1  # type: ignore[index]
+    train(dataclasses.replace(config, model=group, override=True))
+    assert files.load(path).model.norm == "group"
+
+
+def other_categories(config: TrainConfig, path: Path) -> TrainConfig:
+    content = json.loads(Path(str(config.data.annotations)).read_text())
+    content["categories"][0]["name"] = "blue"
+    path.write_text(json.dumps(content))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, annotations=str(path)))
+
+
+def test_validation_needs_the_same_categories(tmp_path: Path, dataset: Path) -> None:
+    config = with_validation(settings(tmp_path / "m.pth", dataset))
+    assert config.val_data is not None
+    other = other_categories(config, tmp_path / "other.json").data.annotations
+    with pytest.raises(OdtkError, match="validation needs the same"):
+        train(dataclasses.replace(config, val_data=dataclasses.replace(config.val_data, annotations=other)))
+
+
+def start_weights(config: TrainConfig) -> dict[str, Tensor]:
+    """The weights a run begins with: learning rate zero, one iteration."""
+    train(dataclasses.replace(config, iters=1, lr=0.0, logdir=None))
+    return files.load(config.path).state_dict
+
+
+def test_fine_tuning_takes_what_fits_and_says_so(
+    tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = ModelConfig(backbones=("ResNet18C4",), classes=5, norm="frozen")
+    source = Detector(model)
+    files.save(tmp_path / "source.pth", files.Checkpoint(model, None, source.state_dict()))
+    config = settings(tmp_path / "m.pth", dataset, fine_tune=str(tmp_path / "source.pth"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="frozen"))
+    begun = start_weights(config)
+    said = capsys.readouterr().out
+    assert re.search(r"Taken from .*source\.pth \(\d+ tensors\): .*ResNet18C4\.conv1,.*head\.box_head\.8", said)
+    assert "Initialised (2 tensors): head.cls_head.8.\n" in said
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(begun[name], tensor) == (not name.startswith("head.cls_head.8."))
+
+
+def test_backbone_weights(
+    tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = Detector(ModelConfig(backbones=("ResNet18C4",), classes=2)).trunks()["ResNet18C4"].state_dict()
+    weights = {**trunk, "fc.weight": torch.zeros(1000, 512), "layer4.0.conv1.weight": torch.zeros(512, 256, 3, 3)}
+    torch.save(weights, tmp_path / "resnet18.pth")
+    config = settings(tmp_path / "m.pth", dataset, backbone_weights=str(tmp_path / "resnet18.pth"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="frozen"))
+    begun = start_weights(config)
+    assert torch.equal(begun["backbones.ResNet18C4.layer3.1.conv2.weight"], trunk["layer3.1.conv2.weight"])
+    assert "Taken from" in capsys.readouterr().out
+
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(OdtkError, match=r"other\.pth has no tensor of ResNet18C4"):
+        train(dataclasses.replace(config, override=True, backbone_weights=str(tmp_path / "other.pth")))
+
+    def unreachable(url: str, **_: Any) -> None:
+        raise OSError(f"no route to {url}")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    with pytest.raises(OdtkError, match=r"resnet18-f37072fd\.pth could not be fetched .*--backbone-weights PATH"):
+        train(dataclasses.replace(config, override=True, backbone_weights=None))
+    assert socket.getdefaulttimeout() is None
+
+
+class Posts(http.server.BaseHTTPRequestHandler):
+    """Keeps what is posted."""
+
+    bodies: list[dict[str, float]] = []
+
+    def do_POST(self) -> None:
+        self.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_metrics_are_posted() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Posts) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        poster = Poster(f"http://127.0.0.1:{server.server_port}/metrics")
+        for iteration in range(3):
+            poster.send({"iteration": iteration, "loss": 0.5})
+        poster.close()
+        server.shutdown()
+        thread.join()
+    assert Posts.bodies == [{"iteration": iteration, "loss": 0.5} for iteration in range(3)]
+
+
+def test_a_failing_server_never_stops_a_run(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(odtk.train, "POST_SECONDS", 0.2)
+    said = ""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection and never answers
+        port = server.getsockname()[1]
+        poster = Poster(f"http://127.0.0.1:{port}")
+        start = time.monotonic()
+        for iteration in range(1000):  # more than it will ever hold
+            poster.send({"iteration": iteration})
+        assert time.monotonic() - start < 1
+        while not said and time.monotonic() - start < 60:
+            time.sleep(0.05)
+            said = capsys.readouterr().err
+        start = time.monotonic()
+        poster.close()
+        assert time.monotonic() - start < 5
+    assert said == f"Warning: --post-metrics http://127.0.0.1:{port} fails (ReadTimeout).\n"
+    config = settings(tmp_path / "m.pth", dataset, post_metrics=f"http://127.0.0.1:{port}", iters=2, logdir=None)
+    train(config)
+    assert files.load(config.path).training["iteration"] == 2  # type: ignore[index]
+    assert capsys.readouterr().err.count("fails (ConnectionError)") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def poison_rank_1(config: TrainConfig, rank: int, world: int) -> None:
+    """A job: rank 1's loss is not finite at its second iteration."""
+    calls = 0
+
+    def poisoned(*args: Any, **kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        nonlocal calls
+        calls += 1
+        terms = detection_loss(*args, **kwargs)
+        scale = float("inf") if rank == 1 and calls == 2 else 1.0
+        return {name: (total * scale, normalizer) for name, (total, normalizer) in terms.items()}
+
+    odtk.train.detection_loss = poisoned
+    train(config, rank, world)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, dataset: Path) -> None:
+    """The same losses, and after two steps the same weights, to rounding."""
+    frozen = ModelConfig(backbones=("ResNet18C4",), classes=2, norm="group")
+    one = settings(tmp_path / "one.pth", dataset, iters=2, logdir=str(tmp_path / "a"), model=frozen)
+    one = dataclasses.replace(one, data=dataclasses.replace(one.data, batch=4))
+    two = dataclasses.replace(one, path=str(tmp_path / "two.pth"), logdir=str(tmp_path / "b"))
+    two = with_validation(dataclasses.replace(two, data=dataclasses.replace(two.data, batch=2)))
+    begun = start_weights(dataclasses.replace(one, path=str(tmp_path / "begun.pth")))
+    train(one)
+    launch(train, two, devices="cpu:2")
+    for iteration, loss in losses(one).items():
+        assert losses(two)[iteration] == pytest.approx(loss, rel=1e-5)
+    a, b = files.load(one.path).state_dict, files.load(two.path).state_dict
+    for name, start in begun.items():
+        step = (a[name] - start).norm()
+        assert step > 0 and (a[name] - b[name]).norm() < 1e-3 * step, name
+    assert list(records(two, "AP")) == [2]
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_at_a_loss_that_is_not_finite(tmp_path: Path, dataset: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(OdtkError, match="^The loss is not finite at iteration 2 .* nothing was saved yet"):
+        launch(poison_rank_1, settings(tmp_path / "m.pth", dataset), devices="cpu:2")
+    assert time.monotonic() - start < 60
+    assert not (tmp_path / "m.pth").exists()
+
+
+RUN = """
+import pickle, sys
+from odtk.launch import launch
+from odtk.train import train
+if __name__ == "__main__":
+    launch(train, pickle.load(open(sys.argv[1], "rb")), devices=sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", ["cpu", "cpu:2"])
+def test_sigterm_saves_and_exits(devices: str, tmp_path: Path, dataset: Path) -> None:
+    import pickle
+
+    config = settings(tmp_path / "m.pth", dataset, iters=10000, milestones=())
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    (tmp_path / "run.py").write_text(RUN)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "config.pickle"), devices]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        log = tmp_path / "log" / "metrics.jsonl"
+        while not (log.exists() and log.read_text().count("\n") >= 2):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    iteration = files.load(config.path).training["iteration"]  # type: ignore[index]
+    assert iteration == max(losses(config)) and f"saved {config.path} at iteration {iteration}." in said
+
+
+@pytest.mark.slow
+def test_it_learns(tmp_path: Path, dataset: Path) -> None:
+    """Six pictures by heart, with the whole pyramid and in bfloat16."""
+    model = ModelConfig(backbones=("ResNet18FPN",), classes=2, norm="batch")
+    config = settings(tmp_path / "m.pth", dataset, model=model, precision="mixed", iters=80, milestones=(60,), warmup=5)
+    data = dataclasses.replace(config.data, batch=6, augment=AugmentConfig(crop=0))
+    config = with_validation(dataclasses.replace(config, data=data, lr=0.01))
+    train(config)
+    assert records(config, "AP")[80]["AP50"] > 0.5
