@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import __version__
+from . import __version__, ops
 from .backends import Backend, open_backend
-from .config import BenchmarkConfig
+from .config import BenchmarkConfig, OdtkError
 from .data.dataset import Dataset
 from .data.loader import create_loader
+from .export import need_engine
 from .infer import gather, loader_config, round_up, silent, write_json
 
 SIZE = (800, 1280)  # H, W of a model that takes any size
@@ -191,6 +192,9 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if ops.kernels is not None:
+        version, architectures = ops.kernels.CUDA_VERSION, ops.kernels.ARCHITECTURES
+        versions["CUDA of odtk._C"] = f"{version // 1000}.{version % 1000 // 10}, architectures {architectures}"
     return {
         "versions": versions,
         "devices": [f"{cpu_name()}, {os.cpu_count()} cores", *gpus()],
@@ -200,40 +204,40 @@ def environment() -> dict[str, Any]:
 
 def abilities() -> dict[str, bool | str]:
     """What works on this machine: True, or what is missing and how to get it."""
-    gpu = torch.cuda.is_available()
-    if not gpu and not torch.version.cuda:
-        gpu_hint = "this torch is for CPUs only: on a machine with an NVIDIA GPU install one with CUDA (pytorch.org)"
+    if torch.cuda.is_available():
+        gpu: bool | str = True
+    elif torch.version.cuda:
+        gpu = "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES"
     else:
-        gpu_hint = "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES"
-    extension = extension_state()
-    tensorrt = has_module("tensorrt") or "TensorRT" in str(extension)
-    plan: bool | str = True
-    if not gpu:
-        plan = "needs an NVIDIA GPU"
-    elif extension is not True:
-        plan = "needs the compiled extension, see above"
-    elif not tensorrt:
-        plan = "needs TensorRT: set TENSORRT_ROOT to its folder and run `pip install .` again"
+        gpu = "this torch is for CPUs only: on a machine with an NVIDIA GPU install one with CUDA (pytorch.org)"
     return {
         "train, infer, export to ONNX": True,
-        "training and inference on GPUs": gpu or gpu_hint,
+        "training and inference on GPUs": gpu,
         "DALI loader": has_module("nvidia.dali")
         or "pip install 'odtk[cuda13]' (or cuda12); until then images are read by the torch loader",
         "ONNX Runtime": has_module("onnxruntime") or "pip install onnxruntime, or onnxruntime-gpu",
-        "compiled kernels (odtk._C)": extension,
-        "TensorRT engines (.plan)": plan,
+        "compiled kernels (odtk._C)": kernels_state(),
+        "TensorRT engines (.plan)": engine_state(),
         "training curves": has_module("matplotlib") or "pip install 'odtk[plot]'",
     }
 
 
-def extension_state() -> bool | str:
-    """Whether odtk._C is there and loads."""
-    if not has_module("odtk._C"):
+def kernels_state() -> bool | str:
+    """Whether the compiled kernels can run here."""
+    if ops.kernels is None and has_module("odtk._C"):
+        return "odtk._C is there but does not load: `pip install .` in the clone builds it for this Python"
+    if ops.kernels is None:
         return "not built: `pip install .` in the clone builds it where nvcc is found; until then torch does its work"
+    error = ops.kernels.device_error()
+    return True if error is None else f"built for CUDA, which cannot run here ({error}); torch does its work"
+
+
+def engine_state() -> bool | str:
+    """Whether TensorRT engines can be built and run here."""
     try:
-        importlib.import_module("odtk._C")
-    except ImportError as error:
-        return f"built, but does not load: {error}"
+        need_engine()
+    except OdtkError as error:
+        return str(error)
     return True
 
 

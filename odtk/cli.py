@@ -44,8 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.strerror or error}: {error.filename}." if error.filename else f"{error}.")
-    except MemoryError:
-        return fail("Out of memory: try a smaller --batch or smaller images.")
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, not imported here
+            raise
+        kind = "" if isinstance(error, MemoryError) else "GPU "
+        return fail(f"Out of {kind}memory: try a smaller --batch, or smaller images.")
 
 
 def fail(sentence: str) -> int:
@@ -101,7 +104,10 @@ def checked(text: str, kind: type, good: Any, what: str) -> Any:
 
 
 def devices(text: str) -> str:
-    return text if text == "cpu" else str(positive(text))
+    kind, _, number = text.partition(":")
+    if text == "cpu" or (kind == "cpu" and number.isdigit() and int(number)):
+        return text
+    return str(checked(text, int, lambda v: v > 0, "a number of GPUs, cpu or cpu:N"))
 
 
 def size_of(values: list[int] | None) -> tuple[int, int] | None:
@@ -119,7 +125,7 @@ def size_of(values: list[int] | None) -> tuple[int, int] | None:
 
 def add_devices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", metavar="N|cpu", type=devices,
-                        help="number of GPUs, one process each, or cpu (all visible GPUs; cpu where there is none)")
+                        help="GPUs to use, one process each; cpu, or cpu:N processes (all visible GPUs, else cpu)")
 
 
 def add_resize(parser: argparse.ArgumentParser) -> None:
@@ -267,7 +273,6 @@ def run_train(args: argparse.Namespace) -> int:
 
     world = launch.world_size(args.devices)
     config = train_config(args, world)
-    print(f"Learning rate {config.lr:g} for a batch of {config.data.batch * world * config.accumulate}.", flush=True)
     launch.launch(train, config, devices=args.devices, master=args.master)
     return 0
 

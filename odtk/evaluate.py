@@ -166,7 +166,7 @@ def class_metrics(coco_eval: COCOeval, gt: COCO) -> tuple[ClassMetrics, ...]:
     """AP and AP50 of each category, all sizes, 100 detections per image."""
     precision = coco_eval.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, category]
     rows = []
-    for k, category_id in enumerate(coco_eval.params.catIds):
+    for k, category_id in enumerate(int(i) for i in coco_eval.params.catIds):
         objects = [a for a in gt.dataset["annotations"] if a["category_id"] == category_id and not a["iscrowd"]]
         rows.append(
             ClassMetrics(

@@ -275,7 +275,7 @@ def silent(*_: object) -> None:
 
 def check_folder(path: str) -> None:
     """Refuses, before the work is done, a path whose folder is not there or cannot be written to."""
-    folder = os.path.dirname(os.path.realpath(path))
+    folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise OdtkError(f"Cannot write {path}: the folder {folder} does not exist.")
     if not os.access(folder, os.W_OK):
@@ -287,10 +287,14 @@ def check_folder(path: str) -> None:
 def write_json(value: Any, path: str) -> None:
     """Writes JSON so that ``path`` holds at any moment a whole file: written beside it, flushed, renamed.
 
+    A pipe or a device (/dev/stdout, say) is written to as it is.
+
     Raises:
         OdtkError: the disk is full, or the folder is missing or may not be written to.
     """
     target = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        return write_stream(value, path)
     temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -304,3 +308,11 @@ def write_json(value: Any, path: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
     sync_folder(os.path.dirname(target))
+
+
+def write_stream(value: Any, path: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(value, file)
+    except OSError as error:
+        raise OdtkError(f"Cannot write {path}: {first_os_error(error)}.") from error

@@ -176,6 +176,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
     assert path.read_text() == "[1]" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_device_is_written_to_and_not_replaced() -> None:
+    with pytest.raises(OdtkError, match="/dev/full: No space left on device"):
+        infer.write_json([1], "/dev/full")
+    assert not os.path.isfile("/dev/full")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a file says of itself, against what is asked for
 

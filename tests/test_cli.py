@@ -1,0 +1,403 @@
+"""The command line: every flag of spec §1 with its default, and one sentence for whatever goes wrong."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from onnx import TensorProto, helper, save
+from PIL import Image
+
+from odtk import checkpoint
+from odtk.cli import build_parser, export_config, infer_config, main, train_config
+from odtk.config import ModelConfig, OdtkError, TrainConfig
+from odtk.data.dataset import Category
+from odtk.model.detector import Detector
+
+torch.set_num_threads(1)
+COMMANDS = ("train", "infer", "export", "evaluate", "check", "benchmark", "info", "visualize", "synth")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two images, two categories, a box of each, in truth.json."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in (1, 2):
+        Image.effect_noise((64, 48), 60).convert("RGB").save(folder / f"{i}.jpg")
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 64, "height": 48} for i in (1, 2)],
+        "categories": [{"id": 3, "name": "cell"}, {"id": 8, "name": "plate"}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": c, "bbox": [4, 4, 40, 40]} for i, c in ((1, 3), (2, 8))
+        ],
+    }
+    (folder / "truth.json").write_text(json.dumps(content))
+    return folder
+
+
+def edit(images: Path, change) -> None:
+    path = images / "truth.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def train_args(images: Path, *more: str, model: str = "m.pth"):
+    return ["train", model, "--annotations", str(images / "truth.json"), "--images", str(images), *more]
+
+
+def configured(images: Path, *more: str, world: int = 1) -> TrainConfig:
+    return train_config(build_parser().parse_args(train_args(images, *more)), world)
+
+
+def fails(capsys, *argv: str) -> str:
+    """The one sentence on stderr of a command that must fail."""
+    assert main([str(a) for a in argv]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("odtk: ") and lines[0].endswith("."), lines
+    assert "Traceback" not in lines[0]
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags and defaults
+
+
+def test_help_is_quick_and_light() -> None:
+    start = time.monotonic()
+    run = subprocess.run([sys.executable, "-X", "importtime", "-m", "odtk", "--help"], capture_output=True, text=True)
+    seconds = time.monotonic() - start
+    assert run.returncode == 0 and all(command in run.stdout for command in COMMANDS)
+    heavy = {"torch", "numpy", "onnx", "onnxruntime", "PIL", "rich", "pycocotools", "requests"}
+    assert not heavy & {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
+    assert seconds < 5  # 0.1 s on a machine that does nothing else
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_has_a_help_text(command: str, capsys) -> None:
+    parser = next(a for a in build_parser()._actions if isinstance(a.choices, dict)).choices[command]  # type: ignore[union-attr]
+    for action in parser._actions:
+        assert action.help, f"{command} {action.option_strings} has no help"
+        if action.option_strings and action.dest not in ("help", "loader", "head", "json"):
+            said = action.required or "(" in action.help or any(t in action.help for t in ("--", "for ", "draw"))
+            assert said, f"{command} {action.option_strings}: which default?"
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+
+
+def test_defaults_of_train_are_those_of_the_specification(images: Path) -> None:
+    config = configured(images)
+    assert config.model == ModelConfig(backbones=("ResNet50FPN",), classes=2, norm="frozen")
+    data = config.data
+    assert (data.batch, data.resize, data.max_size, data.jitter) == (2, 800, 1333, (640, 1024))
+    assert (data.training, data.rotated, data.absolute_angle, data.loader) == (True, False, False, "dali")
+    augment = data.augment
+    assert (augment.brightness, augment.contrast, augment.hue, augment.saturation) == (0.002, 0.002, 0.0002, 0.002)
+    assert (augment.rotate, augment.free_rotate) == (False, (0, 0))
+    assert (config.iters, config.milestones, config.schedule) == (90000, (60000, 80000), 1.0)
+    assert (config.warmup, config.gamma, config.weight_decay, config.val_iters) == (1000, 0.1, 0.0001, 8000)
+    assert (config.loss.background_iou, config.loss.foreground_iou) == (0.4, 0.5)
+    assert config.precision == "mixed" and config.val_data is None and not config.override
+    assert config.lr == pytest.approx(0.01 * 2 / 16)
+
+
+def test_the_learning_rate_follows_the_batch_of_one_iteration(images: Path) -> None:
+    assert configured(images, "--batch", "16").lr == pytest.approx(0.01)
+    assert configured(images, "--batch", "8", world=4).lr == pytest.approx(0.005)
+    assert configured(images, "--batch", "8", "--accumulate", "4").lr == pytest.approx(0.02)
+    assert configured(images, "--batch", "64", "--lr", "0.003").lr == 0.003
+    assert configured(images, "--batch", "8", world=4).data.batch == 2
+    assert configured(images, world=4).lr == pytest.approx(0.005)
+
+
+def test_flags_of_train_arrive(images: Path) -> None:
+    config = configured(
+        images, "--backbone", "ResNet18FPN", "ResNet34FPN", "--classes", "7", "--jitter", "100", "200",
+        "--resize", "150", "--max-size", "300", "--iters", "9", "--milestones", "3", "5", "--schedule", "0.5",
+        "--warmup", "0", "--gamma", "0.2", "--regularization-l2", "0", "--full-precision", "--fine-tune", "a.pth", "--override", "--augment-rotate",
+        "--augment-free-rotate", "-10", "10", "--augment-hue", "0.1", "--rotated-bbox", "--absolute-angle",
+        "--anchor-ious", "0.3", "0.6", "--norm", "group", "--freeze-at", "2", "--grad-checkpoint", "--dcn", "5", "3",
+        "--backbone-weights", "none", "--with-dali", "--logdir", "log", "--post-metrics", "http://x", "--seed", "4",
+        "--clip-grad", "5", "--ema", "0.99", "--val-annotations", "v.json", "--val-images", "v", "--val-iters", "6",
+    )  # fmt: skip
+    model, data = config.model, config.data
+    assert (model.backbones, model.classes) == (("ResNet18FPN", "ResNet34FPN"), 7)
+    assert (model.norm, model.freeze_at) == ("group", 2)
+    assert model.grad_checkpoint and model.dcn == (3, 5) and model.rotated and data.rotated and data.absolute_angle
+    assert (data.jitter, data.resize, data.max_size, data.seed) == ((100, 200), 150, 300, 4)
+    assert data.augment.rotate and data.augment.free_rotate == (-10, 10) and data.augment.hue == 0.1
+    assert (config.iters, config.milestones, config.schedule, config.warmup) == (9, (3, 5), 0.5, 0)
+    assert (config.gamma, config.weight_decay, config.precision) == (0.2, 0, "fp32")
+    assert (config.fine_tune, config.override, config.backbone_weights) == ("a.pth", True, "none")
+    assert (config.loss.background_iou, config.loss.foreground_iou) == (0.3, 0.6)
+    assert (config.logdir, config.post_metrics, config.clip_grad, config.ema) == ("log", "http://x", 5, 0.99)
+    assert config.val_data is not None and config.val_iters == 6
+    val = config.val_data
+    assert (val.annotations, val.images, val.training, val.rotated) == ("v.json", "v", False, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "norm"), [((), "frozen"), (("--backbone-weights", "none"), "batch"), (("--norm", "batch"), "batch")]
+)
+def test_the_norm_is_frozen_when_pretrained(images: Path, flags: tuple[str, ...], norm: str) -> None:
+    assert configured(images, *flags).model.norm == norm
+
+
+def test_flags_of_infer_and_export_arrive() -> None:
+    flags = ["--output", "a.json", "b.json", "--size", "240", "320", "--batch", "6", "--detections", "50"]
+    config = infer_config(build_parser().parse_args(["infer", "m.onnx", *flags]), 3)
+    assert (config.output, config.data.size, config.data.batch) == (("a.json", "b.json"), (240, 320), 2)
+    assert config.postprocess.detections == 50 and config.explicit == ("detections",) and config.precision == "mixed"
+    export = export_config(build_parser().parse_args(["export", "m.pth", "m.onnx"]))
+    assert (export.size, export.batch, export.precision) == ((1280, 1280), (1, 8, 16), "fp16")
+    flags = ["export", "m.pth", "m.plan", "--size", "800", "--dynamic-batch-opts", "2", "4", "8", "--int8"]
+    export = export_config(build_parser().parse_args([*flags, "--calibration-images", "x"]))
+    assert (export.size, export.batch, export.precision) == ((800, 800), (2, 4, 8), "int8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "sentence"),
+    [
+        (("--batch", "3"), 2, "--batch 3 does not divide by the 2 devices: 2 does"),
+        (("--batch", "1"), 4, "4 does"),
+        (("--full-precision", "--precision", "bf16"), 1, "contradicts"),
+        (("--head", "fcos", "--rotated-bbox"), 1, "no angle"),
+        (("--absolute-angle",), 1, "add --rotated-bbox"),
+        (("--jitter", "900", "600"), 1, "--jitter 900 600"),
+        (("--anchor-ious", "0.6", "0.5"), 1, "--anchor-ious"),
+        (("--milestones", "80", "60"), 1, "rise"),
+        (("--lr", "-1"), 1, "'-1' is not a positive number"),
+        (("--lr", "fast"), 1, "'fast' is not a positive number"),
+        (("--iters", "0"), 1, "positive whole number"),
+        (("--anchor-ious", "0.4", "1.5"), 1, "from 0 to 1"),
+        (("--precision", "fp8"), 1, "invalid choice"),
+        (("--nonsense",), 1, "--nonsense"),
+        (("--devices", "all"), 1, "number of GPUs, cpu or cpu:N"),
+    ],
+)
+def test_wrong_flags_of_train(images: Path, flags: tuple[str, ...], world: int, sentence: str) -> None:
+    with pytest.raises(OdtkError) as error:
+        configured(images, *flags, world=world)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["export", "m.pth", "m.trt"], "must end in .onnx"),
+        (["export", "m.pth", "m.onnx", "--int8"], "--calibration-images"),
+        (["export", "m.pth", "m.onnx", "--int8", "--full-precision"], "contradicts"),
+        (["export", "m.pth", "m.onnx", "--verify"], "--annotations"),
+        (["export", "m.pth", "m.onnx", "--batch", "4", "2", "8"], "rising"),
+        (["export", "m.pth", "m.onnx", "--size", "1", "2", "3"], "--size takes"),
+        (["infer", "m.pth", "--score-threshold", "5"], "from 0 to 1"),
+        (["visualize", "--images", "x"], "Nothing to draw"),
+        (["visualize", "--features", "layer1"], "need MODEL.pth"),
+        (["evaluate", "x.json"], "--annotations"),
+        (["fly"], "invalid choice"),
+        ([], "SUBCOMMAND"),
+    ],
+)
+def test_wrong_flags_end_with_one_sentence(argv: list[str], sentence: str, capsys) -> None:
+    assert sentence in fails(capsys, *argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one clear sentence, exit code 1, no traceback
+
+
+def tiny(path: Path) -> Path:
+    config = ModelConfig(backbones=("ResNet18FPN",), classes=2)
+    detector = Detector(config)
+    detector.initialize()
+    categories = (Category(3, "cell"), Category(8, "plate"))
+    checkpoint.save(path, checkpoint.Checkpoint(config, categories, detector.state_dict()))
+    return path
+
+
+def small(images: Path, model: Path) -> list[str]:
+    """A training run of one iteration on the CPU."""
+    flags = ["--backbone", "ResNet18FPN", "--backbone-weights", "none", "--iters", "1", "--batch", "1"]
+    flags += ["--resize", "64", "--jitter", "64", "64", "--loader", "torch", "--devices", "cpu"]
+    return train_args(images, *flags, model=str(model))
+
+
+def test_missing_files(images: Path, tmp_path: Path, capsys) -> None:
+    nowhere = tmp_path / "nowhere"
+    truth = images / "truth.json"
+    assert "nowhere" in fails(capsys, "train", tmp_path / "m.pth", "--annotations", nowhere, "--images", images)
+    assert "nowhere" in fails(capsys, "train", tmp_path / "m.pth", "--annotations", truth, "--images", nowhere)
+    assert "no model" in fails(capsys, "infer", nowhere, "--images", images)
+    assert "no model" in fails(capsys, "export", nowhere, tmp_path / "m.onnx")
+    assert "no model" in fails(capsys, "benchmark", nowhere)
+    assert "nowhere" in fails(capsys, "evaluate", nowhere, "--annotations", truth)
+    assert "nowhere" in fails(capsys, "check", "--annotations", nowhere, "--images", images)
+    (images / "2.jpg").unlink()
+    assert "2.jpg: image 2: the file is missing" in fails(capsys, *small(images, tmp_path / "m.pth"))
+
+
+def test_broken_json(images: Path, tmp_path: Path, capsys) -> None:
+    truth = images / "truth.json"
+    (tmp_path / "found.json").write_text("[{")
+    assert "found.json is not valid JSON" in fails(capsys, "evaluate", tmp_path / "found.json", "--annotations", truth)
+    truth.write_text(truth.read_text()[:100])
+    for argv in (small(images, tmp_path / "m.pth"), ["check", "--annotations", truth, "--images", images]):
+        sentence = fails(capsys, *argv)
+        assert "truth.json is not valid JSON" in sentence and "line 1" in sentence
+
+
+def test_faults_of_a_dataset(images: Path, tmp_path: Path, capsys) -> None:
+    model = tmp_path / "m.pth"
+    edit(images, lambda c: c["annotations"].append({"id": 7, "image_id": 99, "category_id": 3, "bbox": [1, 1, 9, 9]}))
+    assert "annotation 7: its image_id 99" in fails(capsys, *small(images, model))
+    edit(images, lambda c: c["annotations"].pop())
+    edit(images, lambda c: c["categories"].append({"id": 11, "name": "unseen"}))
+    assert "category 11: 'unseen' has no annotations" in fails(capsys, *small(images, model))
+    edit(images, lambda c: c["categories"].pop())
+    file = images / "1.jpg"
+    file.write_bytes(file.read_bytes()[:-400])
+    assert "1.jpg: image 1" in fails(capsys, *small(images, model))
+    assert not model.exists()
+
+
+def test_check_lists_every_fault_and_its_exit_code_says_whether_training_would_stop(images: Path, capsys) -> None:
+    argv = ["check", "--annotations", str(images / "truth.json"), "--images", str(images), "--backbone", "ResNet18FPN"]
+    assert main([*argv, "--resize", "48"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 usable images" in shown and "category 8 plate: 1 boxes" in shown and "0 faults would stop" in shown
+    edit(images, lambda c: c["annotations"].append({"id": 7, "image_id": 1, "category_id": 3, "bbox": [1, 1, 3, 3]}))
+    assert main([*argv, "--resize", "48"]) == 0
+    assert "1 of 3 boxes match no anchor at IoU 0.5" in capsys.readouterr().out
+    edit(images, lambda c: c["annotations"].append({"id": 8, "image_id": 99, "category_id": 3, "bbox": [1, 1, 9, 9]}))
+    edit(images, lambda c: c["annotations"].append({"id": 9, "image_id": 1, "category_id": 3, "bbox": [1, 1, 0, 9]}))
+    assert main(argv) == 1
+    shown = capsys.readouterr().out
+    assert "REFUSED" in shown and "annotation 8" in shown and "fixed" in shown and "annotation 9" in shown
+    assert "1 faults would stop training, 1 would be fixed" in shown
+
+
+def test_files_that_are_no_models(images: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save({"epoch": 3, "net": {}}, tmp_path / "other.pth")
+    whole = tiny(tmp_path / "tiny.pth").read_bytes()
+    (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+    node = helper.make_node("Identity", ["a"], ["b"])
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "ab"]
+    graph = helper.make_graph([node], "g", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    save(model, str(tmp_path / "other.onnx"))
+    (tmp_path / "text.onnx").write_text("hello")
+    (tmp_path / "text.bin").write_text("hello")
+    for name, sentence in (
+        ("text.pth", "is not a checkpoint"),
+        ("other.pth", "another program"),
+        ("half.pth", "truncated"),
+        ("other.onnx", "was not exported by odtk"),
+        ("text.onnx", "is not a model that ONNX Runtime can run"),
+        ("text.bin", "must end in"),
+    ):
+        argv = ["infer", tmp_path / name, "--images", images, "--devices", "cpu", "--output", tmp_path / "o.json"]
+        assert sentence in fails(capsys, *argv)
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_a_model_of_other_categories(images: Path, tmp_path: Path, capsys) -> None:
+    edit(images, lambda c: c["categories"][0].update(name="cow"))
+    argv = ["infer", tiny(tmp_path / "m.pth"), "--images", images, "--annotations", images / "truth.json"]
+    argv += ["--devices", "cpu", "--output", tmp_path / "o.json"]
+    assert "Category 3 is 'cell' to the model and 'cow' in the annotations" in fails(capsys, *argv)
+
+
+def test_places_that_cannot_be_written(images: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")  # where a folder should be: tests may run as root, whom permissions do not stop
+    inside = tmp_path / "file" / "x"
+    model = tiny(tmp_path / "m.pth")
+    assert "file" in fails(capsys, "infer", model, "--images", images, "--output", f"{inside}.json")
+    assert "file" in fails(capsys, "synth", inside, "--images", "2", "--size", "64")
+    assert "file" in fails(capsys, *small(images, Path(f"{inside}.pth")))
+    assert "file" in fails(capsys, "visualize", "--annotations", images / "truth.json", "--images", images,
+                           "--output", inside)  # fmt: skip
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_full_disk(images: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "found.json").write_text("[]")
+    argv = ["evaluate", tmp_path / "found.json", "--annotations", images / "truth.json", "--output", "/dev/full"]
+    assert "No space left on device" in fails(capsys, *argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors of all kinds
+
+
+def test_interruption_system_errors_and_debugging(monkeypatch, capsys) -> None:
+    import odtk.benchmark
+
+    for error, sentence in (
+        (KeyboardInterrupt(), "Interrupted."),
+        (OSError(28, "No space left on device", "x.bin"), "No space left on device: x.bin."),
+        (OSError("odd"), "odd."),
+        (MemoryError(), "Out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried …"), "Out of GPU memory"),
+    ):
+
+        def fail(error=error) -> None:
+            raise error
+
+        monkeypatch.setattr(odtk.benchmark, "environment", fail)
+        assert sentence in fails(capsys, "info")
+    monkeypatch.setenv("ODTK_DEBUG", "1")
+    assert main(["info"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error_to_speak_of() -> None:
+    run = subprocess.run(
+        f"{sys.executable} -c \"import sys; from odtk.cli import main; "
+        f"import odtk.cli as c; c.run_info = lambda a: print('x' * 10**6); sys.exit(main(['info']))\" | head -c 5",
+        shell=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.stdout == "xxxxx" and run.stderr == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small runs
+
+
+def test_synth_then_visualize_then_evaluate(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "set"
+    assert main(["synth", str(folder), "--images", "5", "--size", "96", "128", "--classes", "2", "--seed", "3"]) == 0
+    argv = ["--annotations", str(folder / "val.json"), "--images", str(folder / "val")]
+    assert main(["visualize", *argv, "--output", str(tmp_path / "pictures")]) == 0
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
+    truth = json.loads((folder / "val.json").read_text())
+    found = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth["annotations"]]
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    figures = str(tmp_path / "figures.json")
+    assert main(["evaluate", str(tmp_path / "found.json"), *argv[:2], "--output", figures]) == 0
+    assert json.loads(Path(figures).read_text())["stats"]["AP"] == pytest.approx(1)
+    assert "1.000" in capsys.readouterr().out
+
+
+def test_infer_evaluates_and_draws(images: Path, tmp_path: Path, capsys) -> None:
+    model = tiny(tmp_path / "m.pth")
+    argv = ["infer", str(model), "--images", str(images), "--annotations", str(images / "truth.json")]
+    argv += ["--resize", "64", "--loader", "torch", "--devices", "cpu"]
+    assert main([*argv, "--output", str(tmp_path / "o.json"), "--draw", str(tmp_path / "d")]) == 0
+    assert len(list((tmp_path / "d").iterdir())) == 2
+    assert isinstance(json.loads((tmp_path / "o.json").read_text()), list)
+    assert "AP50" in capsys.readouterr().out
+
+
+def test_info_as_json(capsys) -> None:
+    assert main(["info", "--json"]) == 0
+    assert "torch" in json.loads(capsys.readouterr().out)["versions"]
