@@ -15,7 +15,7 @@ ENV ODTK_CUDA=1
 COPY . /opt/odtk
 # The image's own torch, DALI and numpy stay: it pins them in PIP_CONSTRAINT.
 RUN cd /opt/odtk && \
-    python -m pip install --no-cache-dir "setuptools>=70" "pybind11>=3" "cmake>=3.25" ninja && \
+    python -m pip install --no-cache-dir "setuptools>=77" "pybind11>=3" "cmake>=3.25" ninja && \
     ODTK_CUDA_ARCH="${ODTK_CUDA_ARCH}" python -m pip install --no-cache-dir --no-build-isolation -v '.[plot]' && \
     rm -rf build && \
     cd / && python -c "from odtk import _C; assert _C.WITH_TENSORRT, 'TensorRT was not found'; print(_C.ARCHITECTURES)"
