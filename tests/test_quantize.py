@@ -1,0 +1,350 @@
+"""INT8: ranges, placement of Q/DQ, the calibration table and its rules, sensitivity."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto
+from PIL import Image
+from torch import Tensor, nn
+
+from odtk import checkpoint, export, infer, quantize
+from odtk.config import ExportConfig, LoaderConfig, ModelConfig, OdtkError
+from odtk.data.dataset import Dataset
+from odtk.data.loader import create_loader
+from odtk.model.detector import Detector
+
+C4 = ModelConfig(backbones=("ResNet18C4",), classes=2)
+
+
+class Net(nn.Module):
+    """What a detector has, small: a residual block, a pyramid addition after upsampling, two heads on one map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in {"stem": (8, 3, 3), "conv1": (8, 8, 3), "conv2": (8, 8, 3), "down": (8, 8, 3),
+                            "top": (8, 8, 1), "lateral": (8, 8, 1), "cls_head": (4, 8, 3), "box_head": (4, 8, 3)
+                            }.items():  # fmt: skip
+            out, channels, k = shape
+            self.add_module(name, nn.Conv2d(channels, out, k, 2 if name == "down" else 1, k // 2))
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        x = F.relu(self.stem(images))
+        c3 = F.relu(self.conv2(F.relu(self.conv1(x))) + x)
+        c4 = F.relu(self.down(c3))
+        p3 = self.lateral(c3) + F.interpolate(self.top(c4), scale_factor=2.0)
+        return [self.cls_head(p3)], [self.box_head(p3)]
+
+
+@pytest.fixture(scope="module")
+def net() -> onnx.ModelProto:
+    torch.manual_seed(0)
+    return export.trace(Net(), (16, 16), quantize.OPSET)  # type: ignore[arg-type]
+
+
+def noise(count: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.standard_normal((1, 3, 16, 16)).astype(np.float32) for _ in range(count)]
+
+
+def table_of(model: onnx.ModelProto, **changes) -> quantize.Table:
+    ranges = quantize.calibrate(model, noise(4), "minmax", 4)
+    scales = quantize.shared_scales(quantize.scale_groups(model.graph), ranges)
+    return dataclasses.replace(quantize.Table("m", (16, 16), "minmax", (), scales), **changes)
+
+
+def quantised(model: onnx.ModelProto, table: quantize.Table) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    quantize.insert_qdq(copy, table)
+    return copy
+
+
+# Ranges
+
+
+def test_histogram_is_the_same_in_parts_as_at_once() -> None:
+    values = np.random.default_rng(0).exponential(1.0, 20_000).astype(np.float32)
+    whole, parts = quantize.Histogram(), quantize.Histogram()
+    whole.add(np.concatenate([values[:10], values]))
+    for part in np.split(np.concatenate([values[:10], values])[:20_000], 10):
+        parts.add(-part)
+    parts.add(values[-10:])
+    assert parts.counts.sum() == whole.counts.sum() == 20_010
+    for method in quantize.METHODS:
+        assert parts.range(method) == pytest.approx(whole.range(method), rel=0.03)
+    assert whole.range("minmax") == values.max()
+    assert whole.range("percentile") == pytest.approx(np.quantile(values, quantize.PERCENTILE), rel=0.01)
+
+
+def test_entropy_cuts_a_rare_outlier_and_keeps_a_full_range() -> None:
+    generator = np.random.default_rng(0)
+    outlier, full = quantize.Histogram(), quantize.Histogram()
+    outlier.add(np.append(generator.standard_normal(100_000), 1000).astype(np.float32))
+    full.add(generator.uniform(-1, 1, 100_000).astype(np.float32))
+    assert 2 < outlier.range("entropy") < 100 < outlier.range("minmax")
+    assert full.range("entropy") > 0.95
+
+
+def test_zeros_say_nothing_of_a_range() -> None:
+    histogram = quantize.Histogram()
+    histogram.add(np.zeros(1000, np.float32))
+    assert histogram.range("entropy") == 1.0
+    histogram.add(np.append(np.zeros(10**6), np.arange(1, 101)).astype(np.float32))
+    assert histogram.range("percentile") > 99
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(OdtkError, match="not finite"):
+        quantize.Histogram().add(np.array([1, np.nan], np.float32))
+
+
+def test_scales_are_values_of_fp16_that_clip_nothing() -> None:
+    weight = np.random.default_rng(0).standard_normal((16, 4, 3, 3)).astype(np.float32)
+    weight[3] *= 1e-4
+    weight[5] = 0
+    values, scale = quantize.quantise_weight(weight)
+    assert (scale.astype(np.float16).astype(np.float32) == scale).all() and (scale > 0).all()
+    assert values.dtype == np.int8 and values.min() >= -127
+    error = np.abs(values * scale[:, None, None, None] - weight)
+    assert (error <= scale[:, None, None, None] * 0.501).all()
+
+
+# Placement
+
+
+def test_qdq_stand_at_convolutions_and_additions_only(net: onnx.ModelProto) -> None:
+    model = quantised(net, table_of(net))
+    onnx.checker.check_model(model, full_check=True)
+    makers = quantize.makers_of(model.graph)
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            assert [makers[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
+        if node.op_type == "Relu":
+            assert makers[node.input[0]].op_type in ("Conv", "Add")  # none between convolution and ReLU
+        if node.op_type == "Resize":
+            assert makers[node.input[0]].op_type == "DequantizeLinear"  # before the upsampling, not after
+    pairs = [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert sorted(pairs) == sorted(
+        ["images", "stem/relu", "conv1/relu", "conv2", "conv2/add/relu", "down/relu", "top", "lateral", "lateral/add"]
+    )
+
+
+def test_both_inputs_of_an_addition_share_a_scale(net: onnx.ModelProto) -> None:
+    scales = table_of(net).scales
+    assert scales["conv2"] == scales["stem/relu"] and scales["top"] == scales["lateral"]
+    assert len(set(scales.values())) == len(scales) - 2
+
+
+def test_a_layer_in_fp16_reads_what_was_not_rounded(net: onnx.ModelProto) -> None:
+    model = quantised(net, table_of(net, fp16_layers=("cls_head", "conv2")))
+    makers = quantize.makers_of(model.graph)
+    nodes = {node.name: node for node in model.graph.node}
+    assert list(nodes["cls_head"].input) == ["lateral/add", "cls_head.weight", "cls_head.bias"]
+    assert makers[nodes["box_head"].input[0]].op_type == "DequantizeLinear"  # beside it, on the same map
+    assert list(nodes["conv2/add"].input) == ["conv2", "stem/relu"]
+    with pytest.raises(OdtkError, match="no layer nothing"):
+        quantised(net, table_of(net, fp16_layers=("nothing",)))
+
+
+def test_int8_with_an_fp16_remainder_runs_and_is_close(net: onnx.ModelProto) -> None:
+    model = quantised(net, table_of(net))
+    floats = quantize.open_session(model).run(None, {"images": noise(1)[0]})
+    quantize.to_fp16(model)
+    onnx.checker.check_model(model, full_check=True)
+    inside = {t.name: t.data_type for t in model.graph.initializer}
+    kinds = set(inside.values())
+    assert TensorProto.FLOAT not in {kind for name, kind in inside.items() if name.endswith(("scale/fp16", "bias"))}
+    assert TensorProto.INT8 in kinds and TensorProto.FLOAT16 in kinds
+    expected = quantize.open_session(net).run(None, {"images": noise(1)[0]})
+    found = quantize.open_session(model).run(None, {"images": noise(1)[0]})
+    assert found[0].dtype == np.float16
+    assert 15 < quantize.decibels([expected], [floats]) < 60  # quantised, and not badly
+    assert quantize.decibels([floats], [found]) > 25
+
+
+def test_sensitivity_finds_the_layer_with_the_wrong_range(net: onnx.ModelProto) -> None:
+    table = table_of(net)
+    table.scales["down/relu"] *= 60  # read by "top" alone
+    found = quantize.sensitivity(net, table, noise(2))
+    assert set(found) == set(quantize.layers(net)) and list(found.values()) == sorted(found.values())
+    assert list(found)[0] == "top" and found["top"] < 20 < found["stem"]
+
+
+# The table and its rules
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    detector = Detector(C4)
+    detector.initialize()
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    checkpoint.save(path, checkpoint.Checkpoint(C4, None, detector.state_dict()))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images of different sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        pixels = generator.integers(0, 255, (20 + 5 * i, 70 - 3 * i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    return folder
+
+
+def int8_config(model: str, folder: Path, **changes) -> ExportConfig:
+    config = ExportConfig(path=model, output=str(folder / "int8.onnx"), size=(32, 32), precision="int8")
+    return dataclasses.replace(config, **changes)
+
+
+def test_a_table_gives_the_same_bytes_without_images(model_path: str, pictures: Path, tmp_path: Path) -> None:
+    config = int8_config(model_path, tmp_path, calibration_images=str(pictures), calibration_method="percentile")
+    report = export.export(config)
+    assert report.table == str(tmp_path / "int8.calibration.json")
+    table = quantize.load_table(report.table)
+    assert sorted(table.images) == sorted(path.name for path in pictures.iterdir())
+    assert table.images != tuple(sorted(table.images)) and table.method == "percentile"
+    assert len(table.scales) > 15 and all(scale > 0 for scale in table.scales.values())
+    first = Path(config.output).read_bytes()
+    again = int8_config(model_path, tmp_path, calibration_table=report.table, output=str(tmp_path / "again.onnx"))
+    export.export(again)
+    assert Path(again.output).read_bytes() == first
+    refuse_other_tables(config, report.table, tmp_path)
+
+
+def refuse_other_tables(config: ExportConfig, path: str, folder: Path) -> None:
+    """A table of another model or size, and a file that is no table."""
+    given = dataclasses.replace(config, calibration_table=path)
+    graph = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
+    with pytest.raises(OdtkError, match="is the calibration table of another model"):
+        quantize.table_for(graph, given, "another", 16)
+    own = quantize.load_table(path)
+    with pytest.raises(OdtkError, match="calibrated at 32×32, not 64×64"):
+        quantize.table_for(graph, dataclasses.replace(given, size=(64, 64)), own.model, 16)
+    (folder / "no.json").write_text("{}")
+    with pytest.raises(OdtkError, match="is not a calibration table"):
+        quantize.table_for(graph, dataclasses.replace(given, calibration_table=str(folder / "no.json")), "", 16)
+
+
+def test_calibration_sees_the_tensors_of_inference(pictures: Path, tmp_path: Path) -> None:
+    config = int8_config("", tmp_path, calibration_images=str(pictures))
+    dataset = quantize.sample(str(pictures), 500, seed=0)
+    seen = list(quantize.images_of(dataset, config, 16))
+
+    class Asking:
+        size, stride, max_batch, rotated, name = (32, 32), 16, None, False, "a model"
+        mean, std = LoaderConfig.mean, LoaderConfig.std
+
+    data = infer.loader_config(LoaderConfig(images=str(pictures)), Asking())  # type: ignore[arg-type]
+    whole = Dataset.load(None, pictures)
+    by_id = {int(batch.ids[0]): batch.images.numpy() for batch in create_loader(whole, data)}
+    assert len(seen) == len(by_id) == 12
+    for image, tensor in zip(dataset.images, seen, strict=True):
+        np.testing.assert_array_equal(tensor, by_id[image.id])
+
+
+def test_the_sample_is_shuffled_before_it_is_cut(pictures: Path) -> None:
+    def names(limit: int, seed: int) -> list[str]:
+        return [image.path.name for image in quantize.sample(str(pictures), limit, seed).images]
+
+    assert names(8, 0) == names(8, 0) == names(12, 0)[:8] != sorted(names(8, 0))
+    assert set(names(8, 0)) != set(names(8, 1))
+
+
+def test_too_few_images_and_empty_folders_are_refused(pictures: Path, tmp_path: Path, capsys) -> None:
+    with pytest.raises(OdtkError, match="has no images"):
+        quantize.sample(str(tmp_path), 500, 0)
+    with pytest.raises(OdtkError, match="does not exist"):
+        quantize.sample(str(tmp_path / "nowhere"), 500, 0)
+    for path in sorted(pictures.iterdir())[:7]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(OdtkError, match="has 7 images: calibration needs 8"):
+        quantize.sample(str(tmp_path), 500, 0)
+    quantize.sample(str(pictures), 500, 0)
+    assert "Warning: calibration on 12 images" in capsys.readouterr().out
+
+
+def test_int8_without_images_or_table_is_refused(net: onnx.ModelProto, tmp_path: Path) -> None:
+    with pytest.raises(OdtkError, match="needs --calibration-images DIR, or a --calibration-table"):
+        quantize.table_for(net, int8_config("", tmp_path), "m", 16)
+    with pytest.raises(OdtkError, match="method 'best' does not exist"):
+        quantize.calibrate(net, noise(1), "best", 1)
+
+
+# TensorRT for RTX, ahead of time and with no GPU
+
+
+def compile_for(content: bytes, capability: str) -> list[str]:
+    """Compiles an ONNX file for a compute capability; the builder's log."""
+    trt = pytest.importorskip("tensorrt_rtx_bindings", reason="needs tensorrt-rtx-cu13-{libs,bindings}==1.7.1.116")
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[str] = []
+
+        def log(self, severity, message: str) -> None:
+            self.lines.append(message)
+
+    log = Log()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse(content), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    profile = builder.create_optimization_profile()
+    channels, height, width = list(network.get_input(0).shape)[1:]
+    profile.set_shape("images", *((n, channels, height, width) for n in (1, 8, 16)))
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None, log.lines[-5:]
+    return log.lines
+
+
+def convolutions(log: list[str]) -> list[str]:
+    """Element type of the first input of each convolution in the engine, from the builder's list of layers."""
+    listed = next(message for message in log if message.startswith("Layers:\nName:"))
+    layers = [line for line in listed.splitlines() if "LayerType: correlation" in line or "LayerType: gemm" in line]
+    return [line.split("Datatype: ")[1].split(",")[0] for line in layers]
+
+
+def raw_files(backbone: str) -> Iterator[tuple[str, bytes, int]]:
+    """(precision, ONNX of the raw levels at 128×160, convolutions) in FP16 and INT8, of random weights."""
+    torch.manual_seed(0)
+    detector = Detector(ModelConfig(backbones=(backbone,), classes=3))
+    detector.initialize()
+    folded = detector.fold()
+    for parameter in folded.parameters():
+        if parameter.ndim == 1:  # biases, which a trained network has and torch.onnx drops where they are zero
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    model = export.trace(folded, (128, 160), quantize.OPSET)
+    count = sum(node.op_type == "Conv" for node in model.graph.node)
+    images = [np.random.default_rng(i).standard_normal((1, 3, 128, 160)).astype(np.float32) for i in range(2)]
+    scales = quantize.shared_scales(quantize.scale_groups(model.graph), quantize.calibrate(model, images, "minmax", 2))
+    int8 = quantised(model, quantize.Table("m", (128, 160), "minmax", (), scales))
+    for precision, graph in (("fp16", model), ("int8", int8)):
+        quantize.to_fp16(graph)
+        yield precision, export.serialize(graph), count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["ResNet18FPN", "ResNet50FPN"])
+def test_tensorrt_compiles_both_and_runs_every_convolution_in_int8(backbone: str) -> None:
+    pytest.importorskip("tensorrt_rtx_libs", reason="needs tensorrt-rtx-cu13-{libs,bindings}==1.7.1.116")
+    for precision, content, count in raw_files(backbone):
+        for capability in ("SM89", "SM120") if precision == "int8" else ("SM89",):
+            kinds = convolutions(compile_for(content, capability))
+            assert set(kinds) == {"Half" if precision == "fp16" else "Int8"}, (precision, capability)
+            assert len(kinds) > 0.85 * count  # some 1×1 become part of another kernel
+            print(f"{backbone} {precision} {capability}: {len(kinds)} of {count} convolutions, all {kinds[0]}")

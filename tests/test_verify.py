@@ -1,0 +1,139 @@
+"""Verification of the written file: the whole path on a small set, the search for FP16 layers, the reports."""
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from odtk import checkpoint, export, quantize, verify
+from odtk.backends import open_backend
+from odtk.config import ExportConfig, LoaderConfig, ModelConfig, PostprocessConfig
+from odtk.data.dataset import Category, Dataset
+from odtk.data.loader import create_loader
+from odtk.evaluate import ClassMetrics, Metrics
+from odtk.infer import detect
+from odtk.model.detector import Detector
+
+CONFIG = ModelConfig(backbones=("ResNet18C4",), classes=2)
+CATEGORIES = (Category(1, "cat & co"), Category(5, "dog"))
+LIMITS = PostprocessConfig(score_threshold=0.3, detections=10)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportConfig, str, str]:
+    """An INT8 export of random weights, and ten images annotated with what PyTorch finds in them."""
+    folder = tmp_path_factory.mktemp("job")
+    torch.manual_seed(0)
+    detector = Detector(CONFIG)
+    detector.initialize()
+    for parameter in detector.head.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    detector.head.cls_head[-1].bias.data.fill_(0.0)  # type: ignore[union-attr, index]
+    path = str(folder / "model.pth")
+    checkpoint.save(path, checkpoint.Checkpoint(CONFIG, CATEGORIES, detector.state_dict()))
+    images = folder / "images"
+    images.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(10):
+        pixels = generator.integers(0, 255, (8, 6 + i % 3, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((60 - i, 64), Image.Resampling.NEAREST).save(images / f"{i}.png")
+    dataset = Dataset.load(None, images)
+    loader = create_loader(dataset, LoaderConfig(images=str(images), size=(64, 64), stride=16))
+    backend = open_backend(path, device="cpu", precision="fp32", postprocess=LIMITS)
+    found = detect(backend, loader, CATEGORIES)
+    assert len(found) > 20
+    annotations = folder / "truth.json"
+    annotations.write_text(json.dumps({
+        "images": [{"id": image.id, "file_name": image.path.name, "width": image.width, "height": image.height}
+                   for image in dataset.images],
+        "categories": [{"id": c.id, "name": c.name} for c in CATEGORIES],
+        "annotations": [{"id": i, "iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3],
+                         **{key: entry[key] for key in ("image_id", "category_id", "bbox")}}
+                        for i, entry in enumerate(found, start=1)],
+    }))  # fmt: skip
+    config = ExportConfig(path=path, output=str(folder / "model.onnx"), size=(64, 64), precision="int8",
+                          postprocess=LIMITS, calibration_images=str(images), calibration_method="minmax")  # fmt: skip
+    export.export(config)
+    return config, str(annotations), str(images)
+
+
+@pytest.mark.slow
+def test_int8_is_verified_and_reported(job, capsys: pytest.CaptureFixture[str]) -> None:
+    config, annotations, images = job
+    assert verify.verify(config, annotations=annotations, images=images, max_ap_drop=100)
+    report = json.loads(Path(config.output + ".verify.json").read_text())
+    assert [run["name"] for run in report["runs"]] == ["PyTorch fp32", "ONNX fp32", "ONNX fp16", "ONNX int8"]
+    ap = [run["stats"]["AP"] for run in report["runs"]]
+    assert ap[0] > 0.9 and ap[1] == pytest.approx(ap[0], abs=0.01) and report["within"]
+    assert report["drop_points"] == pytest.approx(100 * (ap[0] - ap[3]), abs=1e-3)
+    assert report["runs"][2]["bytes"] < 0.6 * report["runs"][1]["bytes"]
+    assert report["runs"][3]["bytes"] < 0.4 * report["runs"][1]["bytes"]
+    table = quantize.load_table(quantize.table_path(config))
+    assert report["sensitivity_db"] == table.sensitivity and len(table.sensitivity) > 20
+    page = Path(config.output + ".verify.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2 * verify.PICTURES
+    assert "cat &amp; co" in page and "http" not in page
+    out = capsys.readouterr().out
+    assert "Most costly layers in INT8" in out and "inside the 100 allowed" in out
+
+
+@pytest.mark.slow
+def test_a_wrong_file_is_found_out(job, tmp_path: Path) -> None:
+    """The written file is run, not its checkpoint: one with other weights fails."""
+    config, annotations, images = job
+    torch.manual_seed(1)
+    other = Detector(CONFIG)
+    other.initialize()
+    wrong = dataclasses.replace(config, path=str(tmp_path / "other.pth"), output=str(tmp_path / "fp32.onnx"),
+                                precision="fp32")  # fmt: skip
+    checkpoint.save(wrong.path, checkpoint.Checkpoint(CONFIG, CATEGORIES, other.state_dict()))
+    export.export(wrong)
+    mixed = dataclasses.replace(wrong, path=config.path)
+    assert not verify.verify(mixed, annotations=annotations, images=images)
+
+
+def run_of(ap: float) -> verify.Run:
+    classes = (ClassMetrics(1, "cat", ap, ap, 1, 1),)
+    return verify.Run("x", 1, Metrics((ap, ap, *[0.0] * 10), classes), 1.0, [])
+
+
+class FakeBench:
+    """A set on which INT8 is good enough once the given layers are in FP16."""
+
+    def __init__(self, table: str, needed: set[str]) -> None:
+        self.table, self.needed = table, needed
+
+    def run(self, path: str) -> verify.Run:
+        return run_of(0.5 if self.needed <= set(quantize.load_table(self.table).fp16_layers) else 0.4)
+
+
+@pytest.mark.parametrize(
+    ("needed", "kept", "good"),
+    [("b", "zab", True), ("", "z", True), ("d", "zabcd", True), ("q", "zabcdef", False)],
+)
+def test_the_worst_layers_stay_in_fp16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: str, kept: str, good: bool
+) -> None:
+    path = str(tmp_path / "table.json")
+    quantize.save_table(path, quantize.Table("m", (32, 32), "entropy", (), {}, ("z",)))
+    written = []
+    monkeypatch.setattr(verify, "export", written.append)
+    config = ExportConfig(path="", output=str(tmp_path / "x.onnx"), precision="int8", calibration_table=path)
+    bench = FakeBench(path, set(needed))
+    first = bench.run("")
+    run, layers = verify.rescue(config, bench, run_of(0.5), first, list("abcdef"), 0.3)  # type: ignore[arg-type]
+    assert "".join(layers) == kept and (verify.drop(run_of(0.5), run) <= 0.3) == good
+    assert quantize.load_table(path).fp16_layers == tuple(kept)
+    assert all(config.calibration_table == path for config in written) and bool(written) == (kept != "z")
+
+
+def test_a_verdict_counts_points_of_the_last_run() -> None:
+    runs = (run_of(0.5), run_of(0.1), run_of(0.4975))
+    assert verify.Verdict(runs, 0.3, {}, ()).within
+    assert not verify.Verdict(runs, 0.2, {}, ()).within
+    assert "loses 0.25 points of AP: beyond the 0.2 allowed" in verify.sentence(verify.Verdict(runs, 0.2, {}, ()))
