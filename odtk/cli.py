@@ -492,10 +492,13 @@ def add_export(parser: argparse.ArgumentParser) -> None:
                         help="batches of calibration images to use (as many as hold 500 images)")
     parser.add_argument("--calibration-table", metavar="PATH",
                         help="table of --int8: read instead of images when it exists, else written (beside OUT)")
+    parser.add_argument("--calibration-method", choices=("entropy", "percentile", "minmax"), default="entropy",
+                        help="how the range of an activation is chosen (%(default)s)")
     parser.add_argument("--opset", metavar="N", type=positive, default=ExportConfig.opset,
                         help="ONNX operator set (%(default)s)")
     add_thresholds(parser)
-    add_rotated(parser)
+    parser.add_argument("--rotated-bbox", action="store_true",
+                        help="refuse a MODEL.pth without rotated boxes (the checkpoint says which it has)")
     parser.add_argument("--timing-cache", metavar="PATH", help="TensorRT's timing cache, read and updated (none)")
     parser.add_argument("--verify", action="store_true",
                         help="run the written file beside PyTorch in fp32 on --annotations and --images (off)")
@@ -504,14 +507,18 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-ap-drop", metavar="POINTS", type=number, default=0.3,
                         help="points of AP (0 to 100) that --verify allows to be lost, else exit code 2 (%(default)s)")
     parser.add_argument("--verbose", action="store_true", help="print the log of the conversion (off)")
-    add_devices(parser)
+    parser.add_argument("--devices", metavar="N|cpu", type=devices,
+                        help="cpu: no GPU is to be used (an .onnx is written on the CPU, an engine on the first GPU)")
 
 
 def run_export(args: argparse.Namespace) -> int:
+    from .checkpoint import load
     from .export import export
 
     config = export_config(args)
     need_file(args.model, "model")
+    if args.rotated_bbox and not load(args.model).model.rotated:
+        raise OdtkError(f"--rotated-bbox: {args.model} was not trained with rotated boxes.")
     export(config)
     if not args.verify:
         return 0
@@ -524,6 +531,8 @@ def run_export(args: argparse.Namespace) -> int:
 def export_config(args: argparse.Namespace) -> ExportConfig:
     if os.path.splitext(args.output)[1] not in (".onnx", ".plan", ".engine"):
         raise OdtkError(f"{args.output} must end in .onnx, .plan or .engine.")
+    if args.devices and args.devices.startswith("cpu") and not args.output.endswith(".onnx"):
+        raise OdtkError(f"--devices cpu: {args.output} is built on the GPU that will run it; an .onnx needs none.")
     if args.int8 and args.full_precision:
         raise OdtkError("--int8 contradicts --full-precision.")
     if args.int8 and not args.calibration_images and not args.calibration_table:
@@ -544,6 +553,7 @@ def export_config(args: argparse.Namespace) -> ExportConfig:
         calibration_images=args.calibration_images,
         calibration_batches=args.calibration_batches,
         calibration_table=args.calibration_table,
+        calibration_method=args.calibration_method,
         timing_cache=args.timing_cache,
         verbose=args.verbose,
     )

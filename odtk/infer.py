@@ -178,17 +178,17 @@ def detect(
     """
     rows: list[np.ndarray] = []
     ids: list[int] = []
-    pending: tuple[Detections, Batch] | None = None
+    pending: Callable[[], np.ndarray] | None = None
     for batch in loader:
-        detections = backend(batch.images)
+        reading = read_back(backend(batch.images), batch)
         ids += batch.ids.tolist()
-        if pending is not None:  # one batch behind, so that reading its results back does not hold up this one
-            rows.append(to_rows(*pending))
-        pending = (detections, batch)
+        if pending is not None:  # one batch behind: the device has this batch to work on while the last one is read
+            rows.append(pending())
+        pending = reading
         if progress is not None:
             progress(len(batch.images))
     if pending is not None:
-        rows.append(to_rows(*pending))
+        rows.append(pending())
     gathered = gather((ids, np.concatenate(rows) if rows else None))
     all_ids = [i for shard_ids, _ in gathered for i in shard_ids]
     if len(all_ids) != len(set(all_ids)):
@@ -197,13 +197,31 @@ def detect(
     return to_results(np.concatenate(shards), categories) if shards else []
 
 
+def read_back(detections: Detections, batch: Batch) -> Callable[[], np.ndarray]:
+    """Starts the copy of detections to the host; the function returned waits for it and gives to_rows."""
+    on_host = Detections(
+        *(t.to("cpu", non_blocking=True) for t in (detections.scores, detections.boxes, detections.classes))
+    )
+    copied = None
+    if detections.scores.is_cuda:
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(detections.scores.device))
+
+    def rows() -> np.ndarray:
+        if copied is not None:
+            copied.synchronize()
+        return to_rows(on_host, batch)
+
+    return rows
+
+
 def to_rows(detections: Detections, batch: Batch) -> np.ndarray:
     """The used rows of a batch as float64 [n, 3 + 4|5]: image id, class index, score, COCO box in original pixels."""
-    used = detections.scores.cpu() > 0  # [N, D]
+    used = detections.scores > 0  # [N, D]
     image = used.nonzero()[:, 0]  # [n], position in the batch
-    scores, classes, boxes = (t.cpu()[used].double() for t in (detections.scores, detections.classes, detections.boxes))
-    boxes = corners_to_coco(boxes, batch.scales.cpu().double()[image])  # [n, 4|5]
-    ids = batch.ids.cpu().double()[image]
+    scores, classes, boxes = (t[used].double() for t in (detections.scores, detections.classes, detections.boxes))
+    boxes = corners_to_coco(boxes, batch.scales.double()[image])  # [n, 4|5]
+    ids = batch.ids.double()[image]
     return torch.cat([torch.stack([ids, classes, scores], dim=1), boxes], dim=1).numpy()
 
 

@@ -24,6 +24,7 @@ from .data.dataset import Dataset, Image, load_json
 from .data.images import ImageError, decode
 from .data.loader import Batch, create_loader
 from .evaluate import STATS, read_detections
+from .infer import round_up
 from .loss import assign, place_anchors
 from .model.detector import Detector
 from .ops import rotated_iou
@@ -361,7 +362,8 @@ def points(box: Tensor) -> list[tuple[float, float]]:
 
 def inputs(detector: Detector, data: LoaderConfig, count: int) -> Iterator[tuple[Image, Batch]]:
     """The first images as the detector gets them, one per batch."""
-    data = replace(data, batch=1, training=False, stride=detector.stride, rotated=detector.config.rotated)
+    size = round_up(data.size, detector.stride) if data.size else None
+    data = replace(data, batch=1, training=False, size=size, stride=detector.stride, rotated=detector.config.rotated)
     dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated)
     dataset.images = dataset.images[:count]
     by_id = {image.id: image for image in dataset.images}

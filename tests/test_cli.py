@@ -117,13 +117,14 @@ def test_the_learning_rate_follows_the_batch_of_one_iteration(images: Path) -> N
 
 def test_flags_of_train_arrive(images: Path) -> None:
     config = configured(
-        images, "--backbone", "ResNet18FPN", "ResNet34FPN", "--classes", "7", "--jitter", "100", "200",
-        "--resize", "150", "--max-size", "300", "--iters", "9", "--milestones", "3", "5", "--schedule", "0.5",
-        "--warmup", "0", "--gamma", "0.2", "--regularization-l2", "0", "--full-precision", "--fine-tune", "a.pth", "--override", "--augment-rotate",
-        "--augment-free-rotate", "-10", "10", "--augment-hue", "0.1", "--rotated-bbox", "--absolute-angle",
-        "--anchor-ious", "0.3", "0.6", "--norm", "group", "--freeze-at", "2", "--grad-checkpoint", "--dcn", "5", "3",
-        "--backbone-weights", "none", "--with-dali", "--logdir", "log", "--post-metrics", "http://x", "--seed", "4",
-        "--clip-grad", "5", "--ema", "0.99", "--val-annotations", "v.json", "--val-images", "v", "--val-iters", "6",
+        images, "--backbone", "ResNet18FPN", "ResNet34FPN", "--classes", "7", "--jitter", "100", "200", "--resize",
+        "150", "--max-size", "300", "--iters", "9", "--milestones", "3", "5", "--schedule", "0.5", "--warmup", "0",
+        "--gamma", "0.2", "--regularization-l2", "0", "--full-precision", "--fine-tune", "a.pth", "--override",
+        "--augment-rotate", "--augment-free-rotate", "-10", "10", "--augment-hue", "0.1", "--rotated-bbox",
+        "--absolute-angle", "--anchor-ious", "0.3", "0.6", "--norm", "group", "--freeze-at", "2", "--grad-checkpoint",
+        "--dcn", "5", "3", "--backbone-weights", "none", "--with-dali", "--logdir", "log", "--post-metrics",
+        "http://x", "--seed", "4", "--clip-grad", "5", "--ema", "0.99", "--val-annotations", "v.json", "--val-images",
+        "v", "--val-iters", "6",
     )  # fmt: skip
     model, data = config.model, config.data
     assert (model.backbones, model.classes) == (("ResNet18FPN", "ResNet34FPN"), 7)
@@ -197,6 +198,7 @@ def test_wrong_flags_of_train(images: Path, flags: tuple[str, ...], world: int, 
         (["export", "m.pth", "m.onnx", "--int8"], "--calibration-images"),
         (["export", "m.pth", "m.onnx", "--int8", "--full-precision"], "contradicts"),
         (["export", "m.pth", "m.onnx", "--verify"], "--annotations"),
+        (["export", "m.pth", "m.plan", "--devices", "cpu"], "an .onnx needs none"),
         (["export", "m.pth", "m.onnx", "--batch", "4", "2", "8"], "rising"),
         (["export", "m.pth", "m.onnx", "--size", "1", "2", "3"], "--size takes"),
         (["infer", "m.pth", "--score-threshold", "5"], "from 0 to 1"),
@@ -308,6 +310,11 @@ def test_files_that_are_no_models(images: Path, tmp_path: Path, capsys) -> None:
         argv = ["infer", tmp_path / name, "--images", images, "--devices", "cpu", "--output", tmp_path / "o.json"]
         assert sentence in fails(capsys, *argv)
     assert not (tmp_path / "o.json").exists()
+
+
+def test_export_of_what_is_not_rotated(tmp_path: Path, capsys) -> None:
+    argv = ["export", tiny(tmp_path / "m.pth"), tmp_path / "m.onnx", "--rotated-bbox"]
+    assert "was not trained with rotated boxes" in fails(capsys, *argv)
 
 
 def test_a_model_of_other_categories(images: Path, tmp_path: Path, capsys) -> None:
