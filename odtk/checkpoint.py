@@ -168,6 +168,7 @@ def from_odtk_02(content: Mapping[str, Any]) -> Checkpoint:
         ratios=tuple(float(ratio) for ratio in content.get("ratios", ModelConfig.ratios)),
         scales=tuple(float(scale) for scale in content.get("scales", ModelConfig.scales)),
         angles=tuple(float(angle) for angle in content.get("angles") or ()),
+        rounded_anchors=bool(content.get("angles")),  # how ODTK 0.2 drew them, beside what spec §2 states
         norm="frozen",
     )
     with torch.device("meta"):
