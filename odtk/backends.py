@@ -141,14 +141,17 @@ class EngineBackend(Backend):
             raise OdtkError(f"{path} was not exported by odtk: it does not say its classes, size and normalisation.")
         metadata = Metadata.from_json(self.engine.metadata, path)
         self.describe(metadata)
-        self.max_batch = metadata.batch[2]
+        self.min_batch, self.max_batch = self.engine.batch
         self.name = f"{os.path.basename(path)} (TensorRT {extension.tensorrt_version()})"
 
     def __call__(self, images: Tensor) -> Detections:
-        batch, rows = len(images), self.postprocess.detections
-        if not self.max_batch or batch > self.max_batch:
-            raise OdtkError(f"{self.name} takes {self.max_batch} images at a time at most, not {batch}.")
+        given, rows = len(images), self.postprocess.detections
+        if self.max_batch and given > self.max_batch:
+            raise OdtkError(f"{self.name} takes {self.max_batch} images at a time at most, not {given}.")
         images = images.to(self.device, torch.float32).contiguous()
+        if given < self.min_batch:
+            images = torch.cat([images, images.new_zeros(self.min_batch - given, *images.shape[1:])])
+        batch = len(images)
         found = Detections(
             torch.empty(batch, rows, device=self.device),
             torch.empty(batch, rows, 6 if self.rotated else 4, device=self.device),
@@ -157,8 +160,7 @@ class EngineBackend(Backend):
         values = {"images": images, "scores": found.scores, "boxes": found.boxes, "classes": found.classes}
         addresses = {name: (value.data_ptr(), tuple(value.shape)) for name, value in values.items()}
         self.engine.infer(addresses, torch.cuda.current_stream(self.device).cuda_stream)
-        found.classes = found.classes.long()
-        return found
+        return Detections(found.scores[:given], found.boxes[:given], found.classes[:given].long())
 
 
 def open_backend(path: str, *, device: str, precision: str, postprocess: PostprocessConfig | None) -> Backend:

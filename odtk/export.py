@@ -35,6 +35,7 @@ from .ops import to_logit
 FORMAT = 1  # of the metadata
 OPSET = 18  # what torch.onnx writes natively, and the least that is accepted
 ENGINES = (".plan", ".engine")
+logger = logging.getLogger("odtk.tensorrt")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Metadata:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))  # short: TensorRT holds 4 kB in a plan
 
     @classmethod
     def from_json(cls, text: str, path: str) -> Metadata:
@@ -225,7 +226,7 @@ def trace(detector: Detector, size: tuple[int, int], opset: int = OPSET) -> Mode
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch.onnx
         program = torch.onnx.export(
-            detector.cpu().float().eval(), (example,), dynamo=True, opset_version=opset, verbose=False,
+            detector.cpu().float().eval(), (example,), dynamo=True, optimize=True, opset_version=opset, verbose=False,
             input_names=["images"], dynamic_shapes=({0: batch},),
         )  # fmt: skip
     assert program is not None
@@ -513,7 +514,7 @@ def write(path: str, content: bytes) -> None:
 
 
 def need_engine() -> Any:
-    """The compiled extension with its TensorRT half, on a machine with a GPU.
+    """The compiled extension with its TensorRT half, on a machine with a GPU and TensorRT's library.
 
     Raises:
         OdtkError: naming which of GPU, extension and TensorRT is missing, and how to get it.
@@ -531,21 +532,33 @@ def need_engine() -> Any:
         missing.append("TensorRT (set TENSORRT_ROOT to its folder and `pip install .` again)")
     if missing:
         raise OdtkError(f"A .plan or .engine needs {' and '.join(missing)}; an .onnx needs neither.")
+    assert extension is not None
+    try:
+        extension.tensorrt_version()
+    except RuntimeError as error:  # built with its headers, the library is missing
+        raise OdtkError(str(error)) from error
     return extension
 
 
 def build_engine(model: ModelProto, metadata: Metadata, config: ExportConfig) -> bytes:
     """The plan of a plugin-ended graph, built by TensorRT on this machine's GPU.
 
+    TensorRT's lines go to the logger ``odtk.tensorrt``, and all of them to the screen with ``config.verbose``.
+
     Raises:
         OdtkError: with TensorRT's own message.
     """
     extension = need_engine()
+    if config.verbose:
+        logging.basicConfig()
+        logger.setLevel(logging.DEBUG)
+    extension.set_logger(logger.log)
+    gpu = torch.cuda.get_device_name()
+    print(f"TensorRT {extension.tensorrt_version()} times kernels on {gpu}: this takes minutes.", flush=True)
     try:
         return extension.engine_build(
             serialize(model), batch=config.batch, workspace=config.workspace, fp16=config.precision != "fp32",
             int8=config.precision == "int8", timing_cache=config.timing_cache or "", metadata=metadata.to_json(),
-            verbose=config.verbose,
         )  # fmt: skip
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise OdtkError(f"TensorRT could not build {config.output}: {error}") from error

@@ -94,7 +94,7 @@ def test_wrong_files_are_refused(tmp_path: Path, paths: tuple[str, str]) -> None
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
     (tmp_path / "model.tflite").touch()
     newer = onnx.load(paths[1])
-    newer.metadata_props[0].value = newer.metadata_props[0].value.replace('"format": 1', '"format": 99')
+    newer.metadata_props[0].value = newer.metadata_props[0].value.replace('"format":1', '"format":99')
     onnx.save(newer, tmp_path / "newer.onnx")
     damaged = onnx.load(paths[1])
     damaged.metadata_props[0].value = damaged.metadata_props[0].value[:40]

@@ -147,7 +147,9 @@ def test_a_constant_beyond_fp16_is_refused(traced: onnx.ModelProto) -> None:
 # Endings alone, on planted levels
 
 
-def on_levels(config: ModelConfig, cells: Sequence[tuple[int, int]], limits: PostprocessConfig) -> bytes:
+def on_levels(
+    config: ModelConfig, cells: Sequence[tuple[int, int]], limits: PostprocessConfig, ending: str = ""
+) -> bytes:
     """The ending of a graph whose inputs are the raw levels themselves."""
     detector = Detector(config)
     shapes = [(f"{kind}_{i}", [None, config.num_anchors * channels, *cell])
@@ -158,7 +160,7 @@ def on_levels(config: ModelConfig, cells: Sequence[tuple[int, int]], limits: Pos
     nodes = [helper.make_node("Identity", [f"in_{name}"], [name]) for name, _ in shapes]
     model = helper.make_model(helper.make_graph(nodes, "levels", inputs, outputs),
                               opset_imports=[helper.make_opsetid("", export.OPSET)], ir_version=10)  # fmt: skip
-    return finished(model, detector, limits)
+    return finished(model, detector, limits, ending)
 
 
 def feed_of(logits: Sequence[Tensor], boxes: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -193,7 +195,7 @@ def test_rotated_ending_stops_at_the_candidates_of_decode() -> None:
         logits, boxes, detector.anchors(), detector.strides, score_threshold=0.3, top_n=40, values=6
     )
     content = on_levels(config, PYRAMID, PostprocessConfig(score_threshold=0.3, top_n=40))
-    assert '"ending": "candidates"' in onnx.load_from_string(content).metadata_props[0].value
+    assert '"ending":"candidates"' in onnx.load_from_string(content).metadata_props[0].value
     assert (expected[0] > 0).any() and expected[1].shape == (2, 200, 6)
     assert_same(run(content, feed_of(logits, boxes)), list(expected))
 
@@ -226,6 +228,28 @@ def test_ties_thresholds_and_not_a_number_are_those_of_the_reference() -> None:
     expected = by_torch(Detector(C4), [logits], [boxes], PostprocessConfig())
     assert (expected[0] > 0).sum() > 50
     assert_same(run(on_levels(C4, [(4, 4)], PostprocessConfig()), feed_of([logits], [boxes])), expected)
+
+
+@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, angles=ROTATED_ANGLES)], ids=["", "rotated"])
+def test_plugin_ending_has_the_nodes_that_the_plugins_parse(config: ModelConfig) -> None:
+    """csrc/plugins: a missing, extra or mistyped attribute is refused there."""
+    model = onnx.load_from_string(on_levels(config, PYRAMID, PostprocessConfig(), "plugins"))
+    decode, nms = (node for node in model.graph.node if node.domain == "odtk")
+    assert decode.op_type == "OdtkDecode" and nms.op_type == "OdtkNms"
+    assert list(decode.input)[:10] == [f"{kind}_{i}" for kind in ("logits", "boxes") for i in range(5)]
+    anchors = next(t for t in model.graph.initializer if t.name == decode.input[10])
+    assert anchors.data_type == TensorProto.FLOAT and list(anchors.dims) == [5, config.num_anchors, 4]
+    shared = {"plugin_version": b"1", "plugin_namespace": b""}
+    found = {attribute.name: helper.get_attribute_value(attribute) for attribute in decode.attribute}
+    assert found == shared | {"strides": [8, 16, 32, 64, 128], "classes": 3, "values": config.box_values,
+                              "score_threshold": pytest.approx(0.05), "top_n": 1000}  # fmt: skip
+    found = {attribute.name: helper.get_attribute_value(attribute) for attribute in nms.attribute}
+    values = 6 if config.rotated else 4
+    assert found == shared | {"values": values, "threshold": 0.5, "detections": 100}
+    shapes = {o.name: (o.type.tensor_type.elem_type, [d.dim_value or d.dim_param for d in o.type.tensor_type.shape.dim])
+              for o in model.graph.output}  # fmt: skip
+    assert shapes == {"scores": (TensorProto.FLOAT, ["batch", 100]), "classes": (TensorProto.INT32, ["batch", 100]),
+                      "boxes": (TensorProto.FLOAT, ["batch", 100, values])}  # fmt: skip
 
 
 # The command
