@@ -160,6 +160,18 @@ def add_rotated(parser: argparse.ArgumentParser) -> None:
                         help="boxes are [x, y, w, h, theta], theta in radians, anticlockwise (off)")
 
 
+def add_anchors(parser: argparse.ArgumentParser) -> None:
+    default = ModelConfig()
+    parser.add_argument("--anchor-ious", metavar=("BG", "FG"), nargs=2, type=fraction, default=[0.4, 0.5],
+                        help="an anchor that overlaps less than BG is background, from FG on foreground (0.4 0.5)")
+    parser.add_argument("--anchor-scales", metavar="SCALE", nargs="+", type=positive_float,
+                        default=list(default.scales),
+                        help="sides of the anchors, in strides of their level: smaller for small objects; "
+                        "`odtk check` counts the boxes that no anchor matches (4 5.04 6.35)")
+    parser.add_argument("--anchor-ratios", metavar="RATIO", nargs="+", type=positive_float,
+                        default=list(default.ratios), help="height over width of the anchors (1 2 0.5)")
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="odtk", description="Train a one-stage object detector, export it to TensorRT, run it.")
     parser.add_argument("--version", action="version", version=f"odtk {__version__}")
@@ -226,8 +238,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add_rotated(model)  # type: ignore[arg-type]
     model.add_argument("--absolute-angle", action="store_true",
                        help="rotated boxes keep their angle instead of being brought within 45 degrees (off)")
-    model.add_argument("--anchor-ious", metavar=("BG", "FG"), nargs=2, type=fraction, default=[0.4, 0.5],
-                       help="an anchor that overlaps less than BG is background, from FG on foreground (0.4 0.5)")
+    add_anchors(model)  # type: ignore[arg-type]
 
     schedule = parser.add_argument_group("schedule")
     schedule.add_argument("--iters", metavar="N", type=positive, default=90000, help="iterations (%(default)s)")
@@ -327,6 +338,8 @@ def train_config(args: argparse.Namespace, world: int) -> TrainConfig:
             backbones=tuple(args.backbone),
             head=args.head,
             classes=args.classes or count_categories(args.annotations),
+            ratios=tuple(args.anchor_ratios),
+            scales=tuple(args.anchor_scales),
             angles=ROTATED_ANGLES if args.rotated_bbox else (),
             norm=args.norm or ("frozen" if pretrained else "batch"),
             freeze_at=args.freeze_at,
@@ -705,8 +718,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     add_resize(parser)
     parser.add_argument("--backbone", metavar="NAME", nargs="+", default=["ResNet50FPN"],
                         help="whose levels the anchors stand on (ResNet50FPN)")
-    parser.add_argument("--anchor-ious", metavar=("BG", "FG"), nargs=2, type=fraction, default=[0.4, 0.5],
-                        help="a box needs an anchor that overlaps by FG (0.4 0.5)")
+    add_anchors(parser)
     add_rotated(parser)
     parser.add_argument("--headers-only", action="store_true", help="do not decode the images to their end (off)")
 
@@ -720,7 +732,12 @@ def run_check(args: argparse.Namespace) -> int:
         print(f"{'fixed' if fault.fixed else 'REFUSED':8}{fault}")
     for line in report.summary():
         print(line)
-    model = ModelConfig(backbones=tuple(args.backbone), classes=max(1, len(report.dataset.categories)))
+    model = ModelConfig(
+        backbones=tuple(args.backbone),
+        classes=max(1, len(report.dataset.categories)),
+        ratios=tuple(args.anchor_ratios),
+        scales=tuple(args.anchor_scales),
+    )
     detector = Detector(model)
     anchors = [(s, a.numpy()) for s, a in zip(detector.strides, detector.anchors(), strict=True)]
     _, advice = unmatched_boxes(

@@ -487,11 +487,11 @@ def unmatched_boxes(
     finest = math.sqrt(min(((a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])).min() for _, a in anchors))
     ratio = np.maximum(missed[:, 2] / missed[:, 3], missed[:, 3] / missed[:, 2])
     if np.median(side) < finest:
-        advice = "most are smaller than the smallest anchor: train with a larger --resize and --max-size"
+        advice = "most are smaller than the smallest anchor: try smaller --anchor-scales, or a larger --resize"
     elif np.median(ratio) > 3:
-        advice = "most are longer and thinner than the anchors: add ratios to the anchors"
+        advice = "most are longer and thinner than the anchors: add to --anchor-ratios"
     else:
-        advice = "no single cause: such a box is learned from its best anchor only, below the IoU of a match"
+        advice = "no single cause: lower --anchor-ious would match more, others are not learned"
     return len(missed), f"{len(missed)} of {len(boxes)} boxes match no anchor at IoU {threshold:g}; {advice}"
 
 
