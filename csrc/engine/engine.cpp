@@ -45,7 +45,10 @@ class Logger final : public nvinfer1::ILogger {
       LogCallback callback;
       {
         const std::lock_guard<std::mutex> lock(mutex_);
-        if (level == LogLevel::kError) errors_.append(errors_.empty() ? "" : "\n").append(message);
+        if (level <= LogLevel::kWarning) {
+          std::string& lines = level == LogLevel::kError ? errors_ : warnings_;
+          lines.append(lines.empty() ? "" : "\n").append(message);
+        }
         callback = callback_;
       }
       if (callback)
@@ -64,16 +67,18 @@ class Logger final : public nvinfer1::ILogger {
   void forget_errors() {
     const std::lock_guard<std::mutex> lock(mutex_);
     errors_.clear();
+    warnings_.clear();
   }
+  /// Since forget_errors(); TensorRT 8 gives the reason of some failures as a warning.
   std::string errors() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return errors_;
+    return errors_.empty() ? warnings_ : errors_;
   }
 
  private:
   std::mutex mutex_;
   LogCallback callback_;
-  std::string errors_;  // since forget_errors()
+  std::string errors_, warnings_;
 };
 
 [[noreturn]] void fail(const std::string& task) {
@@ -122,8 +127,10 @@ Function* symbol(void* library, const char* name) {
 /// The C functions of libnvinfer. What else TensorRT offers is reached through virtual methods.
 struct Nvinfer {
   void* library = open_library("libnvinfer");
-  void* (*create_builder)(void*, std::int32_t) = symbol<void*(void*, std::int32_t)>(library, "createInferBuilder_INTERNAL");
-  void* (*create_runtime)(void*, std::int32_t) = symbol<void*(void*, std::int32_t)>(library, "createInferRuntime_INTERNAL");
+  void* (*create_builder)(void*, std::int32_t) = symbol<void*(void*, std::int32_t)>(library,
+                                                                                    "createInferBuilder_INTERNAL");
+  void* (*create_runtime)(void*, std::int32_t) = symbol<void*(void*, std::int32_t)>(library,
+                                                                                    "createInferRuntime_INTERNAL");
   std::int32_t version = symbol<std::int32_t()>(library, "getInferLibVersion")();
 
   static const Nvinfer& get() {
@@ -184,15 +191,16 @@ std::string parser_errors(const nvonnxparser::IParser& parser) {
   return text.str();
 }
 
-std::unique_ptr<nvonnxparser::IParser> parse(const void* onnx, std::size_t size, nvinfer1::INetworkDefinition& network) {
+std::unique_ptr<nvonnxparser::IParser> parse(const void* onnx, std::size_t size,
+                                             nvinfer1::INetworkDefinition& network) {
 #if NV_TENSORRT_MAJOR < 10
   open_library("libnvinfer_plugin");  // which the parser's library needs, perhaps from the same folder
 #endif
-  const auto create =
-      symbol<void*(void*, void*, int)>(open_library("libnvonnxparser"), "createNvOnnxParser_INTERNAL");
+  const auto create = symbol<void*(void*, void*, int)>(open_library("libnvonnxparser"), "createNvOnnxParser_INTERNAL");
   std::unique_ptr<nvonnxparser::IParser> parser(static_cast<nvonnxparser::IParser*>(
       checked(create(&network, &Logger::get(), NV_ONNX_PARSER_VERSION), "create an ONNX parser")));
-  if (!parser->parse(onnx, size)) throw TensorRtError("TensorRT could not parse the ONNX graph: " + parser_errors(*parser));
+  if (!parser->parse(onnx, size))
+    throw TensorRtError("TensorRT could not parse the ONNX graph: " + parser_errors(*parser));
   return parser;
 }
 
@@ -321,7 +329,8 @@ void set_tensorrt_folder(const std::string& folder) { tensorrt_folder() = folder
 std::string tensorrt_version() {
   const int version = Nvinfer::get().version;  // 8.6.1 is 8601, 10.16.0 is 101600
   const int unit = version >= 10000 ? 10000 : 1000;
-  return std::to_string(version / unit) + "." + std::to_string(version % unit / 100) + "." + std::to_string(version % 100);
+  return std::to_string(version / unit) + "." + std::to_string(version % unit / 100) + "." +
+         std::to_string(version % 100);
 }
 
 std::pair<std::size_t, std::string> split_plan(const void* file, std::size_t size) {
@@ -330,7 +339,8 @@ std::pair<std::size_t, std::string> split_plan(const void* file, std::size_t siz
   if (size < kTrailerSize + 8 || std::memcmp(end - kTrailerSize, kTrailer, kTrailerSize) != 0) return {size, ""};
   std::uint64_t length = 0;
   for (int byte = 0; byte < 8; ++byte)
-    length |= static_cast<std::uint64_t>(static_cast<unsigned char>(end[byte - 8 - std::ptrdiff_t{kTrailerSize}])) << (8 * byte);
+    length |= static_cast<std::uint64_t>(static_cast<unsigned char>(end[byte - 8 - std::ptrdiff_t{kTrailerSize}]))
+              << (8 * byte);
   const std::size_t rest = size - kTrailerSize - 8;
   if (length > rest) throw TensorRtError("the plan file is damaged: its metadata is longer than the file");
   return {rest - length, std::string(begin + (rest - length), length)};
@@ -349,15 +359,19 @@ std::vector<char> build(const void* onnx, std::size_t size, const BuildOptions& 
 #if NV_TENSORRT_MAJOR >= 11
   const std::uint32_t flags = 0;  // always strongly typed
 #elif NV_TENSORRT_MAJOR == 10
-  const std::uint32_t flags = 1U << static_cast<std::uint32_t>(nvinfer1::NetworkDefinitionCreationFlag::kSTRONGLY_TYPED);
+  const std::uint32_t flags =
+      1U << static_cast<std::uint32_t>(nvinfer1::NetworkDefinitionCreationFlag::kSTRONGLY_TYPED);
 #else
-  const std::uint32_t flags = 1U << static_cast<std::uint32_t>(nvinfer1::NetworkDefinitionCreationFlag::kEXPLICIT_BATCH);
+  const std::uint32_t flags =
+      1U << static_cast<std::uint32_t>(nvinfer1::NetworkDefinitionCreationFlag::kEXPLICIT_BATCH);
 #endif
-  const std::unique_ptr<nvinfer1::INetworkDefinition> network(checked(builder->createNetworkV2(flags), "create a network"));
+  const std::unique_ptr<nvinfer1::INetworkDefinition> network(
+      checked(builder->createNetworkV2(flags), "create a network"));
   const std::unique_ptr<nvonnxparser::IParser> parser = parse(onnx, size, *network);  // holds the weights
   if (const std::string name = network_name(options.metadata); !name.empty()) network->setName(name.c_str());
 
-  const std::unique_ptr<nvinfer1::IBuilderConfig> config(checked(builder->createBuilderConfig(), "create a configuration"));
+  const std::unique_ptr<nvinfer1::IBuilderConfig> config(
+      checked(builder->createBuilderConfig(), "create a configuration"));
   config->setMemoryPoolLimit(nvinfer1::MemoryPoolType::kWORKSPACE, options.workspace);
   config->addOptimizationProfile(profile(*builder, *network, options.batch));
 #if NV_TENSORRT_MAJOR >= 10
@@ -413,7 +427,8 @@ struct Engine::State {
       info.type = type_name(engine->getTensorDataType(name));
       info.shape = shape_of(engine->getTensorShape(name));
       if (info.input && !info.shape.empty())
-        batch = {engine->getProfileShape(name, 0, Select::kMIN).d[0], engine->getProfileShape(name, 0, Select::kMAX).d[0]};
+        batch = {engine->getProfileShape(name, 0, Select::kMIN).d[0],
+                 engine->getProfileShape(name, 0, Select::kMAX).d[0]};
       tensors.push_back(std::move(info));
     }
   }
@@ -495,7 +510,8 @@ struct Engine::State {
 Engine::Engine(const void* file, std::size_t size) : state_(std::make_unique<State>()) {
   const Nvinfer& nvinfer = Nvinfer::get();
   Logger::get().forget_errors();
-  ODTK_CHECK(cudaGetDevice(&state_->device));
+  if (const cudaError_t status = cudaGetDevice(&state_->device); status != cudaSuccess)
+    throw TensorRtError(std::string("running a TensorRT engine needs a GPU: ") + cudaGetErrorString(status));
   const auto [plan_size, trailer] = split_plan(file, size);
   state_->runtime.reset(static_cast<nvinfer1::IRuntime*>(
       checked(nvinfer.create_runtime(&Logger::get(), NV_TENSORRT_VERSION), "create a runtime")));

@@ -1,13 +1,13 @@
-// Engine: builds a TensorRT plan from ONNX, loads one, runs it by tensor name on the caller's stream. It knows nothing of
-// detection. Neither torch nor TensorRT's headers are needed to use it.
+// Engine: builds a TensorRT plan from ONNX, loads one, runs it by tensor name on the caller's stream. It knows nothing
+// of detection. Neither torch nor TensorRT's headers are needed to use it.
 //
 // libnvinfer and libnvonnxparser are opened at the first use, not linked: what is built here runs, and imports, on a
 // machine without them, and says so when they are needed. Searched: the folder given to set_tensorrt_folder(),
 // $TENSORRT_ROOT/lib, $TENSORRT_ROOT, then the loader's own path. Only the major version must be that of the headers.
 //
 // Plan files. The metadata (a JSON string) travels as the engine's name inside the plan, so that the file is a plain
-// TensorRT plan for trtexec, Triton and DeepStream. TensorRT stores 4095 bytes of a name: longer metadata (a few hundred
-// classes) follows the plan as a trailer,
+// TensorRT plan for trtexec, Triton and DeepStream. TensorRT stores 4095 bytes of a name: longer metadata (of a few
+// hundred classes) follows the plan as a trailer,
 //   plan | metadata | its length, 8 bytes little-endian | "ODTKMETA"
 // which Engine removes; TensorRT itself refuses such a file ("Size specified in header does not match archive size"),
 // and split_plan() gives the plain plan back.
@@ -47,12 +47,12 @@ void set_tensorrt_folder(const std::string& folder);
 std::string tensorrt_version();
 
 struct BuildOptions {
-  std::array<std::int32_t, 3> batch = {1, 8, 16};    ///< optimization profile: MIN OPT MAX of each input's dynamic axis 0
-  std::size_t workspace = std::size_t{4} << 30;      ///< bytes that tactics may use
-  bool fp16 = false;                                 ///< TensorRT 8 only: 10 and 11 take the types from the graph
-  bool int8 = false;                                 ///< TensorRT 8 only, for a graph with Q/DQ
-  std::string timing_cache;                          ///< file, read when there, written after the build; empty: none
-  std::string metadata;                              ///< stored with the plan, see above
+  std::array<std::int32_t, 3> batch = {1, 8, 16};  ///< optimization profile: MIN OPT MAX of each input's dynamic axis 0
+  std::size_t workspace = std::size_t{4} << 30;    ///< bytes that tactics may use
+  bool fp16 = false;                               ///< TensorRT 8 only: 10 and 11 take the types from the graph
+  bool int8 = false;                               ///< TensorRT 8 only, for a graph with Q/DQ
+  std::string timing_cache;                        ///< file, read when there, written after the build; empty: none
+  std::string metadata;                            ///< stored with the plan, see above
   /// Called as steps complete, from any thread, TensorRT 10 and newer; false stops the build.
   std::function<bool(const std::string& phase, int step, int steps)> progress;
 };
@@ -91,8 +91,8 @@ class Engine {
 
   /// Enqueues one inference on `stream`. Every tensor of tensors() must be bound; outputs are written there.
   ///
-  /// With `graph` a CUDA graph is captured at the first call of a batch size (after a plain inference) and replayed from
-  /// then on; it is captured again when a pointer has changed, so keep the buffers.
+  /// With `graph` a CUDA graph is captured at the first call of a batch size (after a plain inference) and replayed
+  /// from then on; it is captured again when a pointer has changed, so keep the buffers.
   /// One call at a time; calls from several threads wait for each other. Throws TensorRtError, CudaError, and
   /// std::invalid_argument for a missing, unknown or misshapen tensor.
   void infer(const std::map<std::string, Binding>& bindings, cudaStream_t stream, bool graph = false);

@@ -3,8 +3,6 @@
 // Inputs, 2L + 1: class logits of level 0 … L-1 [N, A*C, h, w], box heads [N, A*V, h, w], anchors [L, A, 4] (fp32, a
 // constant of the graph: x1, y1, x2, y2 in pixels of cell (0, 0)). Outputs: scores [N, K] fp32, boxes [N, K, 4|6] fp32
 // (x1, y1, x2, y2 inclusive, in pixels of the network's input; rotated: and sin, cos), classes [N, K] int32.
-#include <algorithm>
-
 #include "../cuda/decode.h"
 #include "plugin.h"
 
@@ -30,16 +28,20 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
   }
 
   void check() const {
-    if (levels() > kMaxLevels) throw std::invalid_argument("field 'strides' has more than " + std::to_string(kMaxLevels) + " levels");
+    if (levels() > kMaxLevels)
+      throw std::invalid_argument("field 'strides' has more than " + std::to_string(kMaxLevels) + " levels");
     for (const std::int32_t stride : strides_)
       if (stride < 1) throw std::invalid_argument("field 'strides' must be positive, not " + std::to_string(stride));
     if (classes_ < 1) throw std::invalid_argument("field 'classes' must be positive, not " + std::to_string(classes_));
     if (values_ < 4 || values_ > 6)
-      throw std::invalid_argument("field 'values' must be 4 (deltas), 5 (FCOS) or 6 (rotated), not " + std::to_string(values_));
-    if (!(score_threshold_ >= 0.f && score_threshold_ < 1.f))
-      throw std::invalid_argument("field 'score_threshold' must lie in [0, 1), not " + std::to_string(score_threshold_));
+      throw std::invalid_argument("field 'values' must be 4 (deltas), 5 (FCOS) or 6 (rotated), not " +
+                                  std::to_string(values_));
+    if (!(score_threshold_ >= 0.f && score_threshold_ <= 1.f))
+      throw std::invalid_argument("field 'score_threshold' must lie in [0, 1], not " +
+                                  std::to_string(score_threshold_));
     if (top_n_ < 1 || top_n_ > kMaxTopN)
-      throw std::invalid_argument("field 'top_n' must lie in 1 … " + std::to_string(kMaxTopN) + ", not " + std::to_string(top_n_));
+      throw std::invalid_argument("field 'top_n' must lie in 1 … " + std::to_string(kMaxTopN) + ", not " +
+                                  std::to_string(top_n_));
   }
 
   static DataType output_type(int output) { return output == 2 ? DataType::kINT32 : DataType::kFLOAT; }
@@ -109,7 +111,9 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
     if (count != 2 * levels() + 1)
       throw std::invalid_argument("got " + std::to_string(count) + " inputs, but " + std::to_string(levels()) +
                                   " strides need the logits and the boxes of as many levels, and the anchors");
-    const auto size = [](const nvinfer1::IDimensionExpr* expr) { return expr->isConstant() ? expr->getConstantValue() : -1; };
+    const auto size = [](const nvinfer1::IDimensionExpr* expr) {
+      return expr->isConstant() ? expr->getConstantValue() : -1;
+    };
     const nvinfer1::DimsExprs& anchors = inputs[2 * levels()];
     if (anchors.nbDims != 3 || size(anchors.d[0]) != levels() || size(anchors.d[2]) != 4)
       throw std::invalid_argument("the anchors must be [" + std::to_string(levels()) + ", A, 4]");
@@ -119,7 +123,8 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
       const std::string name = std::string(logits ? "logits" : "boxes") + " of level " + std::to_string(i % levels());
       if (inputs[i].nbDims != 4) throw std::invalid_argument(name + " must be [N, channels, h, w]");
       if (size(inputs[i].d[1]) != channels)
-        throw std::invalid_argument(name + " have " + std::to_string(size(inputs[i].d[1])) + " channels instead of " + std::to_string(channels));
+        throw std::invalid_argument(name + " have " + std::to_string(size(inputs[i].d[1])) + " channels instead of " +
+                                    std::to_string(channels));
     }
   }
 

@@ -1,7 +1,8 @@
 // OdtkNms: the candidates of OdtkDecode -> the detections, after suppression per class.
 //
 // Inputs: scores [N, M] fp32, boxes [N, M, V] fp32, classes [N, M] int32; V is 4, or 6 for rotated boxes (IoU of the
-// polygons). Outputs, by falling score, unused rows zero: scores [N, D] fp32, boxes [N, D, V] fp32, classes [N, D] int32.
+// polygons). Outputs, by falling score, unused rows zero: scores [N, D] fp32, boxes [N, D, V] fp32, classes [N, D]
+// int32.
 #include "../cuda/nms.h"
 #include "plugin.h"
 
@@ -35,7 +36,8 @@ class NmsPlugin final : public PluginBase<NmsPlugin> {
 
   void output_shapes(const nvinfer1::DimsExprs* inputs, int count, nvinfer1::DimsExprs* outputs,
                      nvinfer1::IExprBuilder& builder) const {
-    if (count != 3) throw std::invalid_argument("needs scores, boxes and classes, not " + std::to_string(count) + " inputs");
+    if (count != 3)
+      throw std::invalid_argument("needs scores, boxes and classes, not " + std::to_string(count) + " inputs");
     if (inputs[0].nbDims != 2 || inputs[1].nbDims != 3 || inputs[2].nbDims != 2)
       throw std::invalid_argument("needs scores [N, M], boxes [N, M, V], classes [N, M]");
     const auto* values = inputs[1].d[2];

@@ -431,8 +431,8 @@ class Creator : public PluginCreatorBase {
     return in_namespace(create(fields));
   }
   Derived* deserializePlugin(const char*, const void* data, std::size_t size) noexcept override {
-    return in_namespace(guarded<Derived*>(Derived::kName, nullptr,
-                                          [&] { return Derived::from_bytes(data, size).release(); }));
+    return in_namespace(
+        guarded<Derived*>(Derived::kName, nullptr, [&] { return Derived::from_bytes(data, size).release(); }));
   }
 #endif
 

@@ -7,6 +7,7 @@
 #define CUDART_VERSION 0
 
 using cudaStream_t = struct CUstream_st*;
+using cudaEvent_t = struct CUevent_st*;  // named by TensorRT's headers
 enum cudaError_t { cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209 };
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaSuccess"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }

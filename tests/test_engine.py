@@ -1,0 +1,48 @@
+"""csrc/engine without a GPU: plan files, and what the user reads where TensorRT or a GPU is missing."""
+from __future__ import annotations
+
+import json
+from types import ModuleType
+
+import pytest
+
+from odtk import ops
+
+TRAILER = b"ODTKMETA"
+
+
+@pytest.fixture
+def module() -> ModuleType:
+    """odtk._C with the engine in it."""
+    if ops.kernels is None or not ops.kernels.WITH_TENSORRT:
+        pytest.skip("odtk._C was built without the engine: `odtk info` says how to get it")
+    return ops.kernels
+
+
+def with_trailer(plan: bytes, metadata: str) -> bytes:
+    return plan + metadata.encode() + len(metadata).to_bytes(8, "little") + TRAILER
+
+
+def test_a_plain_plan_has_no_trailer(module: ModuleType) -> None:
+    assert module.split_plan(b"a plan of TensorRT") == (18, "")
+    assert module.split_plan(b"") == (0, "")
+
+
+def test_the_trailer_holds_the_metadata(module: ModuleType) -> None:
+    metadata = json.dumps({"classes": ["Erythrozyt"] * 1000})
+    assert module.split_plan(with_trailer(b"plan", metadata)) == (4, metadata)
+
+
+def test_a_damaged_trailer_is_refused(module: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="damaged"):
+        module.split_plan(b"plan" + (1000).to_bytes(8, "little") + TRAILER)
+
+
+def test_missing_tensorrt_or_gpu_is_named(module: ModuleType) -> None:
+    if module.device_error() is None:
+        pytest.skip("this machine has a GPU")
+    expected = r"TensorRT \d+ is not found on this machine .*: install it, or set TENSORRT_ROOT|needs a GPU"
+    with pytest.raises(RuntimeError, match=expected):
+        module.Engine(b"plan")
+    with pytest.raises(RuntimeError, match=expected):
+        module.engine_build(b"onnx", batch=(1, 1, 1), workspace=1 << 20)
