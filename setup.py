@@ -53,12 +53,17 @@ class BuildExtension(build_ext):
             reason = "ODTK_CUDA=0" if wanted == "0" else "no nvcc in CUDACXX, CUDA_HOME, PATH or /usr/local/cuda"
             say(f"odtk._C was left out ({reason}). Everything runs without it, in PyTorch.")
         say("To get the CUDA kernels: install the CUDA toolkit (nvcc) and a C++17 compiler, then install odtk again.")
+        for stale in [*self.package().glob("_C*.so"), *self.package().glob("libodtk_plugins*.so")]:
+            stale.unlink()  # of an earlier build in this folder, which a wheel would take up
         self.extensions = []
+
+    def package(self) -> Path:
+        """Where the libraries go: the package's folder in the build, or in the source tree with --inplace."""
+        return Path(self.get_ext_fullpath("odtk._C")).resolve().parent
 
     def build_with_cmake(self, nvcc: Path) -> None:
         import pybind11
 
-        package = Path(self.get_ext_fullpath("odtk._C")).resolve().parent
         build = ROOT / "build" / f"csrc-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
@@ -74,7 +79,7 @@ class BuildExtension(build_ext):
             check=True,
         )  # fmt: skip
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--prefix", str(package)], check=True)
+        subprocess.run(["cmake", "--install", str(build), "--prefix", str(self.package())], check=True)
         for line in (build / "built.txt").read_text().splitlines():
             say(line)
 

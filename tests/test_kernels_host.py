@@ -210,3 +210,10 @@ def test_the_nms_rule_is_exact_near_the_threshold(kernels: ModuleType) -> None:
         found = kernels.overlaps(six.numpy(), six.numpy(), threshold)
         clear = np.abs(exact - threshold) > 1e-6
         assert np.array_equal(found[clear], (exact > threshold)[clear])
+
+
+def test_rotated_iou_passes_torchs_own_checks_and_compiles(kernels: ModuleType) -> None:
+    a, b = cases.random_rotated_boxes(9), cases.random_rotated_boxes(8)
+    torch.library.opcheck(torch.ops.odtk.rotated_iou, (a[None], b[None], 0.0))
+    compiled = torch.compile(ops.rotated_iou, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(a, b), ops.rotated_iou(a, b))

@@ -268,7 +268,7 @@ __device__ void write_row(const Plan& plan, const DecodeLevel& level, int image,
 }
 
 /// grid (L, N).
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 1)
     merge_candidates(const Plan plan, const Buffers buffers, float* scores, float* boxes, std::int32_t* classes) {
   __shared__ SelectScratch<kMergeThreads> scratch;
   __shared__ Key best[kMaxTopN];

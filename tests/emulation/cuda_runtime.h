@@ -26,7 +26,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static  // one block at a time: what is static is shared by its threads
 
 struct dim3 {
