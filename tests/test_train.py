@@ -469,8 +469,10 @@ def test_sigterm_saves_and_exits(devices: str, tmp_path: Path, dataset: Path) ->
 def test_it_learns(tmp_path: Path, dataset: Path) -> None:
     """Six pictures by heart, with the whole pyramid and in bfloat16."""
     model = ModelConfig(backbones=("ResNet18FPN",), classes=2, norm="batch")
-    config = settings(tmp_path / "m.pth", dataset, model=model, precision="mixed", iters=80, milestones=(60,), warmup=5)
+    config = settings(
+        tmp_path / "m.pth", dataset, model=model, precision="mixed", iters=60, milestones=(45,), warmup=5, clip_grad=5.0
+    )  # unclipped, the class tower dies near iteration 20 and AP50 stays 0
     data = dataclasses.replace(config.data, batch=6, augment=AugmentConfig(crop=0))
-    config = with_validation(dataclasses.replace(config, data=data, lr=0.01))
+    config = with_validation(dataclasses.replace(config, data=data))
     train(config)
-    assert records(config, "AP")[80]["AP50"] > 0.5
+    assert records(config, "AP")[60]["AP50"] > 0.5
