@@ -27,6 +27,13 @@ from .config import (
 
 LR_BATCH = 16  # the default learning rate is meant for this global batch and scaled to others
 LR = 0.01
+RESNET_OPTIONS = {  # of --resnet → fields of ModelConfig
+    "caffe-stride": "caffe_stride",
+    "deep-stem": "deep_stem",
+    "avg-down": "avg_down",
+    "zero-init": "zero_init",
+    "norm-eval": "norm_eval",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -230,6 +237,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--grad-checkpoint", action="store_true", help="recompute activations to save memory (off)")
     model.add_argument("--dcn", metavar="STAGE", nargs="+", type=int, choices=(2, 3, 4, 5), default=[],
                        help="ResNet stages, 2 to 5, with deformable convolution (none)")
+    model.add_argument("--dcn-v1", action="store_true", help="deformable convolution without its masks (off: v2)")
+    model.add_argument("--resnet", metavar="OPTION", nargs="+", choices=tuple(RESNET_OPTIONS), default=[],
+                       help=f"what ResNets are built like: {', '.join(RESNET_OPTIONS)} (none)")
     model.add_argument("--backbone-weights", metavar="PATH",
                        help="weights to start from; none: from scratch (torchvision's ImageNet weights by URL)")
     model.add_argument("--fine-tune", metavar="PATH",
@@ -296,6 +306,8 @@ def train_config(args: argparse.Namespace, world: int) -> TrainConfig:
         raise OdtkError("--head fcos has no angle: rotated boxes need --head retinanet.")
     if args.absolute_angle and not args.rotated_bbox:
         raise OdtkError("--absolute-angle is of rotated boxes: add --rotated-bbox.")
+    if args.dcn_v1 and not args.dcn:
+        raise OdtkError("--dcn-v1 is of deformable convolution: name its stages with --dcn, 3 4 5 say.")
     for flag, (low, high) in (("--jitter", args.jitter), ("--anchor-ious", args.anchor_ious),
                               ("--augment-free-rotate", args.augment_free_rotate)):  # fmt: skip
         if low > high:
@@ -344,7 +356,9 @@ def train_config(args: argparse.Namespace, world: int) -> TrainConfig:
             norm=args.norm or ("frozen" if pretrained else "batch"),
             freeze_at=args.freeze_at,
             dcn=tuple(sorted(set(args.dcn))),
+            dcn_modulated=not args.dcn_v1,
             grad_checkpoint=args.grad_checkpoint,
+            **{RESNET_OPTIONS[option]: True for option in args.resnet},
         ),
         data=data,
         val_data=val_data if args.val_annotations else None,

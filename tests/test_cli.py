@@ -1,4 +1,5 @@
 """The command line: every flag of spec §1 with its default, and one sentence for whatever goes wrong."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -122,14 +123,16 @@ def test_flags_of_train_arrive(images: Path) -> None:
         "--gamma", "0.2", "--regularization-l2", "0", "--full-precision", "--fine-tune", "a.pth", "--override",
         "--augment-rotate", "--augment-free-rotate", "-10", "10", "--augment-hue", "0.1", "--rotated-bbox",
         "--absolute-angle", "--anchor-ious", "0.3", "0.6", "--norm", "group", "--freeze-at", "2", "--grad-checkpoint",
-        "--dcn", "5", "3", "--backbone-weights", "none", "--with-dali", "--logdir", "log", "--post-metrics",
-        "http://x", "--seed", "4", "--clip-grad", "5", "--ema", "0.99", "--val-annotations", "v.json", "--val-images",
-        "v", "--val-iters", "6",
+        "--dcn", "5", "3", "--dcn-v1", "--resnet", "deep-stem", "norm-eval", "--backbone-weights", "none",
+        "--with-dali", "--logdir", "log", "--post-metrics", "http://x", "--seed", "4", "--clip-grad", "5", "--ema",
+        "0.99", "--val-annotations", "v.json", "--val-images", "v", "--val-iters", "6",
     )  # fmt: skip
     model, data = config.model, config.data
     assert (model.backbones, model.classes) == (("ResNet18FPN", "ResNet34FPN"), 7)
     assert (model.norm, model.freeze_at) == ("group", 2)
-    assert model.grad_checkpoint and model.dcn == (3, 5) and model.rotated and data.rotated and data.absolute_angle
+    assert model.dcn == (3, 5) and not model.dcn_modulated and model.deep_stem and model.norm_eval
+    assert not (model.caffe_stride or model.avg_down or model.zero_init)
+    assert model.grad_checkpoint and model.rotated and data.rotated and data.absolute_angle
     assert (data.jitter, data.resize, data.max_size, data.seed) == ((100, 200), 150, 300, 4)
     assert data.augment.rotate and data.augment.free_rotate == (-10, 10) and data.augment.hue == 0.1
     assert (config.iters, config.milestones, config.schedule, config.warmup) == (9, (3, 5), 0.5, 0)
@@ -140,6 +143,13 @@ def test_flags_of_train_arrive(images: Path) -> None:
     assert config.val_data is not None and config.val_iters == 6
     val = config.val_data
     assert (val.annotations, val.images, val.training, val.rotated) == ("v.json", "v", False, True)
+
+
+def test_every_option_of_a_resnet_has_its_flag(images: Path) -> None:
+    assert configured(images, "--dcn", "4").model.dcn_modulated  # version 2 unless told
+    for option in ("caffe-stride", "deep-stem", "avg-down", "zero-init", "norm-eval"):
+        model = configured(images, "--resnet", option).model
+        assert model == dataclasses.replace(configured(images).model, **{option.replace("-", "_"): True})
 
 
 @pytest.mark.parametrize(
@@ -177,6 +187,8 @@ def test_flags_of_infer_and_export_arrive() -> None:
         (("--anchor-ious", "0.6", "0.5"), 1, "--anchor-ious"),
         (("--milestones", "80", "60"), 1, "rise"),
         (("--lr", "-1"), 1, "'-1' is not a positive number"),
+        (("--dcn-v1",), 1, "name its stages with --dcn"),
+        (("--resnet", "deep-root"), 1, "invalid choice: 'deep-root'"),
         (("--lr", "fast"), 1, "'fast' is not a positive number"),
         (("--iters", "0"), 1, "positive whole number"),
         (("--anchor-ious", "0.4", "1.5"), 1, "from 0 to 1"),
