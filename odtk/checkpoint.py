@@ -16,9 +16,9 @@ import hashlib
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -49,15 +49,7 @@ class Checkpoint:
 
 
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint so that at any moment ``path`` holds a whole file, the old one or the new one.
-
-    The new one is written beside it, flushed to the disk and renamed; if anything fails, it is removed.
-
-    Raises:
-        OdtkError: the disk is full, the folder does not exist or may not be written to.
-    """
-    target = os.path.realpath(path)  # through a symbolic link, not over it
-    temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{os.getpid()}.tmp")
+    """Writes a checkpoint, whole or not at all (see replacing)."""
     categories = checkpoint.categories
     content = {
         "format": FORMAT,
@@ -67,15 +59,29 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         "state_dict": checkpoint.state_dict,
         "training": checkpoint.training,
     }
+    with replacing(path) as file:
+        torch.save(content, file)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to write that becomes ``path`` when the block ends: at any moment ``path`` is whole, old or new.
+
+    It is written beside ``path``, flushed to the disk and renamed; if anything fails, it is removed.
+
+    Raises:
+        OdtkError: the disk is full, the folder does not exist or may not be written to.
+    """
+    target = os.path.realpath(path)  # through a symbolic link, not over it
+    temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        reason = first_os_error(error)
-        message = f"The checkpoint {path} could not be written ({reason}); an earlier one is untouched."
+        message = f"{path} could not be written ({first_os_error(error)}); an earlier one is untouched."
         raise OdtkError(message) from error
     finally:  # a KeyboardInterrupt comes by here too
         with contextlib.suppress(OSError):

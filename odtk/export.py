@@ -25,9 +25,10 @@ import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from . import __version__, quantize
-from .checkpoint import Checkpoint, build, fingerprint, load, sync_folder
+from .checkpoint import Checkpoint, build, fingerprint, load, replacing
 from .config import IMAGENET_MEAN, IMAGENET_STD, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
 from .model.detector import Detector
 from .ops import to_logit
@@ -138,7 +139,8 @@ def export(config: ExportConfig) -> Report:
     metadata = describe(detector, checkpoint, config, ending)
     model = finish(graph, detector, metadata)
     content = build_engine(model, metadata, config) if suffix in ENGINES else serialize(model)
-    write(config.output, content)
+    with replacing(config.output) as file:
+        file.write(content)
     fp16_layers = table.fp16_layers if table else ()
     height, width = config.size
     print(f"Wrote {config.output}: {config.precision}, {height}×{width}, {len(content) / 2**20:.1f} MiB.")
@@ -238,8 +240,40 @@ def trace(detector: Detector, size: tuple[int, int], opset: int = OPSET) -> Mode
     model.producer_name, model.producer_version = "odtk", __version__
     for output in model.graph.output:
         del output.metadata_props[:]
+    fold_constants(model)
     rename_values(model)
     return onnx.shape_inference.infer_shapes(model)
+
+
+def fold_constants(model: ModelProto) -> None:
+    """Works out what depends on constants alone, such as reshaped weights; the result keeps the weight's name.
+
+    torch.onnx leaves those that are large, and INT8 needs weights that are constants.
+    """
+    graph = model.graph
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    origin = {name: name for name in values}
+    nodes = []
+    for node in graph.node:
+        if all(name in values for name in node.input if name):
+            feed = {name: values[name] for name in node.input if name}
+            results = ReferenceEvaluator(node).run(None, feed)
+            values |= dict(zip(node.output, results, strict=True))
+            origin |= {name: origin.get(node.input[0], name) if node.input else name for name in node.output}
+        else:
+            nodes.append(node)
+    used = list(dict.fromkeys(name for node in nodes for name in node.input if name in values))
+    taken = {origin[name] for name in used if origin[name] == name}
+    names = {name: name if origin[name] in taken else origin[name] for name in used}
+    if len(set(names.values())) < len(names):  # two results of one weight
+        names = {name: name for name in used}
+    for node in nodes:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    constants = [numpy_helper.from_array(np.asarray(values[name]), names[name]) for name in used]
+    for field, content in ((graph.node, nodes), (graph.initializer, constants)):
+        copies = [type(item).FromString(item.SerializeToString()) for item in content]
+        del field[:]
+        field.extend(copies)
 
 
 def rename_values(model: ModelProto) -> None:
@@ -489,28 +523,6 @@ def serialize(model: ModelProto) -> bytes:
         return model.SerializeToString(deterministic=True)
     except ValueError as error:
         raise OdtkError("The model is larger than the 2 GiB that an ONNX file may hold.") from error
-
-
-def write(path: str, content: bytes) -> None:
-    """Writes a file so that at any moment ``path`` is whole, the old file or the new one.
-
-    Raises:
-        OdtkError: the disk is full, the folder does not exist or may not be written to.
-    """
-    target = os.path.realpath(path)
-    temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OdtkError(f"{path} could not be written ({error.strerror}).") from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-    sync_folder(os.path.dirname(target))
 
 
 def need_engine() -> Any:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .boxes import coco_to_corners, corners, corners_to_coco
-from .checkpoint import first_os_error, sync_folder
+from .checkpoint import first_os_error, replacing
 from .config import InferConfig, LoaderConfig, OdtkError
 from .data.dataset import Category, Dataset
 from .data.loader import Batch, create_loader
@@ -303,29 +303,15 @@ def check_folder(path: str) -> None:
 
 
 def write_json(value: Any, path: str) -> None:
-    """Writes JSON so that ``path`` holds at any moment a whole file: written beside it, flushed, renamed.
-
-    A pipe or a device (/dev/stdout, say) is written to as it is.
+    """Writes JSON, whole or not at all; a pipe or a device (/dev/stdout, say) is written to as it is.
 
     Raises:
         OdtkError: the disk is full, or the folder is missing or may not be written to.
     """
-    target = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):
         return write_stream(value, path)
-    temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OdtkError(f"Cannot write {path}: {first_os_error(error)}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-    sync_folder(os.path.dirname(target))
+    with replacing(path) as file:
+        file.write(json.dumps(value).encode())
 
 
 def write_stream(value: Any, path: str) -> None:

@@ -21,6 +21,7 @@ import onnx
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from .checkpoint import replacing
 from .config import ExportConfig, LoaderConfig, OdtkError
 from .data.dataset import Dataset
 from .data.loader import create_loader
@@ -312,16 +313,9 @@ def load_table(path: str) -> Table:
 
 
 def save_table(path: str, table: Table) -> None:
-    """Writes a table.
-
-    Raises:
-        OdtkError: the folder does not exist or may not be written to.
-    """
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(table.to_json())
-    except OSError as error:
-        raise OdtkError(f"The calibration table {path} could not be written ({error.strerror}).") from error
+    """Writes a table, whole or not at all."""
+    with replacing(path) as file:
+        file.write(table.to_json().encode())
 
 
 def table_path(config: ExportConfig) -> str:

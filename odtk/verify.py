@@ -28,12 +28,12 @@ from torch import Tensor
 
 from . import __version__, quantize
 from .backends import Backend, open_backend
-from .checkpoint import build, load
+from .checkpoint import build, load, replacing
 from .config import ExportConfig, LoaderConfig
 from .data.dataset import Dataset
 from .data.loader import create_loader
 from .evaluate import Metrics, evaluate
-from .export import ENGINES, export, trace, write
+from .export import ENGINES, export, trace
 from .infer import detect, loader_config, resolve_categories
 from .postprocess import Detections
 
@@ -123,9 +123,9 @@ def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: 
         runs[-1], fp16_layers = rescue(config, bench, runs[0], runs[-1], list(sensitivity), max_ap_drop)
     verdict = Verdict(tuple(runs), max_ap_drop, sensitivity, fp16_layers)
     show(verdict, config.output)
-    text = json.dumps(to_dict(verdict), indent=1, default=lambda number: number.item())  # numpy's
-    write(config.output + ".verify.json", (text + "\n").encode())
-    write(config.output + ".verify.html", page(verdict, bench).encode())
+    for suffix, text in (("json", json.dumps(to_dict(verdict), indent=1)), ("html", page(verdict, bench))):
+        with replacing(f"{config.output}.verify.{suffix}") as file:
+            file.write(text.encode())
     print(f"Report: {config.output}.verify.html and .json")
     return verdict.within
 
