@@ -13,7 +13,7 @@ setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,cuda13]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,cuda13,trt-tests]'
 	touch $@
 
 test: setup lint
