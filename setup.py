@@ -55,7 +55,7 @@ class BuildExtension(build_ext):
         say("To get the CUDA kernels: install the CUDA toolkit (nvcc) and a C++17 compiler, then install odtk again.")
         for stale in [*self.package().glob("_C*.so"), *self.package().glob("libodtk_plugins*.so")]:
             stale.unlink()  # of an earlier build in this folder, which a wheel would take up
-        self.extensions = []
+        self.extensions: list[Extension] = []
 
     def package(self) -> Path:
         """Where the libraries go: the package's folder in the build, or in the source tree with --inplace."""
