@@ -305,6 +305,7 @@ void bind_engine(py::module_& m) {
       "tensorrt_version",
       [] {
         find_pip_tensorrt();
+        const py::gil_scoped_release released;
         return odtk::tensorrt_version();
       },
       "Version of the TensorRT library; RuntimeError that says what to do where there is none.");
