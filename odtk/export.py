@@ -263,10 +263,11 @@ def fold_constants(model: ModelProto) -> None:
         else:
             nodes.append(node)
     used = list(dict.fromkeys(name for node in nodes for name in node.input if name in values))
-    taken = {origin[name] for name in used if origin[name] == name}
-    names = {name: name if origin[name] in taken else origin[name] for name in used}
-    if len(set(names.values())) < len(names):  # two results of one weight
-        names = {name: name for name in used}
+    taken = {name for name in used if origin[name] == name}
+    names = {}
+    for name in used:
+        names[name] = origin[name] if name in taken or origin[name] not in taken else name
+        taken.add(names[name])
     for node in nodes:
         node.input[:] = [names.get(name, name) for name in node.input]
     constants = [numpy_helper.from_array(np.asarray(values[name]), names[name]) for name in used]

@@ -108,6 +108,31 @@ def test_values_are_named_by_their_layers(traced: onnx.ModelProto) -> None:
     assert len(names) == len(traced.graph.node)
 
 
+class Reshaped(torch.nn.Module):
+    """A weight that is reshaped and sliced on its way to two convolutions, as in deformable and 1×1 levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(64, 3, 9, 9))
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        middle = torch.nn.functional.conv2d(images, self.weight[:, :, 4:5, 4:5])
+        corner = torch.nn.functional.conv2d(images, self.weight.flatten(2)[:, :, None, :1])
+        return [middle], [corner]
+
+
+def test_what_depends_on_constants_alone_is_worked_out() -> None:
+    module = Reshaped()
+    model = export.trace(module, (8, 8))  # type: ignore[arg-type]
+    constants = {tensor.name for tensor in model.graph.initializer}
+    assert [node.op_type for node in model.graph.node] == ["Conv", "Conv"] and "weight" in constants
+    assert all(node.input[1] in constants for node in model.graph.node) and len(constants) == 2
+    images = images_of(1, (8, 8))
+    found = run(export.serialize(model), {"images": images})
+    for actual, (expected,) in zip(found, module(images), strict=True):
+        torch.testing.assert_close(actual, expected.detach(), atol=1e-4, rtol=1e-4)
+
+
 def test_raw_ending_has_the_levels_as_outputs(detector: Detector, traced: onnx.ModelProto) -> None:
     content = finished(copy.deepcopy(traced), detector, PostprocessConfig(), "raw")
     images = images_of(2)
