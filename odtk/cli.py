@@ -434,7 +434,8 @@ def add_infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full-precision", action="store_true", help="a .pth computes in fp32 (mixed precision)")
     add_loader(parser)
     add_thresholds(parser)
-    parser.add_argument("--draw", metavar="DIR", help="write the images with their detections there (none)")
+    parser.add_argument("--draw", metavar="DIR",
+                        help="write the images with their detections that score above 0.3 there (none)")
     add_devices(parser)
 
 

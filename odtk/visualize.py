@@ -32,6 +32,7 @@ from .ops import rotated_iou
 LEGIBLE = 400  # pixels: smaller pictures are enlarged until their shorter side has as many
 MAX_MAPS = 64  # channels shown of a feature map
 MAX_ANCHORS = 20  # drawn per box
+SHOWN_SCORE = 0.3  # of detections that infer draws: those kept for the COCO figures begin at 0.05 and cover the image
 RAMP = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]])  # dark to bright
 
 
@@ -54,8 +55,8 @@ class Shape:
 
 
 def draw_detections(detections: Iterable[dict[str, Any]], data: LoaderConfig, folder: str) -> list[str]:
-    """One JPEG per image of `data`, with all its detections (COCO results). Returns the paths."""
-    by_image = grouped(detections)
+    """One JPEG per image of `data`, with its detections (COCO results) above SHOWN_SCORE. Returns the paths."""
+    by_image = grouped(d for d in detections if d["score"] > SHOWN_SCORE)
     return [
         save(annotate(pixels, shapes(by_image[image.id])), target, image)
         for target, image, pixels in pictures(data, folder)

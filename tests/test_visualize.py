@@ -67,7 +67,8 @@ def test_a_rotated_box_is_drawn_turned(images: Path, tmp_path: Path) -> None:
 
 
 def test_detections_get_a_picture_each_even_where_there_are_none(images: Path, tmp_path: Path) -> None:
-    found = [{"image_id": 2, "category_id": 3, "category": "cell", "bbox": [10, 300, 50, 50], "score": 0.9}]
+    entry = {"category_id": 3, "category": "cell", "bbox": [10, 300, 50, 50]}
+    found = [{"image_id": 1, "score": 0.2, **entry}, {"image_id": 2, "score": 0.9, **entry}]  # 0.2 is not drawn
     first, second = visualize.draw_detections(found, data(images), str(tmp_path))
     assert (np.abs(np.asarray(Image.open(first)).astype(int) - 128) < 10).all()
     assert changed(second)[3] == pytest.approx(350, abs=3)
