@@ -149,6 +149,7 @@ class Size:
     backbone: str
     parameters: int
     gflops: float  # 10⁹ operations of one image, a multiply-add counted as two
+    trunk: int  # classification_parameters of its trunk
 
 
 def summary(height: int = 800, width: int = 1280) -> list[Size]:
@@ -160,11 +161,13 @@ def summary(height: int = 800, width: int = 1280) -> list[Size]:
             images = torch.empty(1, 3, height, width)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             detector(images)
-        rows.append(Size(name, count(detector), counter.get_total_flops() / 1e9))
+        trunk = classification_parameters(name.removesuffix("FPN").removesuffix("C4"))
+        rows.append(Size(name, count(detector), counter.get_total_flops() / 1e9, trunk))
     return rows
 
 
 if __name__ == "__main__":  # python -m odtk.model.detector
-    print(f"{'backbone':<20}{'parameters (M)':>16}{'GFLOPs at 800×1280':>20}")
+    print("| backbone | parameters (M) | GFLOPs at 800×1280 | parameters of its classification network |")
+    print("|---|---:|---:|---:|")
     for row in summary():
-        print(f"{row.backbone:<20}{row.parameters / 1e6:>16.2f}{row.gflops:>20.1f}")
+        print(f"| {row.backbone} | {row.parameters / 1e6:.2f} | {row.gflops:.1f} | {row.trunk:,} |")

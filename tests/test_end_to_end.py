@@ -1,0 +1,118 @@
+"""Every detector from the command line: odtk train, export to ONNX, infer of both files, the same detections."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_quantize import compile_for
+
+from odtk import checkpoint, export
+from odtk.cli import main
+from odtk.config import ModelConfig
+from odtk.data.synthetic import synthesize
+from odtk.model.backbones import BACKBONES
+from odtk.model.detector import Detector
+from odtk.model.layers import DeformConv2d
+from odtk.quantize import to_fp16
+
+SIZE = (64, 96)
+SCORES, PIXELS = 1e-4, 0.1  # how far fp32 may be apart (spec §5)
+NEAR_TIES = 0.01  # share of the detections that may fall on the other side of a threshold by such a difference
+
+QUICK = ("ResNet18C4",)
+CASES = {name: ["--backbone", name] for name in BACKBONES} | {
+    "fcos": ["--backbone", "ResNet18FPN", "--head", "fcos"],
+    "fcos C4": ["--backbone", "ResNet18C4", "--head", "fcos"],
+    "rotated": ["--backbone", "ResNet18C4", "--rotated-bbox"],
+    "two backbones": ["--backbone", "ResNet18C4", "RepVGGA0FPN"],
+    "DCN v2": ["--backbone", "ResNet18C4", "--dcn", "3", "4"],
+    "DCN v1": ["--backbone", "ResNet18C4", "--dcn", "4", "--dcn-v1"],
+    "ResNet-D, group": ["--backbone", "ResNet18C4", "--norm", "group", "--resnet", "deep-stem", "avg-down"],
+    "ResNet50, caffe": ["--backbone", "ResNet50FPN", "--resnet", "caffe-stride", "zero-init", "--freeze-at", "2"],
+}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders upright/ and rotated/ of ten images each, eight of them to train on."""
+    folder = tmp_path_factory.mktemp("drawn")
+    for name in ("upright", "rotated"):
+        synthesize(folder / name, images=10, size=SIZE, classes=2, rotated=name == "rotated")
+    return folder
+
+
+def odtk(*argv: object) -> None:
+    assert main([str(a) for a in argv]) == 0
+
+
+@torch.no_grad()
+def stretch(path: Path) -> None:
+    """Two iterations leave every score at the prior and deformable taps at rest: make the last layers speak up, so
+    that detections differ, and move the taps."""
+    trained = checkpoint.load(path)
+    detector = checkpoint.build(trained).eval()
+    for module in detector.modules():
+        if isinstance(module, DeformConv2d):
+            torch.nn.init.uniform_(module.offset.bias, -2, 2)  # type: ignore[arg-type]
+    logits, boxes = detector(torch.randn(2, 3, *SIZE))
+    for tower, maps, deviation in ((detector.head.cls_head, logits, 2.0), (detector.head.box_head, boxes, 0.2)):
+        last = tower[-1]  # type: ignore[index]
+        last.weight *= deviation / max((level - last.bias[:, None, None]).std() for level in maps)
+    checkpoint.save(path, checkpoint.Checkpoint(trained.model, trained.categories, detector.state_dict()))
+
+
+def detections(model: Path, images: Path, *flags: object) -> list[dict[str, Any]]:
+    output = model.with_suffix(model.suffix + ".json")
+    odtk("infer", model, "--images", images, "--output", output, "--loader", "torch", "--devices", "cpu", *flags)
+    return json.loads(output.read_text())
+
+
+def missing(these: list[dict[str, Any]], those: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of `these` that have no equal in `those`; boxes are compared by their corners, turned or not."""
+
+    def key(entry: dict[str, Any]) -> list[float]:
+        x, y, w, h = entry["bbox"][:4]
+        corners = entry.get("segmentation", [[x, y, x + w, y, x + w, y + h, x, y + h]])[0]
+        return [entry["image_id"] / 1e-9, entry["category_id"] / 1e-9, entry["score"] / SCORES,
+                *(c / PIXELS for c in corners)]  # fmt: skip
+
+    ours, theirs = (torch.tensor([key(d) for d in side], dtype=torch.float64) for side in (these, those))
+    distance = torch.cdist(ours, theirs, p=float("inf"))  # [these, those]
+    return [d for d, nearest in zip(these, distance.amin(1).tolist(), strict=True) if nearest >= 1]
+
+
+@pytest.mark.parametrize(
+    "flags", [pytest.param(f, id=n, marks=() if n in QUICK else pytest.mark.slow) for n, f in CASES.items()]
+)
+def test_train_export_infer(flags: list[str], drawn: Path, tmp_path: Path) -> None:
+    data = drawn / ("rotated" if "--rotated-bbox" in flags else "upright")
+    trained, exported = tmp_path / "model.pth", tmp_path / "model.onnx"
+    limits = ("--score-threshold", 0.02, "--nms-threshold", 0.8)
+    odtk(
+        "train", trained, "--annotations", data / "train.json", "--images", data / "train", *flags,
+        "--backbone-weights", "none", "--iters", 2, "--batch", 4, "--jitter", 64, 64, "--max-size", 96,
+        "--full-precision", "--loader", "torch", "--devices", "cpu",
+    )  # fmt: skip
+    stretch(trained)
+    odtk("export", trained, exported, "--size", *SIZE, "--full-precision", *limits)
+    by_torch = detections(trained, data / "val", "--size", *SIZE, "--full-precision", *limits)
+    by_onnx = detections(exported, data / "val")
+    assert len(by_torch) > 20 and len({d["score"] for d in by_torch}) > 15
+    for these, those in ((by_torch, by_onnx), (by_onnx, by_torch)):
+        assert len(missing(these, those)) <= NEAR_TIES * len(these), missing(these, those)[:5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modulated", [True, False], ids=["v2", "v1"])
+def test_tensorrt_compiles_deformable_convolution(modulated: bool) -> None:
+    pytest.importorskip("tensorrt_rtx_libs", reason="needs tensorrt-rtx-cu13-{libs,bindings}==1.7.1.116")
+    detector = Detector(ModelConfig(backbones=("ResNet18FPN",), classes=3, dcn=(4, 5), dcn_modulated=modulated))
+    detector.initialize()
+    graph = export.trace(detector.fold(), SIZE)
+    assert sum(node.op_type == "GridSample" for node in graph.graph.node) == 4  # two blocks in each stage
+    compile_for(export.serialize(graph), "SM89")
+    to_fp16(graph)
+    compile_for(export.serialize(graph), "SM89")
