@@ -280,3 +280,20 @@ def test_a_folded_block_is_one_convolution_with_the_same_output(channels_in: int
 def test_repvgg_refuses_group_norm() -> None:
     with pytest.raises(OdtkError, match="RepVGG"):
         BACKBONES["RepVGGA0FPN"](ModelConfig(norm="group"))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_no_strided_pointwise_convolution_has_few_channels(name: str) -> None:
+    """Its weight gradient writes past its buffer, channels-last on the CPU (uxlfoundation/oneDNN 6035)."""
+    with torch.device("meta"):
+        backbone = BACKBONES[name](ModelConfig())
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1):
+            assert module.in_channels >= 16
+
+
+def test_a_strided_pointwise_branch_is_that_convolution() -> None:
+    branch = RepVGGBlock(3, 8, 2, "batch").eval().rbr_1x1
+    x = torch.randn(2, 3, 7, 8)
+    expected = branch.bn(torch.nn.functional.conv2d(x, branch.conv.weight, stride=2))
+    torch.testing.assert_close(branch(x), expected)

@@ -38,12 +38,20 @@ DESIGNS = {
 
 
 class Branch(ConvNorm):
-    """A size×size convolution and its norm."""
+    """A size×size convolution and its norm.
+
+    A 1×1 picks its pixels before it convolves: as a strided convolution of three channels, channels-last, its weight
+    gradient on the CPU corrupts the heap (uxlfoundation/oneDNN 6035).
+    """
 
     def __init__(self, channels_in: int, channels: int, size: int, stride: int, norm: str) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels, size, stride, padding=size // 2, bias=False)
+        self.step = stride if size == 1 else 1
+        self.conv = nn.Conv2d(channels_in, channels, size, stride // self.step, padding=size // 2, bias=False)
         self.bn = create_norm(norm, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, :: self.step, :: self.step])
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one convolution that equals both."""
