@@ -158,20 +158,14 @@ def round_up(size: tuple[int, int], stride: int) -> tuple[int, int]:
 
 def body(detector: Detector, checkpoint: Checkpoint, config: ExportConfig) -> tuple[ModelProto, quantize.Table | None]:
     """The raw graph of a folded detector in the precision asked for, and INT8's calibration table."""
-    opset = max(config.opset, quantize.OPSET) if config.precision == "int8" else config.opset
-    model = trace(detector, config.size, opset)
+    model = trace(detector, config.size, config.opset)
     table = None
     if config.precision == "int8":
         table = quantize.table_for(model, config, fingerprint(checkpoint.state_dict), detector.stride)
         quantize.insert_qdq(model, table)
-    if config.precision != "fp32" and not (table and old_tensorrt(config)):
+    if config.precision != "fp32":
         quantize.to_fp16(model)
     return model, table
-
-
-def old_tensorrt(config: ExportConfig) -> bool:
-    """Whether an engine is built by TensorRT 8, whose Q/DQ nodes know float32 alone: there flags ask for FP16."""
-    return config.output.endswith(ENGINES) and need_engine().tensorrt_version().startswith("8.")
 
 
 def describe(detector: Detector, checkpoint: Checkpoint, config: ExportConfig, ending: str) -> Metadata:
@@ -488,13 +482,15 @@ def suppress(
 
 
 def plugin_ending(model: ModelProto, levels: Sequence[Level], config: ModelConfig, metadata: Metadata) -> None:
-    """Decoding and NMS by odtk's TensorRT plugins (csrc/plugins), on levels of any float type."""
+    """Decoding and NMS by odtk's TensorRT plugins (csrc/plugins); they read the levels as float16 but for fp32."""
     g = Writer(model)
+    kind = TensorProto.FLOAT if metadata.precision == "fp32" else TensorProto.FLOAT16
     model.opset_import.append(helper.make_opsetid("odtk", 1))
     plugin = {"domain": "odtk", "plugin_version": "1", "plugin_namespace": ""}
     anchors = g.constant(np.stack([level.anchors[:, :4].numpy() for level in levels]))  # [L, A, 4]
+    heads = [*(level.names[0] for level in levels), *(level.names[1] for level in levels)]
     candidates = g.ops(
-        "OdtkDecode", *(level.names[0] for level in levels), *(level.names[1] for level in levels), anchors, outputs=3,
+        "OdtkDecode", *(g.op("Cast", head, to=kind) for head in heads), anchors, outputs=3,
         strides=[level.stride for level in levels], classes=config.classes, values=config.box_values,
         score_threshold=metadata.score_threshold, top_n=metadata.top_n, **plugin,
     )  # fmt: skip

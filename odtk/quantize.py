@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,12 +27,13 @@ from .config import ExportConfig, LoaderConfig, OdtkError
 from .data.dataset import Dataset
 from .data.loader import create_loader
 
-OPSET = 19  # the first whose Q/DQ nodes take float16
 HALF_MAX = 65504.0  # float16
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+FUSED = ("Relu", "Clip", "Add", "MaxPool", "Resize")  # into the INT8 kernels around them
 FLOAT_ONLY = {"Resize": (1, 2)}  # inputs that ONNX has in float32 alone: region and scales
 
 LEVELS = 127  # of a sign: symmetric INT8 leaves −128 unused
+SMALLEST = 1e-12  # scale, of a channel whose weights are all 0
 MAX_IMAGES = 500
 MIN_IMAGES = 8  # fewer are refused
 FEW_IMAGES = 100  # fewer are warned about
@@ -44,11 +46,13 @@ PERCENTILE = 0.9999
 
 
 def to_fp16(model: ModelProto) -> None:
-    """Gives every float value of a raw graph the type float16, in place; the images stay float32 and are cast.
+    """Gives the float values of a raw graph the type float16, in place; the images stay float32 and are cast.
 
-    Sampling positions (GridSample of deformable convolutions, and the arithmetic they come from) stay float32: eleven
-    bits do not hold a position in a map. The outputs are float16; an ending casts them before its arithmetic.
-    onnxruntime's own converter (transformers.float16) silently clips constants and knows no such region.
+    Two regions stay float32. Sampling positions (GridSample of deformable convolutions, and the arithmetic they come
+    from): eleven bits do not hold a position in a map. INT8's islands, from DequantizeLinear over a convolution and its
+    ReLU to QuantizeLinear: a fused INT8 kernel works so anyhow, no float leaves it, and ONNX Runtime 1.31 rewrites
+    float16 Q/DQ nodes into wrong ones (its QDQPropagation; 4 points of AP on BCCD).
+    onnxruntime's own converter (transformers.float16) silently clips constants and knows no such regions.
 
     Raises:
         OdtkError: a constant beyond float16's 65504, or not a number.
@@ -57,7 +61,7 @@ def to_fp16(model: ModelProto) -> None:
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     types |= {name: tensor.data_type for name, tensor in constants.items()}
-    precise = {id(node) for node in sampling_nodes(graph)}
+    precise = {node.output[0] for node in (*sampling_nodes(graph), *island_nodes(graph))}
     nodes: list[NodeProto] = []
     casts: dict[tuple[str, int], str] = {}  # (value, type) → the same value in that type
     halves: dict[str, TensorProto] = {}
@@ -75,7 +79,7 @@ def to_fp16(model: ModelProto) -> None:
         return casts[name, wanted]
 
     for node in graph.node:
-        wanted = TensorProto.FLOAT if id(node) in precise else TensorProto.FLOAT16
+        wanted = TensorProto.FLOAT if node.output[0] in precise else TensorProto.FLOAT16
         fixed = FLOAT_ONLY.get(node.op_type, ())
         node.input[:] = [name if i in fixed else typed(name, wanted) for i, name in enumerate(node.input)]
         for attribute in node.attribute:
@@ -124,6 +128,20 @@ def sampling_nodes(graph: GraphProto) -> Iterator[NodeProto]:
         stack += maker.input
 
 
+def island_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """Q/DQ nodes, what computes on dequantised values, and what a convolution's INT8 kernel fuses behind it."""
+    inside: set[str] = set()  # values made in an island
+    dequantised: set[str] = set()
+    constants = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        activations = {name for name in node.input if name and name not in constants}
+        fused = node.op_type in FUSED and activations <= inside
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") or fused or activations & dequantised:
+            yield node
+            inside |= set(node.output)
+            dequantised |= set(node.output) if node.op_type == "DequantizeLinear" else set()
+
+
 def replace_graph(
     model: ModelProto, graph: GraphProto, nodes: list[NodeProto], constants: list[TensorProto]
 ) -> None:
@@ -154,10 +172,10 @@ def layers(model: ModelProto) -> list[str]:
 def additions(graph: GraphProto) -> list[NodeProto]:
     """Additions of two activations: the residual ones and the pyramid's."""
     constants = {tensor.name for tensor in graph.initializer}
-    positions = {id(node) for node in sampling_nodes(graph)}
+    positions = {node.output[0] for node in sampling_nodes(graph)}
     return [
         node for node in graph.node
-        if node.op_type == "Add" and not constants & set(node.input) and id(node) not in positions
+        if node.op_type == "Add" and not constants & set(node.input) and node.output[0] not in positions
     ]  # fmt: skip
 
 
@@ -189,8 +207,6 @@ def scale_groups(graph: GraphProto) -> list[list[str]]:
 
 def insert_qdq(model: ModelProto, table: Table) -> None:
     """Writes Q/DQ nodes into a raw float32 graph, in place, except for ``table.fp16_layers``.
-
-    Scales are values of float16, so that to_fp16 afterwards changes none.
 
     Raises:
         OdtkError: a layer to leave out that the model does not have.
@@ -253,16 +269,10 @@ def insert_qdq(model: ModelProto, table: Table) -> None:
 
 def quantise_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A kernel [O, …] as int8 of the same shape, and the scale of each output channel [O]."""
-    scale = round_up(np.abs(weight.reshape(len(weight), -1)).max(1) / LEVELS)  # [O, I, k, k] -> [O, I·k·k]
+    most = np.abs(weight.reshape(len(weight), -1)).max(1)  # [O, I, k, k] -> [O, I·k·k] -> [O]
+    scale = np.maximum(most / LEVELS, SMALLEST).astype(np.float32)
     shaped = scale.reshape(-1, *[1] * (weight.ndim - 1))  # [O] -> [O, 1, 1, 1]
     return np.clip(np.rint(weight / shaped), -LEVELS, LEVELS).astype(np.int8), scale
-
-
-def round_up(scale: np.ndarray) -> np.ndarray:
-    """The next values of float16, above 0, as float32: a scale that both precisions hold, and that clips nothing."""
-    half = np.maximum(scale, np.finfo(np.float16).smallest_subnormal).astype(np.float16)
-    half = np.where(half.astype(np.float32) < scale, np.nextafter(half, np.float16(np.inf)), half)
-    return half.astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,7 +288,7 @@ class Table:
         size: (H, W) of the network's input in pixels.
         method: entropy, percentile or minmax.
         images: the files of the sample, in the order they were used.
-        scales: activation → what one step of its int8 stands for; values of float16.
+        scales: activation → what one step of its int8 stands for.
         fp16_layers: convolutions that stay in FP16.
         sensitivity: layer → decibels by which the raw outputs stand above the error that quantising this layer
             alone makes; the worst first; empty before `odtk export --verify` has measured it.
@@ -360,8 +370,8 @@ def shared_scales(groups: Iterable[Sequence[str]], ranges: Mapping[str, float]) 
     """The scale of each activation: of the largest range in its group."""
     scales: dict[str, float] = {}
     for group in groups:
-        widest = np.array(max(ranges[name] for name in group) / LEVELS)
-        scales |= dict.fromkeys(group, float(round_up(widest)))
+        widest = max(ranges[name] for name in group)
+        scales |= dict.fromkeys(group, float(np.float32(widest / LEVELS)))
     return scales
 
 
@@ -487,14 +497,15 @@ def with_outputs(model: ModelProto, names: Sequence[str]) -> ModelProto:
     return copy
 
 
-def open_session(model: ModelProto):
-    """ONNX Runtime on the CPU, with torch's number of threads."""
+def open_session(model: ModelProto | str, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> Any:
+    """ONNX Runtime for a model or a file, with torch's number of threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    content = model if isinstance(model, str) else model.SerializeToString()
+    return onnxruntime.InferenceSession(content, options, providers=list(providers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def measure_sensitivity(config: ExportConfig, bench: Bench) -> dict[str, float]:
     assert bench.data.size is not None
     table = quantize.load_table(quantize.table_path(config))
     if not table.sensitivity:
-        model = trace(build(load(config.path)).fold(), bench.data.size, quantize.OPSET)
+        model = trace(build(load(config.path)).fold(), bench.data.size)
         print(f"Quantising each of {len(quantize.layers(model))} layers alone, to see what it costs", flush=True)
         found = quantize.sensitivity(model, table, bench.images(SENSITIVITY_IMAGES))
         table = dataclasses.replace(table, sensitivity=found)

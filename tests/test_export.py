@@ -261,7 +261,10 @@ def test_plugin_ending_has_the_nodes_that_the_plugins_parse(config: ModelConfig)
     model = onnx.load_from_string(on_levels(config, PYRAMID, PostprocessConfig(), "plugins"))
     decode, nms = (node for node in model.graph.node if node.domain == "odtk")
     assert decode.op_type == "OdtkDecode" and nms.op_type == "OdtkNms"
-    assert list(decode.input)[:10] == [f"{kind}_{i}" for kind in ("logits", "boxes") for i in range(5)]
+    casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
+    assert [casts[name].input[0] for name in decode.input[:10]] == [f"{kind}_{i}" for kind in ("logits", "boxes")
+                                                                     for i in range(5)]  # fmt: skip
+    assert {casts[name].attribute[0].i for name in decode.input[:10]} == {TensorProto.FLOAT16}
     anchors = next(t for t in model.graph.initializer if t.name == decode.input[10])
     assert anchors.data_type == TensorProto.FLOAT and list(anchors.dims) == [5, config.num_anchors, 4]
     shared = {"plugin_version": b"1", "plugin_namespace": b""}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def net() -> onnx.ModelProto:
     torch.manual_seed(0)
-    return export.trace(Net(), (16, 16), quantize.OPSET)  # type: ignore[arg-type]
+    return export.trace(Net(), (16, 16))  # type: ignore[arg-type]
 
 
 def noise(count: int) -> list[np.ndarray]:
@@ -105,13 +106,13 @@ def test_values_that_are_not_finite_are_refused() -> None:
         quantize.Histogram().add(np.array([1, np.nan], np.float32))
 
 
-def test_scales_are_values_of_fp16_that_clip_nothing() -> None:
+def test_weights_are_symmetric_and_nothing_is_clipped() -> None:
     weight = np.random.default_rng(0).standard_normal((16, 4, 3, 3)).astype(np.float32)
     weight[3] *= 1e-4
     weight[5] = 0
     values, scale = quantize.quantise_weight(weight)
-    assert (scale.astype(np.float16).astype(np.float32) == scale).all() and (scale > 0).all()
-    assert values.dtype == np.int8 and values.min() >= -127
+    assert values.dtype == np.int8 and scale.dtype == np.float32 and (scale > 0).all()
+    assert (np.abs(values[[0, 3]]).max((1, 2, 3)) == 127).all() and values.min() >= -127
     error = np.abs(values * scale[:, None, None, None] - weight)
     assert (error <= scale[:, None, None, None] * 0.501).all()
 
@@ -153,20 +154,25 @@ def test_a_layer_in_fp16_reads_what_was_not_rounded(net: onnx.ModelProto) -> Non
         quantised(net, table_of(net, fp16_layers=("nothing",)))
 
 
-def test_int8_with_an_fp16_remainder_runs_and_is_close(net: onnx.ModelProto) -> None:
-    model = quantised(net, table_of(net))
+def test_int8_with_an_fp16_remainder_is_the_same_however_optimised(net: onnx.ModelProto) -> None:
+    """ONNX Runtime 1.31 spoils float16 Q/DQ nodes: they and what INT8 kernels fuse stay float32, the rest does not."""
+    table = table_of(net, fp16_layers=("cls_head",))
+    model = quantised(net, table)
     floats = quantize.open_session(model).run(None, {"images": noise(1)[0]})
     quantize.to_fp16(model)
     onnx.checker.check_model(model, full_check=True)
-    inside = {t.name: t.data_type for t in model.graph.initializer}
-    kinds = set(inside.values())
-    assert TensorProto.FLOAT not in {kind for name, kind in inside.items() if name.endswith(("scale/fp16", "bias"))}
-    assert TensorProto.INT8 in kinds and TensorProto.FLOAT16 in kinds
+    types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    types |= {output.name: output.type.tensor_type.elem_type for output in model.graph.output}
+    for node in model.graph.node:
+        half = node.output[0] == "logits_0" or (node.op_type == "Cast" and node.output[0].endswith("/fp16"))
+        assert (types[node.output[0]] == TensorProto.FLOAT16) == half or node.op_type == "QuantizeLinear", node.name
     expected = quantize.open_session(net).run(None, {"images": noise(1)[0]})
-    found = quantize.open_session(model).run(None, {"images": noise(1)[0]})
-    assert found[0].dtype == np.float16
     assert 15 < quantize.decibels([expected], [floats]) < 60  # quantised, and not badly
-    assert quantize.decibels([floats], [found]) > 25
+    for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        found = onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, {"images": noise(1)[0]})
+        assert quantize.decibels([floats], [found]) > 35, level
 
 
 def test_sensitivity_finds_the_layer_with_the_wrong_range(net: onnx.ModelProto) -> None:
@@ -328,7 +334,7 @@ def raw_files(backbone: str) -> Iterator[tuple[str, bytes, int]]:
     for parameter in folded.parameters():
         if parameter.ndim == 1:  # biases, which a trained network has and torch.onnx drops where they are zero
             parameter.data = 0.1 * torch.randn_like(parameter)
-    model = export.trace(folded, (128, 160), quantize.OPSET)
+    model = export.trace(folded, (128, 160))
     count = sum(node.op_type == "Conv" for node in model.graph.node)
     images = [np.random.default_rng(i).standard_normal((1, 3, 128, 160)).astype(np.float32) for i in range(2)]
     scales = quantize.shared_scales(quantize.scale_groups(model.graph), quantize.calibrate(model, images, "minmax", 2))
