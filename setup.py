@@ -53,11 +53,11 @@ class BuildExtension(build_ext):
             reason = "ODTK_CUDA=0" if wanted == "0" else "no nvcc in CUDACXX, CUDA_HOME, PATH or /usr/local/cuda"
             say(f"odtk._C was left out ({reason}). Everything runs without it, in PyTorch.")
         say("To get the CUDA kernels: install the CUDA toolkit (nvcc) and a C++17 compiler, then install odtk again.")
-        for stale in [*self.package().glob("_C*.so"), *self.package().glob("libodtk_plugins*.so")]:
+        for stale in [*self.destination().glob("_C*.so"), *self.destination().glob("libodtk_plugins*.so")]:
             stale.unlink()  # of an earlier build in this folder, which a wheel would take up
         self.extensions: list[Extension] = []
 
-    def package(self) -> Path:
+    def destination(self) -> Path:
         """Where the libraries go: the package's folder in the build, or in the source tree with --inplace."""
         return Path(self.get_ext_fullpath("odtk._C")).resolve().parent
 
@@ -66,10 +66,11 @@ class BuildExtension(build_ext):
 
         build = ROOT / "build" / f"csrc-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
+        # Afresh: pip's build environment, and with it the ninja that an earlier cache names, is another at each build.
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         subprocess.run(
             [
-                "cmake", "-S", str(ROOT / "csrc"), "-B", str(build), *generator,
+                "cmake", "--fresh", "-S", str(ROOT / "csrc"), "-B", str(build), *generator,
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DCMAKE_CUDA_COMPILER={nvcc}",
                 f"-DODTK_CUDA_ARCH={os.environ.get('ODTK_CUDA_ARCH', '')}",
@@ -79,7 +80,7 @@ class BuildExtension(build_ext):
             check=True,
         )  # fmt: skip
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--prefix", str(self.package())], check=True)
+        subprocess.run(["cmake", "--install", str(build), "--prefix", str(self.destination())], check=True)
         for line in (build / "built.txt").read_text().splitlines():
             say(line)
 
