@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .config import IMAGENET_MEAN, IMAGENET_STD, OdtkError, PostprocessConfig
 from .data.dataset import Category
 from .export import ENGINES, Metadata, need_engine
 from .postprocess import Detections, postprocess
+from .quantize import open_session
 
 
 class Backend:
@@ -93,16 +95,13 @@ class OnnxBackend(Backend):
     def __init__(self, path: str, *, device: str) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.startswith("cuda"):
             if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
                 raise OdtkError("This onnxruntime has no CUDA: install onnxruntime-gpu in its place, or --devices cpu.")
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": torch.device(device).index or 0}))
         try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=providers)
+            self.session = open_session(path, providers)
         except Exception as error:  # onnxruntime's own classes share no base but this
             raise OdtkError(f"{path} is not a model that ONNX Runtime can run ({first_line(error)}).") from error
         text = self.session.get_modelmeta().custom_metadata_map.get("odtk")
@@ -163,8 +162,15 @@ class EngineBackend(Backend):
         return Detections(found.scores[:given], found.boxes[:given], found.classes[:given].long())
 
 
-def open_backend(path: str, *, device: str, precision: str, postprocess: PostprocessConfig | None) -> Backend:
-    """The backend for a file, by its suffix; prints (once over all processes) the thresholds that it has baked in.
+def open_backend(
+    path: str,
+    *,
+    device: str,
+    precision: str,
+    postprocess: PostprocessConfig | None,
+    say: Callable[[str], None] = print,
+) -> Backend:
+    """The backend for a file, by its suffix; says (once over all processes) which thresholds it has baked in.
 
     Args:
         device: cpu, cuda:0 …
@@ -189,8 +195,8 @@ def open_backend(path: str, *, device: str, precision: str, postprocess: Postpro
     check_thresholds(path, baked=backend.postprocess, asked=postprocess)
     if not dist.is_initialized() or dist.get_rank() == 0:
         own = backend.postprocess
-        print(f"{path} has baked in: score above {own.score_threshold:g}, NMS at IoU {own.nms_threshold:g}, "
-              f"at most {own.detections} detections.")  # fmt: skip
+        say(f"{path} has baked in: score above {own.score_threshold:g}, NMS at IoU {own.nms_threshold:g}, "
+            f"at most {own.detections} detections.")  # fmt: skip
     return backend
 
 
