@@ -109,6 +109,7 @@ def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: 
     """
     device = "cuda:0" if config.output.endswith(ENGINES) else "cpu"
     bench = Bench(config, annotations, images, device)
+    config = dataclasses.replace(config, size=bench.size)  # rounded up
     with tempfile.TemporaryDirectory() as folder:
         runs = [bench.run(config.path, "PyTorch fp32")]
         for precision in PRECISIONS[: PRECISIONS.index(config.precision)]:
@@ -138,13 +139,17 @@ class Bench:
         written = open_backend(config.output, device=device, precision="fp32", postprocess=None)
         wanted = LoaderConfig(images=images, annotations=annotations, batch=1, device=device)
         self.data = loader_config(wanted, written)
+        assert self.data.size is not None  # of an exported file
+        self.size = self.data.size
         self.dataset = Dataset.load(annotations, images, rotated=written.rotated)
         self.categories = resolve_categories(written, self.dataset.categories)
         self.thresholds = written.postprocess
 
     def run(self, path: str, name: str = "") -> Run:
         """One model on the whole set."""
-        backend = open_backend(path, device=self.device, precision="fp32", postprocess=self.thresholds)
+        backend = open_backend(
+            path, device=self.device, precision="fp32", postprocess=self.thresholds, say=lambda line: None
+        )
         timed = Timed(backend)
         name = name or f"{'TensorRT' if path.endswith(ENGINES) else 'ONNX'} {backend.precision}"
         print(f"Running {name} on {len(self.dataset.images)} images", flush=True)
@@ -175,10 +180,9 @@ class Timed:
 
 def measure_sensitivity(config: ExportConfig, bench: Bench) -> dict[str, float]:
     """Decibels per layer, the worst first (quantize.sensitivity), on a few images; also put into the table."""
-    assert bench.data.size is not None
     table = quantize.load_table(quantize.table_path(config))
     if not table.sensitivity:
-        model = trace(build(load(config.path)).fold(), bench.data.size)
+        model = trace(build(load(config.path)).fold(), bench.size)
         print(f"Quantising each of {len(quantize.layers(model))} layers alone, to see what it costs", flush=True)
         found = quantize.sensitivity(model, table, bench.images(SENSITIVITY_IMAGES))
         table = dataclasses.replace(table, sensitivity=found)
