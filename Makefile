@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/odtk synth $(DEMO)/data
 	$(BIN)/odtk train $(DEMO)/model.pth --override --annotations $(DEMO)/data/train.json --images $(DEMO)/data/train \
 	  --backbone ResNet18FPN --backbone-weights none --resize 192 --max-size 256 --jitter 192 192 --augment-crop 0 \
-	  --batch 8 --iters 240 --milestones 200 --warmup 50 --lr 0.02
+	  --batch 8 --iters 280 --milestones 230 --warmup 50 --lr 0.02
 	$(BIN)/odtk export $(DEMO)/model.pth $(DEMO)/model.onnx --size 192 256
 	$(BIN)/odtk infer $(DEMO)/model.onnx --images $(DEMO)/data/val --annotations $(DEMO)/data/val.json \
 	  --output $(DEMO)/detections.json --score-threshold 0.05 --draw $(DEMO)/pictures

@@ -41,6 +41,7 @@ class RetinaNetHead(nn.Module):
                 if isinstance(layer, nn.Conv2d):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         initialize_prior(self.cls_head)
+        nn.init.normal_(self.box_head[-1].weight, std=0.001)  # type: ignore[arg-type]  # boxes start at their anchors
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return [self.cls_head(x) for x in features], [self.box_head(x) for x in features]
