@@ -37,7 +37,7 @@ class RetinaNetHead(nn.Module):
         """
         for layers in (self.cls_head, self.box_head):
             initialize_tower(layers)
-            for layer in layers[:-1]:
+            for layer in list(layers.children())[:-1]:
                 if isinstance(layer, nn.Conv2d):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         initialize_prior(self.cls_head)
