@@ -51,7 +51,7 @@ def to_fp16(model: ModelProto) -> None:
     Two regions stay float32. Sampling positions (GridSample of deformable convolutions, and the arithmetic they come
     from): eleven bits do not hold a position in a map. INT8's islands, from DequantizeLinear over a convolution and its
     ReLU to QuantizeLinear: a fused INT8 kernel works so anyhow, no float leaves it, and ONNX Runtime 1.31 rewrites
-    float16 Q/DQ nodes into wrong ones (its QDQPropagation; 4 points of AP on BCCD).
+    float16 Q/DQ nodes into wrong ones (its WeightBiasQuantization; 4 points of AP on BCCD).
     onnxruntime's own converter (transformers.float16) silently clips constants and knows no such regions.
 
     Raises:

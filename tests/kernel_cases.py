@@ -1,6 +1,7 @@
 """Heads with planted difficulties for the kernels, and the comparison with the torch reference.
 
-tests/test_kernels_host.py runs them through the emulation of csrc/cuda on the CPU, tests/gpu/test_gpu_kernels.py on a GPU.
+tests/test_kernels_host.py runs them through the emulation of csrc/cuda on the CPU, tests/gpu/test_gpu_kernels.py on a
+GPU.
 """
 from __future__ import annotations
 
