@@ -24,7 +24,7 @@ def make(folder: Path, config: ModelConfig) -> tuple[str, str]:
     detector = Detector(config)
     detector.initialize()
     for parameter in detector.head.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
+        parameter.data = 0.0224 * torch.randn_like(parameter)
     detector.head.cls_head[-1].bias.data.fill_(0.0)  # type: ignore[union-attr, index]
     pth, path = str(folder / "model.pth"), str(folder / "model.onnx")
     categories = (Category(3, "cat"), Category(7, "dog"))
@@ -75,7 +75,8 @@ def test_backends_describe_themselves(paths: tuple[str, str]) -> None:
 
 
 def test_bf16_is_close(paths: tuple[str, str]) -> None:
-    expected, found = (open_cpu(paths[0], LIMITS, p)(images()).scores for p in ("fp32", "bf16"))
+    limits = dataclasses.replace(LIMITS, nms_threshold=1.0)  # one suppressed box more or less would shift all rows
+    expected, found = (open_cpu(paths[0], limits, p)(images()).scores for p in ("fp32", "bf16"))
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
     assert not torch.equal(found, expected)
 

@@ -32,7 +32,7 @@ def detector_of(config: ModelConfig) -> Detector:
     detector = Detector(config)
     detector.initialize()
     for parameter in detector.head.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
+        parameter.data = 0.0224 * torch.randn_like(parameter)
     detector.head.cls_head[-1].bias.data.fill_(-1.0)  # type: ignore[union-attr, index]
     return detector
 

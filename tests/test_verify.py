@@ -32,7 +32,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportConfig, str, st
     detector = Detector(CONFIG)
     detector.initialize()
     for parameter in detector.head.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
+        parameter.data = 0.0224 * torch.randn_like(parameter)
     detector.head.cls_head[-1].bias.data.fill_(0.0)  # type: ignore[union-attr, index]
     path = str(folder / "model.pth")
     checkpoint.save(path, checkpoint.Checkpoint(CONFIG, CATEGORIES, detector.state_dict()))

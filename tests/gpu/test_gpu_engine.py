@@ -29,7 +29,7 @@ def checkpoint_of(config: ModelConfig, folder: Path) -> str:
     detector = Detector(config)
     detector.initialize()
     for parameter in detector.head.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
+        parameter.data = 0.0224 * torch.randn_like(parameter)
     detector.head.cls_head[-1].bias.data.fill_(-1.0)  # type: ignore[union-attr, index]
     path = str(folder / "model.pth")
     categories = tuple(Category(c, f"thing {c}") for c in range(config.classes))

@@ -34,7 +34,7 @@ def config_of(folder: Path, model: ModelConfig, precision: str) -> ExportConfig:
     detector = Detector(model)
     detector.initialize()
     for parameter in detector.head.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
+        parameter.data = 0.0224 * torch.randn_like(parameter)
     detector.head.cls_head[-1].bias.data.fill_(-0.5)  # type: ignore[union-attr, index]
     path = str(folder / "model.pth")
     checkpoint.save(path, checkpoint.Checkpoint(model, (Category(3, "cat"), Category(7, "dog")), detector.state_dict()))
