@@ -62,7 +62,7 @@ def compare(title: str, commands: dict[str, list[str]], *, rounds: int, report: 
     }
     for name, child in children.items():
         assert child.stdout is not None
-        if child.stdout.readline().strip() != "ready":
+        if not any(line.strip() == "ready" for line in child.stdout):  # what the preparation prints comes before
             raise SystemExit(f"{title}: the variant '{name}' did not start; its message stands above.")
     answers: dict[str, list[dict]] = {name: [] for name in children}
     for _ in range(rounds):
