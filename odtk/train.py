@@ -44,6 +44,7 @@ from .data.loader import create_loader
 from .evaluate import STATS, Metrics, evaluate
 from .infer import check_folder, detect
 from .loss import detection_loss
+from .model.backbones import TORCHVISION_URLS
 from .model.detector import Detector, load_matching
 from .postprocess import Detections, postprocess
 
@@ -55,18 +56,6 @@ PATIENCE = timedelta(hours=6)  # that ranks wait for rank 0 to evaluate or to wr
 MAY_CHANGE = {"freeze_at", "norm_eval", "grad_checkpoint", "zero_init"}  # model settings that a resumed run may change
 
 SCHEDULE = ("lr", "iters", "schedule", "warmup", "milestones", "gamma")  # what the learning rate depends on
-
-WEIGHTS_URL = "https://download.pytorch.org/models/"
-WEIGHTS = {  # torchvision's ImageNet weights, by trunk
-    "ResNet18": "resnet18-f37072fd.pth",
-    "ResNet34": "resnet34-b627a593.pth",
-    "ResNet50": "resnet50-0676ba61.pth",
-    "ResNet101": "resnet101-63fe2227.pth",
-    "ResNet152": "resnet152-394f9c45.pth",
-    "ResNeXt50_32x4d": "resnext50_32x4d-7cdf4587.pth",
-    "ResNeXt101_32x8d": "resnext101_32x8d-8ba56ff5.pth",
-    "MobileNetV2": "mobilenet_v2-b0353104.pth",
-}
 
 
 def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
@@ -396,7 +385,8 @@ def initialize(detector: Detector, config: TrainConfig) -> None:
             weights = imagenet_weights(name) if path is None else backbone_weights(path)
             taken, left = load_matching(trunk, weights)
             if not taken:
-                raise OdtkError(f"{path or WEIGHTS_URL} has no tensor of {name}: give its own with --backbone-weights.")
+                source = path or "The file of torchvision"
+                raise OdtkError(f"{source} has no tensor of {name}: give its own with --backbone-weights.")
             print_taken(path or f"ImageNet, for {name}", taken, left)
 
 
@@ -418,9 +408,9 @@ def imagenet_weights(backbone: str) -> dict[str, Tensor]:
     """torchvision's weights of a trunk, by URL (kept in torch's cache)."""
     trunk = re.sub("(FPN|C4)$", "", backbone)
     ways_out = "pass --backbone-weights PATH (a file of torchvision's), or none to train from scratch"
-    if trunk not in WEIGHTS:
+    if trunk not in TORCHVISION_URLS:
         raise OdtkError(f"No pretrained weights are published for {backbone}: {ways_out}.")
-    url = WEIGHTS_URL + WEIGHTS[trunk]
+    url = TORCHVISION_URLS[trunk]
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
     try:
