@@ -200,12 +200,13 @@ def watch(children: list[Any]) -> None:
     """Returns when every child has ended, or GRACE seconds after the first that failed."""
     deadline: float | None = None
     while alive := [child for child in children if child.is_alive()]:
+        # Asked before every wait: a child's sentinel may be ready a moment before its exit code is.
+        if deadline is None and any(child.exitcode not in (None, 0) for child in children):
+            deadline = time.monotonic() + GRACE
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             return
         connection.wait([child.sentinel for child in alive], timeout=left)
-        if deadline is None and any(child.exitcode not in (None, 0) for child in children):
-            deadline = time.monotonic() + GRACE
 
 
 def end(children: list[Any]) -> list[Any]:

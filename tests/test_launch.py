@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,34 @@ def test_a_rank_that_dies_ends_the_run(job, message: str, capfd: pytest.CaptureF
     assert time.monotonic() - start < 60
     said = capfd.readouterr().err
     assert ("ZeroDivisionError: by nothing" in said) == (job is crash)  # a traceback only where the fault is ours
+
+
+class Child:
+    """What watch sees of a process: the sentinel, and the exit code, which the system may tell later."""
+
+    def __init__(self, *codes: int | None) -> None:
+        self.codes = list(codes)
+        self.sentinel, self.end = os.pipe()
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.codes.pop(0) if len(self.codes) > 1 else self.codes[0]
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+
+def test_an_exit_code_that_comes_after_the_sentinel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the run would wait for the other ranks for as long as they hang."""
+    monkeypatch.setattr(launch, "GRACE", 0.1)
+    deaf = Child(None)
+    for late in range(4):  # looks at the exit code that are in vain
+        failed = Child(*[None] * late, 1)
+        os.close(failed.end)
+        watcher = threading.Thread(target=launch.watch, args=([deaf, failed],), daemon=True)
+        watcher.start()
+        watcher.join(30)
+        assert not watcher.is_alive(), f"watch hangs when the exit code comes {late} looks late"
 
 
 PARENT = """
