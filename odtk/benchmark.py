@@ -22,8 +22,9 @@ from .backends import Backend, open_backend
 from .config import BenchmarkConfig, OdtkError
 from .data.dataset import Dataset
 from .data.loader import create_loader
+from .data.sampler import round_up
 from .export import need_engine
-from .infer import gather, loader_config, round_up, silent, write_json
+from .infer import gather, loader_config, silent, write_json
 
 SIZE = (800, 1280)  # H, W of a model that takes any size
 PERCENTILES = (50, 90, 99)

@@ -30,6 +30,7 @@ from onnx.reference import ReferenceEvaluator
 from . import __version__, quantize
 from .checkpoint import Checkpoint, build, fingerprint, load, replacing
 from .config import IMAGENET_MEAN, IMAGENET_STD, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
+from .data.sampler import round_up
 from .model.detector import Detector
 from .ops import to_logit
 
@@ -133,7 +134,11 @@ def export(config: ExportConfig) -> Report:
         need_engine()
     checkpoint = load(config.path)
     detector = build(checkpoint).fold()
-    config = dataclasses.replace(config, size=round_up(config.size, detector.stride))
+    height, width = round_up(config.size, detector.stride)
+    if (height, width) != tuple(config.size):
+        asked = f"{config.size[0]} {config.size[1]}"
+        print(f"--size {asked} becomes {height} {width}: sides are multiples of {detector.stride}.")
+    config = dataclasses.replace(config, size=(height, width))
     graph, table = body(detector, checkpoint, config)
     ending = "plugins" if suffix in ENGINES else "candidates" if checkpoint.model.rotated else "detections"
     metadata = describe(detector, checkpoint, config, ending)
@@ -142,18 +147,9 @@ def export(config: ExportConfig) -> Report:
     with replacing(config.output) as file:
         file.write(content)
     fp16_layers = table.fp16_layers if table else ()
-    height, width = config.size
     print(f"Wrote {config.output}: {config.precision}, {height}×{width}, {len(content) / 2**20:.1f} MiB.")
     return Report(config.output, len(content), config.precision, quantize.table_path(config) if table else None,
                   fp16_layers)  # fmt: skip
-
-
-def round_up(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """The size (H, W), each side at least as large and a multiple of the stride; says so if it differs."""
-    height, width = (-(-side // stride) * stride for side in size)
-    if (height, width) != tuple(size):
-        print(f"--size {size[0]} {size[1]} becomes {height} {width}: sides are multiples of {stride}.")
-    return height, width
 
 
 def body(detector: Detector, checkpoint: Checkpoint, config: ExportConfig) -> tuple[ModelProto, quantize.Table | None]:

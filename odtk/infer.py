@@ -20,6 +20,7 @@ from .checkpoint import first_os_error, replacing
 from .config import InferConfig, LoaderConfig, OdtkError
 from .data.dataset import Category, Dataset
 from .data.loader import Batch, create_loader
+from .data.sampler import round_up
 from .postprocess import Detections
 
 if TYPE_CHECKING:
@@ -99,11 +100,6 @@ def loader_config(data: LoaderConfig, backend: Backend, say: Callable[[str], Non
         rotated=backend.rotated,
         batch=min(data.batch, backend.max_batch or data.batch),
     )
-
-
-def round_up(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """The size (H, W), each side at least as large and a multiple of the stride."""
-    return -(-size[0] // stride) * stride, -(-size[1] // stride) * stride
 
 
 def size_line(data: LoaderConfig) -> str:

@@ -23,8 +23,8 @@ from .config import LoaderConfig, LossConfig, OdtkError
 from .data.dataset import Dataset, Image, load_json
 from .data.images import ImageError, decode
 from .data.loader import Batch, create_loader
+from .data.sampler import round_up
 from .evaluate import STATS, read_detections
-from .infer import round_up
 from .loss import assign, place_anchors
 from .model.detector import Detector
 from .ops import rotated_iou

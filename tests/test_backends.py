@@ -7,12 +7,12 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from random_models import detector_of, save
 from torch import Tensor
 
-from odtk import backends, checkpoint, export
+from odtk import backends, export
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.data.dataset import Category
-from odtk.model.detector import Detector
 
 CONFIG = ModelConfig(backbones=("ResNet18C4",), classes=2)
 LIMITS = PostprocessConfig(score_threshold=0.3, detections=20)
@@ -20,15 +20,8 @@ LIMITS = PostprocessConfig(score_threshold=0.3, detections=20)
 
 def make(folder: Path, config: ModelConfig) -> tuple[str, str]:
     """Paths of a checkpoint and its fp32 export at 32×48."""
-    torch.manual_seed(0)
-    detector = Detector(config)
-    detector.initialize()
-    for parameter in detector.head.parameters():
-        parameter.data = 0.0224 * torch.randn_like(parameter)
-    detector.head.cls_head[-1].bias.data.fill_(0.0)  # type: ignore[union-attr, index]
-    pth, path = str(folder / "model.pth"), str(folder / "model.onnx")
-    categories = (Category(3, "cat"), Category(7, "dog"))
-    checkpoint.save(pth, checkpoint.Checkpoint(config, categories, detector.state_dict()))
+    path = str(folder / "model.onnx")
+    pth = save(detector_of(config, bias=0.0), folder, (Category(3, "cat"), Category(7, "dog")))
     export.export(ExportConfig(path=pth, output=path, size=(32, 48), precision="fp32", postprocess=LIMITS))
     return pth, path
 

@@ -12,11 +12,11 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from random_models import detector_of, save
 from torch import Tensor
 
 from odtk import checkpoint, export, ops
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
-from odtk.data.dataset import Category
 from odtk.model.detector import Detector
 from odtk.postprocess import postprocess
 from odtk.quantize import to_fp16
@@ -24,24 +24,6 @@ from odtk.quantize import to_fp16
 SMALL = ModelConfig(backbones=("ResNet18FPN",), classes=3)
 C4 = ModelConfig(backbones=("ResNet18C4",), classes=2)
 SIZE = (96, 64)
-
-
-def detector_of(config: ModelConfig) -> Detector:
-    """Random weights that give many scores above the threshold, and different ones."""
-    torch.manual_seed(0)
-    detector = Detector(config)
-    detector.initialize()
-    for parameter in detector.head.parameters():
-        parameter.data = 0.0224 * torch.randn_like(parameter)
-    detector.head.cls_head[-1].bias.data.fill_(-1.0)  # type: ignore[union-attr, index]
-    return detector
-
-
-def save(detector: Detector, folder: Path) -> str:
-    path = folder / "model.pth"
-    categories = tuple(Category(10 * c, f"thing {c}") for c in range(detector.config.classes))
-    checkpoint.save(path, checkpoint.Checkpoint(detector.config, categories, detector.state_dict()))
-    return str(path)
 
 
 def images_of(batch: int, size: tuple[int, int] = SIZE) -> Tensor:

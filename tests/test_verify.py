@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_models import detector_of, save
 
 from odtk import checkpoint, export, quantize, verify
 from odtk.backends import open_backend
@@ -28,14 +29,7 @@ LIMITS = PostprocessConfig(score_threshold=0.3, detections=10)
 def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportConfig, str, str]:
     """An INT8 export of random weights, and ten images annotated with what PyTorch finds in them."""
     folder = tmp_path_factory.mktemp("job")
-    torch.manual_seed(0)
-    detector = Detector(CONFIG)
-    detector.initialize()
-    for parameter in detector.head.parameters():
-        parameter.data = 0.0224 * torch.randn_like(parameter)
-    detector.head.cls_head[-1].bias.data.fill_(0.0)  # type: ignore[union-attr, index]
-    path = str(folder / "model.pth")
-    checkpoint.save(path, checkpoint.Checkpoint(CONFIG, CATEGORIES, detector.state_dict()))
+    path = save(detector_of(CONFIG, bias=0.0), folder, CATEGORIES)
     images = folder / "images"
     images.mkdir()
     generator = np.random.default_rng(0)

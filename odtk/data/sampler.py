@@ -103,9 +103,8 @@ class Sampler:
             samples = [self._plain(self.dataset.images[index]) for index in indices]
         if config.size is not None and not config.training:
             return BatchPlan(samples, *config.size)
-        width = _round_up(max(sample.canvas[0] for sample in samples), config.stride)
-        height = _round_up(max(sample.canvas[1] for sample in samples), config.stride)
-        return BatchPlan(samples, height, width)
+        widths, heights = zip(*(sample.canvas for sample in samples), strict=True)
+        return BatchPlan(samples, *round_up((max(heights), max(widths)), config.stride))
 
     def _generator(self, *words: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *words])
@@ -188,8 +187,9 @@ def _check(dataset: Dataset, config: LoaderConfig) -> None:
         raise OdtkError(f"--jitter {config.jitter[0]} {config.jitter[1]}: the first must not exceed the second.")
 
 
-def _round_up(value: int, stride: int) -> int:
-    return math.ceil(value / stride) * stride
+def round_up(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """The size, px, with each side at least as large and a multiple of the stride."""
+    return -(-size[0] // stride) * stride, -(-size[1] // stride) * stride
 
 
 def _shorter_side(width: int, height: int, target: int, cap: int) -> float:

@@ -2,16 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from random_models import detector_of, save
 from torch import Tensor
 
-from odtk import backends, checkpoint, export
+from odtk import backends, export
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError
-from odtk.data.dataset import Category
-from odtk.model.detector import Detector
 from odtk.postprocess import Detections
 
 SIZE = (192, 256)
@@ -21,20 +19,6 @@ MODELS = {
     "rotated": ModelConfig(backbones=("ResNet18FPN",), classes=3, angles=ROTATED_ANGLES),
     "fcos": ModelConfig(backbones=("ResNet18FPN",), classes=3, head="fcos"),
 }
-
-
-def checkpoint_of(config: ModelConfig, folder: Path) -> str:
-    """Random weights that give many scores above the threshold, and different ones."""
-    torch.manual_seed(0)
-    detector = Detector(config)
-    detector.initialize()
-    for parameter in detector.head.parameters():
-        parameter.data = 0.0224 * torch.randn_like(parameter)
-    detector.head.cls_head[-1].bias.data.fill_(-1.0)  # type: ignore[union-attr, index]
-    path = str(folder / "model.pth")
-    categories = tuple(Category(c, f"thing {c}") for c in range(config.classes))
-    checkpoint.save(path, checkpoint.Checkpoint(config, categories, detector.state_dict()))
-    return path
 
 
 def images_of(batch: int) -> Tensor:
@@ -73,7 +57,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
     def open_both(model: str, precision: str) -> tuple[backends.Backend, backends.Backend]:
         if (model, precision) not in made:
             folder = tmp_path_factory.mktemp(f"{model}_{precision}")
-            source, plan = checkpoint_of(MODELS[model], folder), str(folder / "model.plan")
+            source, plan = save(detector_of(MODELS[model]), folder), str(folder / "model.plan")
             export.export(ExportConfig(path=source, output=plan, size=SIZE, batch=BATCH, precision=precision,
                                        workspace=1 << 30, timing_cache=str(folder / "timing.cache")))  # fmt: skip
             made[model, precision] = (

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_models import detector_of, save
 
-from odtk import checkpoint, export
+from odtk import export
 from odtk.backends import open_backend
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.data.dataset import Category
-from odtk.model.detector import Detector
 
 MODEL = ModelConfig(backbones=("ResNet18FPN",), classes=2)
 LIMITS = PostprocessConfig(score_threshold=0.3)
@@ -30,14 +30,7 @@ def tensorrt(kernels) -> None:
 
 def config_of(folder: Path, model: ModelConfig, precision: str) -> ExportConfig:
     """An export of random weights with many detections, and images to calibrate on."""
-    torch.manual_seed(0)
-    detector = Detector(model)
-    detector.initialize()
-    for parameter in detector.head.parameters():
-        parameter.data = 0.0224 * torch.randn_like(parameter)
-    detector.head.cls_head[-1].bias.data.fill_(-0.5)  # type: ignore[union-attr, index]
-    path = str(folder / "model.pth")
-    checkpoint.save(path, checkpoint.Checkpoint(model, (Category(3, "cat"), Category(7, "dog")), detector.state_dict()))
+    path = save(detector_of(model, bias=-0.5), folder, (Category(3, "cat"), Category(7, "dog")))
     images = folder / "images"
     images.mkdir()
     for i in range(8):

@@ -1,0 +1,31 @@
+"""Detectors with random weights, and their checkpoints, for tests of everything that comes after training."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from odtk import checkpoint
+from odtk.config import ModelConfig
+from odtk.data.dataset import Category
+from odtk.model.detector import Detector
+
+
+def detector_of(config: ModelConfig, bias: float = -1.0) -> Detector:
+    """Random weights that give many scores above the threshold, and different ones; more with a greater bias."""
+    torch.manual_seed(0)
+    detector = Detector(config)
+    detector.initialize()
+    for parameter in detector.head.parameters():
+        parameter.data = 0.0224 * torch.randn_like(parameter)
+    detector.head.cls_head[-1].bias.data.fill_(bias)  # type: ignore[union-attr, index]
+    return detector
+
+
+def save(detector: Detector, folder: Path, categories: Sequence[Category] = ()) -> str:
+    """Writes folder/model.pth and returns its path; without categories they are 0 "thing 0", 10 "thing 1" …"""
+    path = str(folder / "model.pth")
+    named = tuple(categories) or tuple(Category(10 * c, f"thing {c}") for c in range(detector.config.classes))
+    checkpoint.save(path, checkpoint.Checkpoint(detector.config, named, detector.state_dict()))
+    return path
