@@ -178,13 +178,16 @@ def rotated_iou(a: Tensor, b: Tensor) -> Tensor:
     return paired_rotated_iou(a[..., :, None, :], b[..., None, :, :])
 
 
-def normalize_angle(boxes: Tensor, *, absolute: bool = False) -> Tensor:
-    """The same rotated boxes [..., 5] with theta in [−π/4, π/4), or with ``absolute`` in [−π, π).
+def normalize_angle(boxes: Tensor, *, around: Tensor | float = 0.0, absolute: bool = False) -> Tensor:
+    """The same rotated boxes [..., 5] with theta in [−π/4, π/4) + around, or with ``absolute`` in [−π, π) + around.
 
     Without ``absolute`` a box has no front: quarter turns are undone by swapping width and height about the centre.
+
+    Args:
+        around: radians; a tensor broadcasts against [..., 1].
     """
     period = 2 * math.pi if absolute else math.pi / 2
-    turns = torch.floor((boxes[..., 4:5] + period / 2) / period)
+    turns = torch.floor((boxes[..., 4:5] - around + period / 2) / period)
     angle = boxes[..., 4:5] - turns * period
     if absolute:
         return torch.cat([boxes[..., :4], angle], -1)

@@ -363,7 +363,11 @@ def train_config(args: argparse.Namespace, world: int) -> TrainConfig:
         ),
         data=data,
         val_data=val_data if args.val_annotations else None,
-        loss=LossConfig(background_iou=args.anchor_ious[0], foreground_iou=args.anchor_ious[1]),
+        loss=LossConfig(
+            background_iou=args.anchor_ious[0],
+            foreground_iou=args.anchor_ious[1],
+            absolute_angle=args.absolute_angle,
+        ),
         iters=args.iters,
         milestones=tuple(args.milestones),
         schedule=args.schedule,

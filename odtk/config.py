@@ -78,13 +78,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Focal loss (https://arxiv.org/abs/1708.02002 eq. 5), smooth L1, and the IoU bounds of anchor matching."""
+    """Focal loss (https://arxiv.org/abs/1708.02002 eq. 5), smooth L1, and the IoU bounds of anchor matching.
+
+    absolute_angle: a rotated box has a front, and its angle is regressed as it is. Otherwise quarter turns with swapped
+    sides are the same box, and each anchor regresses the form that lies nearest to its own angle.
+    """
 
     alpha: float = 0.25
     gamma: float = 2.0
     beta: float = 0.11
     background_iou: float = 0.4  # below: background
     foreground_iou: float = 0.5  # at or above: foreground; between the two an anchor is ignored
+    absolute_angle: bool = False
     fcos_box_loss: str = "giou"  # or "iou"
 
 

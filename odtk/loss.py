@@ -121,7 +121,12 @@ def _retinanet_loss(
         foreground_iou=loss.foreground_iou,
     )
     matched = _take(target_boxes, index)  # [N, P, 4 or 5]
-    targets = geometry.encode_rotated(matched, anchors) if model.rotated else geometry.encode(matched, anchors)
+    if model.rotated:
+        if not loss.absolute_angle:  # a box at ±45° would else be regressed in two forms, and their mean is neither
+            matched = geometry.normalize_angle(matched, around=anchors[:, 4:])
+        targets = geometry.encode_rotated(matched, anchors)
+    else:
+        targets = geometry.encode(matched, anchors)
     targets = torch.where((labels >= 0)[..., None], targets, 0)  # elsewhere the logarithm may be infinite
 
     class_sum = box_sum = torch.zeros((), device=labels.device)

@@ -146,6 +146,10 @@ def test_normalised_angles_mean_the_same_shape(theta: float) -> None:
     assert -math.pi <= wrapped[0, 4] < math.pi
     assert geometry.rotated_iou(box, folded).item() == pytest.approx(1)
     assert torch.allclose(geometry.corners(wrapped), geometry.corners(box))  # the front stays the front
+    anchor = torch.tensor([[0.5], [-2.0]], dtype=torch.float64)
+    near = geometry.normalize_angle(box.expand(2, 5), around=anchor)
+    assert ((near[:, 4:] - anchor).abs() <= math.pi / 4).all()
+    assert geometry.paired_rotated_iou(box, near).tolist() == pytest.approx([1, 1])
 
 
 # --- rotated IoU against an independent polygon library
