@@ -92,14 +92,15 @@ class TorchBackend(Backend):
 class OnnxBackend(Backend):
     """An exported file through ONNX Runtime, on the CPU or by its CUDA provider; images and results pass the host."""
 
-    def __init__(self, path: str, *, device: str) -> None:
+    def __init__(self, path: str, *, device: str, say: Callable[[str], None] = print) -> None:
         import onnxruntime
 
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.startswith("cuda"):
             if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-                raise OdtkError("This onnxruntime has no CUDA: install onnxruntime-gpu in its place, or --devices cpu.")
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": torch.device(device).index or 0}))
+                say("This onnxruntime knows no CUDA and runs on the CPU: onnxruntime-gpu in its place uses the GPU.")
+            else:
+                providers.insert(0, ("CUDAExecutionProvider", {"device_id": torch.device(device).index or 0}))
         try:
             self.session = open_session(path, providers)
         except Exception as error:  # onnxruntime's own classes share no base but this
@@ -181,22 +182,23 @@ def open_backend(
         OdtkError: no such file, not a file of odtk, a wish that contradicts what is baked in, no GPU for an engine.
     """
     suffix = os.path.splitext(path)[1]
+    if dist.is_initialized() and dist.get_rank():
+        say = silent
     if not os.path.isfile(path):
         raise OdtkError(f"There is no model {path}.")
     if suffix == ".pth":
         thresholds = postprocess or PostprocessConfig()
         return TorchBackend(path, device=device, precision=precision, thresholds=thresholds)
     if suffix == ".onnx":
-        backend: Backend = OnnxBackend(path, device=device)
+        backend: Backend = OnnxBackend(path, device=device, say=say)
     elif suffix in ENGINES:
         backend = EngineBackend(path, device=device)
     else:
         raise OdtkError(f"{path} must end in .pth, .onnx, .plan or .engine.")
     check_thresholds(path, baked=backend.postprocess, asked=postprocess)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        own = backend.postprocess
-        say(f"{path} has baked in: score above {own.score_threshold:g}, NMS at IoU {own.nms_threshold:g}, "
-            f"at most {own.detections} detections.")  # fmt: skip
+    own = backend.postprocess
+    say(f"{path} has baked in: score above {own.score_threshold:g}, NMS at IoU {own.nms_threshold:g}, "
+        f"at most {own.detections} detections.")  # fmt: skip
     return backend
 
 
@@ -213,6 +215,10 @@ def check_thresholds(path: str, *, baked: PostprocessConfig, asked: PostprocessC
         if wish != own and wish != field.default:
             flag = "--" + field.name.replace("_", "-")
             raise OdtkError(f"{flag} {wish:g} contradicts the {own:g} baked into {path}: leave it out.")
+
+
+def silent(*_: object) -> None:
+    """What ranks other than 0 say."""
 
 
 def first_line(error: BaseException) -> str:

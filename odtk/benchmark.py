@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from . import __version__, ops
-from .backends import Backend, open_backend
+from .backends import Backend, open_backend, silent
 from .config import BenchmarkConfig, OdtkError
 from .data.dataset import Dataset
 from .data.loader import create_loader
 from .data.sampler import round_up
 from .export import need_engine
-from .infer import gather, loader_config, silent, write_json
+from .infer import gather, loader_config, write_json
 
 SIZE = (800, 1280)  # H, W of a model that takes any size
 PERCENTILES = (50, 90, 99)
@@ -48,9 +48,9 @@ def benchmark(config: BenchmarkConfig, rank: int = 0, world: int = 1) -> dict[st
     data = loader_config(config.data, backend, print if rank == 0 else silent)
     height, width = data.size or round_up(SIZE, backend.stride)
     data = dataclasses.replace(data, size=(height, width))
+    images = torch.randn(data.batch, 3, height, width, device=device)  # starts CUDA where the backend has not
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    images = torch.randn(data.batch, 3, height, width, device=device)
     alone = measure(backend, itertools.repeat(images), config.iters, config.warmup, device)
     runs = {"model": alone}
     if data.images:

@@ -40,7 +40,7 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     Raises:
         OdtkError: for a file that cannot be read or written, or annotations of other categories than the model's.
     """
-    from .backends import open_backend  # here, as training needs detect() and no ONNX Runtime
+    from .backends import open_backend, silent  # here, as training needs detect() and no ONNX Runtime
 
     for path in config.output:
         check_folder(path)
@@ -281,10 +281,6 @@ def progress_line(total: int, world: int = 1) -> Iterator[Progress]:
             print(f"{done}/{total} images, {done / (now - start):.1f} im/s", flush=True)
 
     yield line
-
-
-def silent(*_: object) -> None:
-    """What ranks other than 0 say."""
 
 
 def check_folder(path: str) -> None:

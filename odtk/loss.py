@@ -88,7 +88,8 @@ def assign(
         labels [N, P] int64: a class index, BACKGROUND or IGNORED; and the index [N, P] of each anchor's box, in
         0…M − 1, which means something where the label is a class.
     """
-    nothing = torch.tensor([0.0, 0.0, -1.0, -1.0, 0.0], device=boxes.device)[: boxes.shape[-1]]  # overlaps no box
+    nothing = boxes.new_zeros(boxes.shape[-1])
+    nothing[2:4] = -1  # width and height 0: overlaps no box
     boxes = torch.where((labels >= 0)[..., None], boxes, nothing)
     best = []
     for some in anchors.split(max(1, CHUNK // max(1, labels.numel()))):

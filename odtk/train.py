@@ -92,6 +92,7 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
     peers.wait()  # rank 0 may have downloaded weights
     if world > 1:
         model = DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)
+        peers.share_buffers(detector)  # frozen norms are buffers, which DDP then does not copy even once
     anchors = [level.to(device) for level in detector.anchors()]
     average = None if config.ema is None else Average(detector, config.ema)
 
@@ -100,6 +101,9 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
         [p for p in detector.parameters() if p.requires_grad],
         lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        # Made here: a first step that fp16's scaler skips would leave the fused update's own one uninitialised.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     dtype = autocast_type(config.precision, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type)
@@ -115,7 +119,8 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
         state: dict[str, Any] = resumed.training  # type: ignore[assignment]
         iteration, best = state["iteration"], state["best"]
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]["growth_interval"] == scaler.get_growth_interval():  # else: resumed in another precision
+            scaler.load_state_dict(state["scaler"])
         loader.restore(state["loader"])
         torch.set_rng_state(state["rng"])
         if average is not None:
@@ -444,7 +449,7 @@ class Peers:
         self.agree(0)
 
     def share_buffers(self, detector: Detector) -> None:
-        """Rank 0's running statistics to all: each rank gathered its own."""
+        """Rank 0's buffers to all: pretrained statistics at the start, and later those that each rank gathered."""
         if self.group is not None:
             for buffer in detector.buffers():
                 dist.broadcast(buffer, 0)

@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from random_models import detector_of, save
@@ -65,6 +66,15 @@ def test_backends_describe_themselves(paths: tuple[str, str]) -> None:
     assert pth.categories == exported.categories == (Category(3, "cat"), Category(7, "dog"))
     assert not pth.rotated and not exported.rotated
     assert exported.precision == "fp32" and open_cpu(paths[0], precision="mixed").precision == "fp32"
+
+
+def test_an_onnxruntime_without_cuda_runs_on_the_cpu(paths: tuple[str, str]) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    said: list[str] = []
+    backend = backends.open_backend(paths[1], device="cuda:0", precision="mixed", postprocess=None, say=said.append)
+    assert "runs on the CPU" in said[0] and "baked in" in said[1]
+    assert torch.equal(backend(images()).scores, open_cpu(paths[1])(images()).scores)
 
 
 def test_bf16_is_close(paths: tuple[str, str]) -> None:
