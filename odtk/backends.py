@@ -127,7 +127,10 @@ class OnnxBackend(Backend):
 
 
 class EngineBackend(Backend):
-    """An engine through TensorRT, on torch's current stream; images and results stay on the GPU."""
+    """An engine through TensorRT, on a stream of its own between torch's work; images and results stay on the GPU.
+
+    Not on torch's usual stream, CUDA's default one, for which TensorRT makes the host wait at every call.
+    """
 
     def __init__(self, path: str, *, device: str) -> None:
         extension = need_engine()
@@ -142,6 +145,7 @@ class EngineBackend(Backend):
         metadata = Metadata.from_json(self.engine.metadata, path)
         self.describe(metadata)
         self.min_batch, self.max_batch = self.engine.batch
+        self.stream = torch.cuda.Stream(self.device)
         self.name = f"{os.path.basename(path)} (TensorRT {extension.tensorrt_version()})"
 
     def __call__(self, images: Tensor) -> Detections:
@@ -159,7 +163,10 @@ class EngineBackend(Backend):
         )
         values = {"images": images, "scores": found.scores, "boxes": found.boxes, "classes": found.classes}
         addresses = {name: (value.data_ptr(), tuple(value.shape)) for name, value in values.items()}
-        self.engine.infer(addresses, torch.cuda.current_stream(self.device).cuda_stream)
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        self.engine.infer(addresses, self.stream.cuda_stream)
+        current.wait_stream(self.stream)  # before it frees or reads these tensors, all of them its own
         return Detections(found.scores[:given], found.boxes[:given], found.classes[:given].long())
 
 

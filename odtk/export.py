@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from . import __version__, quantize
@@ -231,6 +231,7 @@ def trace(detector: Detector, size: tuple[int, int], opset: int = OPSET) -> Mode
     for output in model.graph.output:
         del output.metadata_props[:]
     fold_constants(model)
+    pool_by_name(model)
     rename_values(model)
     return onnx.shape_inference.infer_shapes(model)
 
@@ -265,6 +266,18 @@ def fold_constants(model: ModelProto) -> None:
         copies = [type(item).FromString(item.SerializeToString()) for item in content]
         del field[:]
         field.extend(copies)
+
+
+def pool_by_name(model: ModelProto) -> None:
+    """A mean over H and W becomes GlobalAveragePool: TensorRT 8 overlooks the axes of ReduceMean-18, and means all."""
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "ReduceMean" or len(node.input) < 2:
+            continue
+        axes = sorted(numpy_helper.to_array(values[node.input[1]]).tolist())
+        kept = helper.get_node_attr_value(node, "keepdims") if any(a.name == "keepdims" for a in node.attribute) else 1
+        if axes in ([2, 3], [-2, -1]) and kept:
+            node.CopyFrom(helper.make_node("GlobalAveragePool", [node.input[0]], list(node.output)))
 
 
 def rename_values(model: ModelProto) -> None:
@@ -558,12 +571,69 @@ def build_engine(model: ModelProto, metadata: Metadata, config: ExportConfig) ->
         logging.basicConfig()
         logger.setLevel(logging.DEBUG)
     extension.set_logger(logger.log)
-    gpu = torch.cuda.get_device_name()
-    print(f"TensorRT {extension.tensorrt_version()} times kernels on {gpu}: this takes minutes.", flush=True)
+    gpu, version = torch.cuda.get_device_name(), extension.tensorrt_version()
+    float_layers: list[str] = []
+    if int(version.partition(".")[0]) < 10:
+        spell_out_norms(model)
+        float_layers = layers_in_float(model)
+    print(f"TensorRT {version} times kernels on {gpu}: this takes minutes.", flush=True)
     try:
         return extension.engine_build(
             serialize(model), batch=config.batch, workspace=config.workspace, fp16=config.precision != "fp32",
-            int8=config.precision == "int8", timing_cache=config.timing_cache or "", metadata=metadata.to_json(),
+            int8=config.precision == "int8", float_layers=float_layers, timing_cache=config.timing_cache or "",
+            metadata=metadata.to_json(),
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise OdtkError(f"TensorRT could not build {config.output}: {error}") from error
+
+
+def spell_out_norms(model: ModelProto) -> None:
+    """GroupNorm's InstanceNormalization [N, G, L] in plain operators, in place: (x − mean) / √(variance + ε).
+
+    TensorRT 8 makes a plugin of it that needs cuDNN, and that an engine then looks for in vain where only odtk's own
+    plugins are registered. torch.onnx gives it no scale and bias: those of GroupNorm are nodes behind it.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type != "InstanceNormalization":
+            nodes.append(node)
+            continue
+        x, scale, bias = node.input
+        assert (numpy_helper.to_array(constants[scale]) == 1).all(), node.name
+        assert (numpy_helper.to_array(constants[bias]) == 0).all(), node.name
+        map_, mean, centred, square, variance, sum_, deviation, shape, epsilon = (
+            f"{node.name}/{part}"
+            for part in ("map", "mean", "centred", "square", "variance", "sum", "deviation", "shape", "epsilon")
+        )
+        least = np.array([helper.get_node_attr_value(node, "epsilon")], np.float32)
+        constants[shape] = numpy_helper.from_array(np.array([0, 0, -1, 1]), shape)
+        constants[epsilon] = numpy_helper.from_array(least, epsilon)
+        nodes += [
+            helper.make_node("Reshape", [x, shape], [map_], map_),  # [N, G, L] → [N, G, L, 1]
+            helper.make_node("GlobalAveragePool", [map_], [mean], mean),
+            helper.make_node("Sub", [map_, mean], [centred], centred),
+            helper.make_node("Mul", [centred, centred], [square], square),
+            helper.make_node("GlobalAveragePool", [square], [variance], variance),
+            helper.make_node("Add", [variance, epsilon], [sum_], sum_),
+            helper.make_node("Sqrt", [sum_], [deviation], deviation),
+            helper.make_node("Div", [centred, deviation], list(node.output), node.name),
+        ]
+    used = {name for node in nodes for name in node.input}
+    quantize.replace_graph(model, model.graph, nodes, [tensor for name, tensor in constants.items() if name in used])
+
+
+def layers_in_float(model: ModelProto) -> list[str]:
+    """Names of the nodes that compute in float32 in a half-precision graph, INT8's islands left out.
+
+    TensorRT 8 gives its layers types of its own choice unless it is told; 10 and 11 take those of the graph.
+    """
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    if TensorProto.FLOAT16 not in types.values():
+        return []
+    islands = {node.name for node in quantize.island_nodes(graph)}
+    return [
+        node.name for node in graph.node
+        if types.get(node.output[0]) == TensorProto.FLOAT and node.name not in islands and node.op_type != "Cast"
+    ]  # fmt: skip

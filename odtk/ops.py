@@ -8,8 +8,9 @@ ReLU and the centre-ness logit.
 A candidate is one (anchor, class, cell); its index in its level is ((a·C + c)·h + y)·w + x. Ties of score go to the
 lower level first, then to the lower index.
 
-Where odtk._C was built, its kernels do the work on CUDA tensors, as operators that torch.compile and torch.export see
-(torch.ops.odtk.decode, .nms, .rotated_iou), and rotated_iou on CPU tensors too. Elsewhere the reference does.
+Where odtk._C was built and can run, its kernels do the work on CUDA tensors, as operators that torch.compile and
+torch.export see (torch.ops.odtk.decode, .nms, .rotated_iou), and rotated_iou on CPU tensors too. Elsewhere the
+reference does.
 """
 from __future__ import annotations
 
@@ -34,6 +35,12 @@ def _load_kernels() -> ModuleType | None:
 
 
 kernels = _load_kernels()  # odtk._C, or None; `odtk info` tells which, and how to get it
+
+
+@torch.compiler.assume_constant_result
+def _run_on_cuda() -> bool:
+    """Whether the kernels can; a driver may do for torch's CUDA and be too old for the one they were built with."""
+    return kernels is not None and kernels.device_error() is None
 
 
 def decode(
@@ -61,7 +68,7 @@ def decode(
         of K = min(top_n, A·C·h·w). Within a level they are ordered by score. Unused rows are zero.
     """
     limited = kernels is not None and len(logits) <= kernels.MAX_LEVELS and 0 < top_n <= kernels.MAX_TOP_N
-    if limited and logits[0].is_cuda and len(logits[0]):
+    if limited and logits[0].is_cuda and len(logits[0]) and _run_on_cuda():
         return torch.ops.odtk.decode(logits, boxes, anchors, strides, score_threshold, top_n, values)
     return decode_reference(
         logits, boxes, anchors, strides, score_threshold=score_threshold, top_n=top_n, values=values
@@ -83,7 +90,7 @@ def nms(
         scores [N, D] float32, boxes [N, D, 4 or 6] float32, classes [N, D] int64, ordered by score, ties by lower
         index. Unused rows are zero.
     """
-    if kernels is not None and scores.is_cuda and scores.numel() and detections > 0:
+    if scores.is_cuda and scores.numel() and detections > 0 and _run_on_cuda():
         return torch.ops.odtk.nms(scores, boxes, classes, threshold, detections)
     return nms_reference(scores, boxes, classes, threshold=threshold, detections=detections)
 
@@ -94,7 +101,8 @@ def rotated_iou(a: Tensor, b: Tensor, *, minimum: float = 0.0) -> Tensor:
     Args:
         minimum: pairs whose IoU is surely below may be given as 0, which saves most of the work.
     """
-    if kernels is None or not a.dtype == b.dtype == torch.float32:
+    here = _run_on_cuda() if a.is_cuda else kernels is not None
+    if not here or not a.dtype == b.dtype == torch.float32:
         return rotated_iou_reference(a, b, minimum=minimum)
     leading = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     flat = [_flatten_leading(part, leading) for part in (a, b)]

@@ -48,10 +48,11 @@ PERCENTILE = 0.9999
 def to_fp16(model: ModelProto) -> None:
     """Gives the float values of a raw graph the type float16, in place; the images stay float32 and are cast.
 
-    Two regions stay float32. Sampling positions (GridSample of deformable convolutions, and the arithmetic they come
+    Three regions stay float32. Sampling positions (GridSample of deformable convolutions, and the arithmetic they come
     from): eleven bits do not hold a position in a map. INT8's islands, from DequantizeLinear over a convolution and its
     ReLU to QuantizeLinear: a fused INT8 kernel works so anyhow, no float leaves it, and ONNX Runtime 1.31 rewrites
-    float16 Q/DQ nodes into wrong ones (its WeightBiasQuantization; 4 points of AP on BCCD).
+    float16 Q/DQ nodes into wrong ones (its WeightBiasQuantization; 4 points of AP on BCCD). GroupNorm's statistics, as
+    in autocast; besides, TensorRT 8's parser takes the bytes of their float16 constants for float32.
     onnxruntime's own converter (transformers.float16) silently clips constants and knows no such regions.
 
     Raises:
@@ -61,7 +62,8 @@ def to_fp16(model: ModelProto) -> None:
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     types |= {name: tensor.data_type for name, tensor in constants.items()}
-    precise = {node.output[0] for node in (*sampling_nodes(graph), *island_nodes(graph))}
+    norms = [node for node in graph.node if node.op_type == "InstanceNormalization"]
+    precise = {node.output[0] for node in (*sampling_nodes(graph), *island_nodes(graph), *norms)}
     nodes: list[NodeProto] = []
     casts: dict[tuple[str, int], str] = {}  # (value, type) → the same value in that type
     halves: dict[str, TensorProto] = {}

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from random_models import detector_of, save
 from torch import Tensor
 
-from odtk import checkpoint, export, ops
+from odtk import checkpoint, export, ops, quantize
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.model.detector import Detector
 from odtk.postprocess import postprocess
@@ -297,3 +297,53 @@ def test_refusals_are_sentences(tmp_path: Path, changes: dict, sentence: str) ->
     config = ExportConfig(path=save(detector_of(C4), tmp_path), output=output, size=(32, 32), precision="fp32")
     with pytest.raises(OdtkError, match=sentence):
         export.export(dataclasses.replace(config, **(changes | {"output": output})))
+
+
+# What TensorRT 8 needs said otherwise
+
+
+def test_group_norms_are_spelled_out_for_tensorrt_8() -> None:
+    """The same levels from plain operators, which stay in float32 in a half-precision graph."""
+    detector = detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2, head="fcos")).fold()
+    model = export.trace(detector, (64, 96))
+    images = {"images": images_of(3, (64, 96))}
+    expected = run(model.SerializeToString(), images)
+    spelled = copy.deepcopy(model)
+    export.spell_out_norms(spelled)
+    assert "InstanceNormalization" not in {node.op_type for node in spelled.graph.node}
+    onnx.checker.check_model(spelled, full_check=True)
+    for found, wanted in zip(run(spelled.SerializeToString(), images), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert export.layers_in_float(spelled) == []  # nothing is in half precision
+
+    to_fp16(model)
+    norms = [node for node in model.graph.node if node.op_type == "InstanceNormalization"]
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert norms and all(types[name] == TensorProto.FLOAT for node in norms for name in node.input[1:])
+    export.spell_out_norms(model)
+    inside = export.layers_in_float(model)
+    kinds = [node.op_type for node in model.graph.node if node.name in inside]
+    assert sorted(set(kinds)) == ["Add", "Div", "GlobalAveragePool", "Mul", "Reshape", "Sqrt", "Sub"]
+    assert len(kinds) == 8 * len(norms)
+    for found, wanted in zip(run(model.SerializeToString(), images), expected, strict=True):
+        torch.testing.assert_close(found.float(), wanted, atol=0.02, rtol=0.02)
+
+
+def test_layers_in_float_leave_islands_of_int8_out() -> None:
+    """Sampling positions of a deformable convolution stay in float32; what INT8 fuses has no type of its own."""
+    detector = detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2, dcn=(4,))).fold()
+    model = export.trace(detector, (64, 64))
+    images = [image.numpy() for image in images_of(2, (64, 64)).split(1)]
+    scales = quantize.shared_scales(quantize.scale_groups(model.graph), quantize.calibrate(model, images, "minmax", 2))
+    quantize.insert_qdq(model, quantize.Table("m", (64, 64), "minmax", (), scales))
+    to_fp16(model)
+    kinds = {node.op_type for node in model.graph.node if node.name in export.layers_in_float(model)}
+    assert "GridSample" in kinds and not kinds & {"QuantizeLinear", "DequantizeLinear", "Relu", "Conv"}
+
+
+def test_a_mean_over_a_map_is_a_global_pooling() -> None:
+    """GhostNet's squeeze: TensorRT 8 overlooks the axes that ReduceMean has as an input since operator set 18."""
+    detector = detector_of(ModelConfig(backbones=("GhostNetFPN",), classes=2)).fold()
+    model = export.trace(detector, (64, 64))
+    kinds = [node.op_type for node in model.graph.node]
+    assert "ReduceMean" not in kinds and "GlobalAveragePool" in kinds

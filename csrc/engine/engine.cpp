@@ -204,6 +204,19 @@ std::unique_ptr<nvonnxparser::IParser> parse(const void* onnx, std::size_t size,
   return parser;
 }
 
+#if NV_TENSORRT_MAJOR < 10
+/// What the graph computes in float32 stays so in a network whose types TensorRT chooses.
+void keep_in_float(nvinfer1::INetworkDefinition& network, const std::vector<std::string>& names) {
+  for (int i = 0; i < network.getNbLayers(); ++i) {
+    nvinfer1::ILayer& layer = *network.getLayer(i);
+    if (std::find(names.begin(), names.end(), layer.getName()) == names.end()) continue;
+    layer.setPrecision(nvinfer1::DataType::kFLOAT);
+    for (int output = 0; output < layer.getNbOutputs(); ++output)
+      layer.setOutputType(output, nvinfer1::DataType::kFLOAT);
+  }
+}
+#endif
+
 nvinfer1::IOptimizationProfile* profile(nvinfer1::IBuilder& builder, const nvinfer1::INetworkDefinition& network,
                                         const std::array<std::int32_t, 3>& batch) {
   if (!(1 <= batch[0] && batch[0] <= batch[1] && batch[1] <= batch[2]))
@@ -383,6 +396,8 @@ std::vector<char> build(const void* onnx, std::size_t size, const BuildOptions& 
 #else
   if (options.fp16) config->setFlag(nvinfer1::BuilderFlag::kFP16);
   if (options.int8) config->setFlag(nvinfer1::BuilderFlag::kINT8);
+  keep_in_float(*network, options.float_layers);
+  if (!options.float_layers.empty()) config->setFlag(nvinfer1::BuilderFlag::kPREFER_PRECISION_CONSTRAINTS);
 #endif
   std::unique_ptr<nvinfer1::ITimingCache> cache;
   if (!options.timing_cache.empty()) {

@@ -51,6 +51,7 @@ struct BuildOptions {
   std::size_t workspace = std::size_t{4} << 30;    ///< bytes that tactics may use
   bool fp16 = false;                               ///< TensorRT 8 only: 10 and 11 take the types from the graph
   bool int8 = false;                               ///< TensorRT 8 only, for a graph with Q/DQ
+  std::vector<std::string> float_layers;           ///< TensorRT 8 only: nodes that are to stay in float32
   std::string timing_cache;                        ///< file, read when there, written after the build; empty: none
   std::string metadata;                            ///< stored with the plan, see above
   /// Called as steps complete, from any thread, TensorRT 10 and newer; false stops the build.

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import kernel_cases as cases
 import pytest
@@ -155,3 +155,14 @@ def test_torch_compile_sees_the_operators() -> None:
 
     expected = ops.decode_reference(logits, boxes, anchors, strides, score_threshold=0.05, top_n=20)
     cases.assert_same(detect(logits, boxes), ops.nms_reference(*expected, threshold=0.5, detections=10))
+
+
+def test_kernels_that_cannot_run_leave_the_work_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a driver that is new enough for torch's CUDA and too old for the one they were built with."""
+    head = HEADS[0]
+    made = cases.make(head, "cuda")
+    broken = SimpleNamespace(MAX_LEVELS=16, MAX_TOP_N=4096, device_error=lambda: "the driver is too old")
+    monkeypatch.setattr(ops, "kernels", broken)  # a call of anything else would be an AttributeError
+    found = ops.decode(*made, score_threshold=head.threshold, top_n=head.top_n, values=head.values)
+    cases.assert_same(found, cases.reference(head, "cuda"))
+    ops.nms(*found, threshold=0.5, detections=10)
