@@ -109,3 +109,24 @@ def test_drawing_again_replaces_its_own(tmp_path: Path) -> None:
     before = (tmp_path / "train.json").read_text()
     synthesize(tmp_path, images=4, size=(64, 64), seed=2)
     assert (tmp_path / "train.json").read_text() != before
+
+
+def test_images_of_the_user_are_not_drawn_over(tmp_path: Path) -> None:
+    """Without a JSON of ours whatever is in train/ or val/ is the user's."""
+    for part in ("train", "val"):
+        folder = tmp_path / part
+        (folder / part).mkdir(parents=True)
+        (folder / part / "00001.jpg").write_bytes(b"mine")
+        with pytest.raises(OdtkError, match=f"{part} has files that were not drawn by odtk synth"):
+            synthesize(folder, images=4, size=(64, 64))
+        assert [p.read_bytes() for p in folder.rglob("*.*")] == [b"mine"]
+
+
+def test_an_interrupted_drawing_can_be_drawn_anew(tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("odtk.data.synthetic._paint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            synthesize(tmp_path, images=4, size=(64, 64))
+    (tmp_path / "train" / "00001.jpg").write_bytes(b"torn")
+    synthesize(tmp_path, images=4, size=(64, 64))
+    assert len(list((tmp_path / "train").iterdir())) == 3

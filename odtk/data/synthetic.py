@@ -71,7 +71,8 @@ def synthesize(
         rotated: elongated shapes with boxes [x, y, w, h, theta].
 
     Raises:
-        OdtkError: impossible numbers; a folder with a dataset that was not drawn by this function; no permission.
+        OdtkError: impossible numbers; a folder with a dataset or files that were not drawn by this function; no
+            permission.
     """
     names = list(ROTATED_SHAPES if rotated else SHAPES)
     if not 1 <= classes <= len(names):
@@ -79,9 +80,9 @@ def synthesize(
     if images < 2 or min(size) < 64:
         raise OdtkError(f"A dataset needs 2 images of 64×64 pixels or more, not {images} of {size[1]}×{size[0]}.")
     folder = Path(folder).expanduser()
-    _check_folder(folder)
     held_out = max(1, images // 5)
     try:
+        _check_folder(folder)
         for part, count in (("train", images - held_out), ("val", held_out)):
             generator = np.random.default_rng([seed, part == "val"])
             _draw_part(folder, part, count, size, names[:classes], rotated, generator)
@@ -90,6 +91,7 @@ def synthesize(
 
 
 def _check_folder(folder: Path) -> None:
+    """Refuses a folder in which something would be lost: only what a JSON of ours stands for is drawn anew."""
     for part in ("train", "val"):
         path = folder / f"{part}.json"
         if path.exists():
@@ -99,6 +101,8 @@ def _check_folder(folder: Path) -> None:
                 ours = False
             if not ours:
                 raise OdtkError(f"{path} exists and was not drawn by odtk synth: choose another folder.")
+        elif (folder / part).is_dir() and any((folder / part).iterdir()):
+            raise OdtkError(f"{folder / part} has files that were not drawn by odtk synth: choose another folder.")
 
 
 def _draw_part(
@@ -111,6 +115,8 @@ def _draw_part(
     generator: np.random.Generator,
 ) -> None:
     (folder / part).mkdir(parents=True, exist_ok=True)
+    path = folder / f"{part}.json"
+    path.write_text(json.dumps({"info": {"description": CREATOR}, "images": []}))  # ours, should we be interrupted
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for id in range(1, count + 1):
@@ -126,7 +132,7 @@ def _draw_part(
         "annotations": annotations,
         "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
     }
-    (folder / f"{part}.json").write_text(json.dumps(content))
+    path.write_text(json.dumps(content))
 
 
 def draw(
