@@ -15,6 +15,7 @@ from odtk.data.dataset import Category, Dataset, Image, check
 from odtk.data.loader import Batch, create_loader
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+dali = pytest.importorskip("odtk.data.dali")
 
 STRONG = AugmentConfig(rotate=True, free_rotate=(-30, 30), brightness=0.2, contrast=0.2, hue=0.1, saturation=0.3)
 MODES = {
@@ -162,6 +163,25 @@ def test_a_file_that_vanishes_stops_nothing(files, capsys) -> None:
     first, second, _ = batches(files, "dali", 3, resize=96, max_size=130)
     assert first.images[0].abs().max() == 0 and first.images[1].std() > 0.3 and second.images.std() > 0.3
     assert "0.jpg" in capsys.readouterr().err
+
+
+def test_a_pipeline_survives_a_file_that_vanishes_while_another_batch_runs_on_it(files, monkeypatch) -> None:
+    """Two threads: the one that missed a file took away the pipeline that the other was about to run."""
+    loader = create_loader(files, LoaderConfig("images", batch=2, loader="dali", resize=96, max_size=130))
+    first, second = loader.sampler.plan(0), loader.sampler.plan(1)
+    loader._render(first)
+    pipeline = loader._pipeline
+    second.samples[0].image.path.unlink()
+    rows = dali._rows
+
+    def interrupted(*args):
+        monkeypatch.setattr(dali, "_rows", rows)
+        assert loader._render(second)[0].abs().max() == 0  # what the other thread does meanwhile
+        return rows(*args)
+
+    monkeypatch.setattr(dali, "_rows", interrupted)
+    assert loader._render(first).std() > 0.3
+    assert loader._pipeline is pipeline
 
 
 def test_resume_and_shards(files) -> None:

@@ -49,8 +49,7 @@ class DaliLoader(Loader):
             with self._lock:
                 return self._run(plan, encoded)
         except (ImageError, RuntimeError) as error:
-            # A damaged image spoils DALI's whole batch and its pipeline: torch renders the batch and names the image.
-            self._pipeline = None
+            # A damaged image spoils DALI's whole batch: torch renders the batch and names the image.
             images = self._render_with_torch(plan)
             if not any(sample.image.path in self._damaged for sample in plan.samples):
                 reason = str(error).strip().splitlines()[0]
@@ -59,8 +58,10 @@ class DaliLoader(Loader):
 
     def _run(self, plan: BatchPlan, encoded: list[np.ndarray]) -> Tensor:
         samples = plan.samples
-        if self._pipeline is None:
-            self._pipeline = self._build()
+        # Taken under the caller's lock, and put back when it has run: a damaged image spoils a pipeline.
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is None:
+            pipeline = self._build()
         inputs = {
             "encoded": encoded,
             "start": _rows([sample.crop[:2] for sample in samples], np.int32),
@@ -75,10 +76,11 @@ class DaliLoader(Loader):
             inputs["turn"] = np.stack([UNTURNED if sample.turn is None else sample.turn for sample in samples])
             inputs["canvas"] = _rows([sample.canvas[::-1] for sample in samples], np.float32)
         with torch.cuda.stream(self._stream):  # no effect without a stream
-            (output,) = self._pipeline.run(**inputs)
+            (output,) = pipeline.run(**inputs)
             images = to_torch_tensor(output.as_tensor(), copy=True)
             if self._stream is not None:
                 self._stream.synchronize()
+        self._pipeline = pipeline
         return images
 
     def _to_device(self, tensor: Tensor) -> Tensor:
