@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from .config import OdtkError
 Job = Callable[[Any, int, int], Any]  # job(config, rank, world)
 
 GRACE = 5.0  # seconds the other ranks have to end by themselves (and finish writing) after one has failed
+ORPHAN = 60.0  # seconds that a rank has to end by itself when its parent is gone
+LONGEST = 7_000  # characters of an error's sentence and of its traceback that reach the parent; a pipe holds 64 KiB
 HANG = timedelta(minutes=10)  # a collective that takes longer has failed
 HANG_OVER_MACHINES = timedelta(seconds=45)  # no parent sees the death of a process on another machine
 
@@ -64,7 +67,7 @@ def launch(job: Job, config: Any, *, devices: str | int | None = None, master: s
     if world == 1:
         device = "cuda:0" if kind == "cuda" else "cpu"
         return job(placed(config, 0, 1, device), 0, 1)
-    return spawn(job, config, kind, world, rendezvous(master))
+    return spawn(job, config, kind, world, meeting_place(master))
 
 
 def resolve(devices: str | int | None) -> tuple[str, int]:
@@ -89,20 +92,24 @@ def placed(config: Any, rank: int, world: int, device: str) -> Any:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, rank=rank, world=world, device=device))
 
 
-def rendezvous(master: str | None) -> str:
-    """ADDR:PORT to meet at: the one given while it is free, else a free port of this machine."""
+def meeting_place(master: str | None) -> dist.TCPStore:
+    """The store at which ranks meet, open on the port given, or on a free one where that is taken.
+
+    This process keeps it: a port that was only found free could be another run's before a rank opens it.
+    """
     address, _, port = (master or "127.0.0.1:0").rpartition(":")
     if not address or not port.isdigit():
         raise OdtkError(f"--master {master}: give an address and a port, such as 127.0.0.1:29500.")
-    for attempt in (int(port), 0):
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
-            try:
-                probe.bind((address.strip("[]"), attempt))
-            except OSError:
-                continue
-            return f"{address}:{probe.getsockname()[1]}"
-    raise OdtkError(f"--master {master}: {address} is not an address of this machine.")
+    host = address.strip("[]")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            raise OdtkError(f"--master {master}: {address} is not an address of this machine.") from None
+    try:
+        return dist.TCPStore(host, int(port), is_master=True, wait_for_workers=False)
+    except RuntimeError:  # taken
+        return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
 @contextmanager
@@ -123,7 +130,9 @@ def process_group(device: str, *, timeout: timedelta, **where: Any) -> Iterator[
 def join_torchrun(job: Job, config: Any, devices: str | int | None) -> Any:
     """Runs the job as one of torchrun's processes; torchrun's agent ends them all when one fails."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    # Where only RANK and WORLD_SIZE are set (Kubeflow), there is one process per machine.
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world if "LOCAL_RANK" in os.environ else 1))
     on_gpus = torch.cuda.is_available() and not str(devices).startswith("cpu")
     if on_gpus and local_world > torch.cuda.device_count():
         raise OdtkError(
@@ -149,7 +158,7 @@ class Failure:
     trace: str = ""
 
 
-def spawn(job: Job, config: Any, kind: str, world: int, master: str) -> None:
+def spawn(job: Job, config: Any, kind: str, world: int, store: dist.TCPStore) -> None:
     """Starts one process per device of this machine, watches them and ends them together."""
     context = mp.get_context("spawn")
     readers: list[Any] = []
@@ -159,7 +168,7 @@ def spawn(job: Job, config: Any, kind: str, world: int, master: str) -> None:
             for rank in range(world):
                 reader, writer = context.Pipe(duplex=False)
                 device = f"cuda:{rank}" if kind == "cuda" else "cpu"
-                arguments = (job, config, rank, world, device, master, writer)
+                arguments = (job, config, rank, world, device, (store.host, store.port), writer)
                 child = context.Process(target=run_rank, args=arguments, daemon=True)
                 child.start()
                 writer.close()  # the child holds the only end: reading after its death ends at once
@@ -174,13 +183,17 @@ def spawn(job: Job, config: Any, kind: str, world: int, master: str) -> None:
     report([None if child in killed else child.exitcode for child in children], failures, signals)
 
 
-def run_rank(job: Job, config: Any, rank: int, world: int, device: str, master: str, writer: Any) -> None:
+def run_rank(
+    job: Job, config: Any, rank: int, world: int, device: str, place: tuple[str, int], writer: Any
+) -> None:
     """Body of a spawned process. Its error goes to the parent; nothing is printed here."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the job has its own handlers a Ctrl-C ends it, silently
+    threading.Thread(target=follow_parent, daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // world))
     try:
-        with process_group(device, timeout=HANG, init_method=f"tcp://{master}", rank=rank, world_size=world):
+        store = dist.TCPStore(*place, is_master=False)
+        with process_group(device, timeout=HANG, store=store, rank=rank, world_size=world):
             job(placed(config, rank, world, device), rank, world)
     except OdtkError as error:
         leave(writer, Failure(rank, str(error)))
@@ -188,9 +201,23 @@ def run_rank(job: Job, config: Any, rank: int, world: int, device: str, master: 
         leave(writer, Failure(rank, f"{type(error).__name__}: {error}", traceback.format_exc()))
 
 
+def follow_parent() -> None:
+    """Ends this process after the parent, were it killed: a run that is started anew must not find it at work."""
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)  # a training saves and ends
+    time.sleep(ORPHAN)
+    os._exit(1)
+
+
 def leave(writer: Any, failure: Failure) -> None:
-    """Tells the parent and ends this process, without waiting for peers that may hang in a collective."""
-    writer.send((time.monotonic(), failure))
+    """Tells the parent and ends this process, without waiting for peers that may hang in a collective.
+
+    The parent reads when this process has ended, so that all of it must fit into the pipe.
+    """
+    short = Failure(failure.rank, failure.sentence[:LONGEST], failure.trace[-LONGEST:])
+    writer.send((time.monotonic(), short))
     writer.close()
     sys.stdout.flush()
     os._exit(1)
@@ -219,10 +246,10 @@ def end(children: list[Any]) -> list[Any]:
 
 
 def received(reader: Any) -> tuple[float, Failure] | None:
-    """What a child sent before it ended, with the time; None if nothing."""
+    """What a child sent before it ended, with the time; None if nothing, or not all of it."""
     try:
         return reader.recv()
-    except EOFError:
+    except (EOFError, OSError):
         return None
 
 

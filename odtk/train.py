@@ -13,6 +13,7 @@ What a checkpoint holds of a run (Checkpoint.training):
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
@@ -39,9 +41,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import Checkpoint, load, load_weights, read, save
 from .config import ModelConfig, OdtkError, TrainConfig
-from .data.dataset import Category, Dataset
+from .data.dataset import Category, Dataset, load_json
+from .data.images import decode
 from .data.loader import create_loader
-from .evaluate import STATS, Metrics, evaluate
+from .evaluate import STATS, Metrics, evaluate, usable
 from .infer import check_folder, detect
 from .loss import detection_loss
 from .model.backbones import TORCHVISION_URLS
@@ -91,17 +94,19 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
     model: nn.Module = detector
     peers.wait()  # rank 0 may have downloaded weights
     if world > 1:
-        model = DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a successor that older torch lacks
+            model = DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)
         peers.share_buffers(detector)  # frozen norms are buffers, which DDP then does not copy even once
     anchors = [level.to(device) for level in detector.anchors()]
     average = None if config.ema is None else Average(detector, config.ema)
 
     # Optimizer. The scaler also keeps a gradient that is not finite from the weights; beyond fp16 its scale stays 1.
+    # Frozen parameters are in it, and passed over: a resumed run may thaw them.
     optimizer = torch.optim.SGD(
-        [p for p in detector.parameters() if p.requires_grad],
-        lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True,
-    )  # fmt: skip
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        detector.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+    for parameter in detector.parameters():
         # Made here: a first step that fp16's scaler skips would leave the fused update's own one uninitialised.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     dtype = autocast_type(config.precision, device)
@@ -119,6 +124,8 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
         state: dict[str, Any] = resumed.training  # type: ignore[assignment]
         iteration, best = state["iteration"], state["best"]
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:  # flags stand above the file, as those of the schedule do
+            group.update(momentum=config.momentum, weight_decay=config.weight_decay)
         if state["scaler"]["growth_interval"] == scaler.get_growth_interval():  # else: resumed in another precision
             scaler.load_state_dict(state["scaler"])
         loader.restore(state["loader"])
@@ -128,7 +135,7 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
     if peers.agree(iteration, -iteration) != [iteration, -iteration]:
         raise OdtkError(f"Not every machine has the same {config.path}: keep it on storage that all of them share.")
     if rank == 0:
-        print(opening(config, iteration, iters, dtype, world), flush=True)
+        say(opening(config, iteration, iters, dtype, world))
 
     def checkpoint() -> Checkpoint:
         weights = detector.state_dict()
@@ -194,27 +201,29 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
                 continue
 
             # Here the host waits for the device
-            losses = meter.read(list(terms))
+            losses, speed = meter.read(list(terms)), meter.speed()
             if meter.not_finite_at is not None:
                 raise OdtkError(diverged(config, meter.not_finite_at, saved_at))
-            if report is not None:
-                report.training(iteration, losses, rate, meter.speed())
-            if scheduled and validation is not None and not stop:
-                peers.share_buffers(detector)
-                result = validation.run(detector if average is None else average.detector, autocast)
-                if report is not None and result is not None:
-                    report.validation(iteration, *result)
-                    if result[0].ap > best:
-                        best = result[0].ap
-                        save(best_path(config.path), checkpoint())
-            if stop or save_now or scheduled:
+            if stop or save_now or scheduled:  # first, so that nothing below can cost the run
                 if rank == 0:
                     save(config.path, checkpoint())
                 peers.wait()
                 saved_at, last_save = iteration, time.monotonic()
+            if report is not None:
+                report.training(iteration, losses, rate, speed)
+            if scheduled and validation is not None and not stop:
+                scored = detector if average is None else average.detector
+                peers.share_buffers(scored)
+                result = validation.run(scored, autocast)
+                if report is not None and result is not None:
+                    if result[0].ap > best:
+                        best = result[0].ap
+                        for path in (best_path(config.path), config.path):  # a resumed run knows the best figure
+                            save(path, checkpoint())
+                    report.validation(iteration, *result)
             if stop and iteration < iters:
                 if rank == 0:
-                    print(f"{signal.Signals(stop).name}: saved {config.path} at iteration {iteration}.", flush=True)
+                    say(f"{signal.Signals(stop).name}: saved {config.path} at iteration {iteration}.")
                 raise SystemExit(128 + stop)
             meter.start()
 
@@ -298,7 +307,7 @@ class Meter:
 def diverged(config: TrainConfig, iteration: int, saved_at: int) -> str:
     """The sentence for a loss that is not finite, at an iteration counted from 1."""
     rate = learning_rate(iteration - 1, config)
-    last = f"{config.path} is of iteration {saved_at}, the last good one" if saved_at else "nothing was saved yet"
+    last = f"{config.path} is of iteration {saved_at}" if saved_at else "nothing was saved yet"
     return (
         f"The loss is not finite at iteration {iteration} (learning rate {rate:g}): lower --lr, lengthen --warmup, or "
         f"check the data with `odtk check`; {last}."
@@ -370,7 +379,8 @@ def open_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoin
     for name in (field.name for field in fields(ModelConfig) if field.name not in MAY_CHANGE):
         theirs, ours = getattr(found.model, name), getattr(config.model, name)
         if theirs != ours:
-            raise OdtkError(f"{config.path} was trained with {name} {theirs}, not {ours}: {advice}.")
+            flag = f"pass --norm {theirs} to go on, or " if name == "norm" else ""  # its default depends on others
+            raise OdtkError(f"{config.path} was trained with {name} {theirs}, not {ours}: {flag}{advice}.")
     if found.categories != categories:
         raise OdtkError(f"{config.path} was trained on other categories than {config.data.annotations}'s: {advice}.")
     if (found.training["average"] is None) != (config.ema is None):
@@ -488,6 +498,7 @@ class Validation:
                 f"{data.annotations} has other categories than {train_data.annotations}: validation needs the same "
                 "ids and names."
             )
+        usable(load_json(Path(str(data.annotations))))  # what evaluation would refuse is refused now
         self.annotations, self.loader = str(data.annotations), create_loader(self.dataset, data)
 
     def run(self, detector: Detector, autocast: torch.autocast) -> tuple[Metrics, list[np.ndarray]] | None:
@@ -513,8 +524,7 @@ class Validation:
         """The first images with the boxes that score above one half."""
         drawn = []
         for image in self.dataset.images[:PICTURES]:
-            with Image.open(image.path) as file:
-                picture = file.convert("RGB")
+            picture = Image.fromarray(decode(image.path, image.orientation))
             for detection in detections:
                 if detection["image_id"] == image.id and detection["score"] > 0.5:
                     x, y, w, h = detection["bbox"][:4]
@@ -544,6 +554,7 @@ class Report:
     def __init__(self, config: TrainConfig, start: int, iters: int) -> None:
         self.start, self.iters, self.began, self.printed = start, iters, time.monotonic(), -math.inf
         self.poster = Poster(config.post_metrics) if config.post_metrics else None
+        self.warned = False
         self.board: Any = None
         self.lines: Any = None
         if config.logdir:
@@ -555,7 +566,11 @@ class Report:
 
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.lines = (folder / "metrics.jsonl").open("a" if self.start else "w", buffering=1)
+            path = folder / "metrics.jsonl"
+            if not self.start and path.exists():  # of another run
+                number = next(n for n in itertools.count(1) if not (folder / f"metrics.{n}.jsonl").exists())
+                path.rename(folder / f"metrics.{number}.jsonl")
+            self.lines = path.open("a", buffering=1)
         except OSError as error:
             raise OdtkError(f"--logdir {folder}: {error.strerror}.") from error
         self.board = SummaryWriter(str(folder))
@@ -584,7 +599,7 @@ class Report:
         elif time.monotonic() - self.printed > LINE_SECONDS or iteration == self.iters:
             self.printed = time.monotonic()
             clock = timedelta(seconds=round(left))
-            print(f"[{iteration}/{self.iters}]  {text}  {clock} left", flush=True)
+            say(f"[{iteration}/{self.iters}]  {text}  {clock} left")
         self.record(iteration, {**losses, "lr": rate, "images_per_second": speed})
 
     def validation(self, iteration: int, metrics: Metrics, pictures: list[np.ndarray]) -> None:
@@ -593,7 +608,7 @@ class Report:
         if self.bar is not None:
             self.bar.console.print(text)
         else:
-            print(text, flush=True)
+            say(text)
         self.record(iteration, dict(zip(STATS, metrics.stats, strict=True)))
         if self.board is not None:
             for number, picture in enumerate(pictures):
@@ -602,11 +617,25 @@ class Report:
     def record(self, iteration: int, values: dict[str, float]) -> None:
         entry = {"iteration": iteration, "time": round(time.time(), 3), **values}
         if self.lines is not None:
-            self.lines.write(json.dumps(entry) + "\n")
+            try:
+                self.lines.write(json.dumps(entry) + "\n")
+            except OSError as error:  # a full disk, which spares the training until it has to save
+                if not self.warned:
+                    print(f"Warning: {self.lines.name}: {error.strerror}.", file=sys.stderr)
+                self.warned = True
             for name, value in values.items():
                 self.board.add_scalar(name.replace(" ", "_"), value, iteration)
         if self.poster is not None:
             self.poster.send(entry)
+
+
+def say(text: str) -> None:
+    """Prints a line, and nothing from then on where nobody reads (a `| tee` that died): training goes on."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def progress_bar(start: int, iters: int) -> Any:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,11 @@ def hang(config: Config, rank: int, world: int) -> None:
     time.sleep(600)
 
 
+def say_much(config: Config, rank: int, world: int) -> None:
+    """A job: an error that is longer than a pipe holds."""
+    raise ValueError("x" * 1_000_000)
+
+
 def wait_for_signal(config: Config, rank: int, world: int) -> None:
     """A job that ends as training does: on SIGTERM, with a code of its own."""
     received: list[int] = []
@@ -102,14 +108,16 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_meeting_place() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = server.getsockname()[1]
-        address, port = launch.rendezvous(f"127.0.0.1:{taken}").split(":")
-        assert (address, int(port) != taken) == ("127.0.0.1", True)
-    assert launch.rendezvous(f"127.0.0.1:{taken}") == f"127.0.0.1:{taken}"
+        store = launch.meeting_place(f"127.0.0.1:{taken}")
+        assert (store.host, store.port != taken) == ("127.0.0.1", True)
+    store = launch.meeting_place(f"127.0.0.1:{taken}")
+    assert store.port == taken
+    assert launch.meeting_place(f"127.0.0.1:{taken}").port != taken  # a second run at the same time has its own
     for wrong in ("127.0.0.1", "host:name", ":29500"):
         with pytest.raises(OdtkError, match="give an address and a port"):
-            launch.rendezvous(wrong)
+            launch.meeting_place(wrong)
     with pytest.raises(OdtkError, match="not an address of this machine"):
-        launch.rendezvous("192.0.2.1:29500")
+        launch.meeting_place("192.0.2.1:29500")
 
 
 def test_the_first_error_is_told() -> None:
@@ -139,7 +147,8 @@ def test_processes_meet(tmp_path: Path) -> None:
     (crash, r"^Rank 1 of 2 failed, and the run with it: ZeroDivisionError: by nothing$"),
     (be_killed, r"^Rank 1 of 2 was ended by SIGKILL"),
     (hang, r"^Rank 1 has a reason\.$"),
-], ids=["refuse", "crash", "killed", "hang"])  # fmt: skip
+    (say_much, r"^Rank \d of 2 failed, and the run with it: ValueError: x{1000}"),
+], ids=["refuse", "crash", "killed", "hang", "long"])  # fmt: skip
 def test_a_rank_that_dies_ends_the_run(job, message: str, capfd: pytest.CaptureFixture) -> None:
     start = time.monotonic()
     with pytest.raises(OdtkError, match=message):
@@ -193,6 +202,13 @@ def script(tmp_path: Path, job: str, number: str = "") -> str:
     return str(path)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
@@ -201,10 +217,7 @@ def environment() -> dict[str, str]:
 def test_signals_reach_the_ranks(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, script(tmp_path, "wait_for_signal", ":2")], env=environment())
     try:
-        deadline = time.monotonic() + 120
-        while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)))
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
     finally:
@@ -218,3 +231,25 @@ def test_joins_torchrun(tmp_path: Path) -> None:
     result = subprocess.run([*command, script(tmp_path, "note")], env=environment(), capture_output=True, timeout=170)
     assert result.returncode == 0, result.stderr.decode()
     assert {(tmp_path / rank).read_text() for rank in "01"} == {"0 2 0 2 cpu 3", "1 2 1 2 cpu 3"}
+
+
+@pytest.mark.slow
+def test_ranks_end_after_a_parent_that_was_killed(tmp_path: Path) -> None:
+    """As by the kernel when memory is short; with SIGTERM, on which a training saves."""
+    process = subprocess.Popen([sys.executable, script(tmp_path, "wait_for_signal", ":2")], env=environment())
+    try:
+        wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)))
+    finally:
+        process.kill()
+    wait_until(lambda: all((tmp_path / f"saved{rank}").exists() for rank in (0, 1)))
+
+
+@pytest.mark.slow
+def test_joins_a_launcher_that_sets_no_local_rank(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, script(tmp_path, "note")]
+    result = subprocess.run(command, env=environment() | given, capture_output=True, timeout=170)
+    assert result.returncode == 0, result.stderr.decode()
+    assert (tmp_path / "0").read_text() == "0 1 0 1 cpu 1"

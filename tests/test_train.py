@@ -3,6 +3,7 @@ import dataclasses
 import http.server
 import json
 import os
+import pickle
 import re
 import resource
 import signal
@@ -222,6 +223,45 @@ def test_a_stopped_run_is_resumed_exactly(
     assert files.fingerprint(a.state_dict) != files.fingerprint(a.training["average"])
 
 
+def test_a_resumed_run_may_thaw_and_decay_otherwise(tmp_path: Path, dataset: Path) -> None:
+    config = settings(tmp_path / "m.pth", dataset, iters=1, lr=0.1)
+    frozen = dataclasses.replace(config, model=dataclasses.replace(config.model, freeze_at=2))
+    train(frozen)
+    before = files.load(config.path).state_dict
+    train(dataclasses.replace(config, iters=2, weight_decay=0.5))
+    after = files.load(config.path)
+    for name in ("conv1.weight", "layer1.0.conv1.weight", "layer2.0.conv1.weight"):
+        name = f"backbones.ResNet18C4.{name}"
+        assert not torch.equal(after.state_dict[name], before[name])
+    assert after.training is not None and after.training["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_a_validation_that_fails_costs_no_iteration(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OdtkError("Out of memory.")
+
+    config = with_validation(settings(tmp_path / "m.pth", dataset, val_iters=2))
+    with monkeypatch.context() as patch, pytest.raises(OdtkError, match="Out of memory"):
+        patch.setattr(odtk.train.Validation, "run", fail)
+        train(config)
+    assert files.load(config.path).training["iteration"] == 2  # type: ignore[index]
+    train(config)
+    last, best = (files.load(path).training["best"] for path in (config.path, tmp_path / "m.best.pth"))  # type: ignore[index]
+    assert last == best
+
+
+def test_a_new_run_keeps_the_log_of_another(tmp_path: Path, dataset: Path) -> None:
+    config = settings(tmp_path / "m.pth", dataset, iters=1)
+    for _ in range(3):
+        train(dataclasses.replace(config, override=True))
+    assert sorted(path.name for path in (tmp_path / "log").glob("metrics*")) == [
+        "metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl",
+    ]  # fmt: skip
+    assert list(losses(config)) == [1]
+
+
 def test_saving_by_the_clock(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(tmp_path / "m.pth", dataset, save_seconds=0.0)
     saved: list[int] = []
@@ -287,7 +327,9 @@ def test_what_a_run_refuses(tmp_path: Path, dataset: Path) -> None:
     train(config)
     group = dataclasses.replace(config.model, norm="group")
     refused |= {
-        "was trained with norm batch, not group: pass --override": dataclasses.replace(config, model=group),
+        "was trained with norm batch, not group: pass --norm batch to go on, or pass --override": dataclasses.replace(
+            config, model=group
+        ),
         "trained without --ema": dataclasses.replace(config, ema=0.9),
         "is not a checkpoint": settings(dataset / "data.json", dataset),
         "other categories": other_categories(config, tmp_path / "other.json"),
@@ -315,6 +357,18 @@ def test_validation_needs_the_same_categories(tmp_path: Path, dataset: Path) -> 
     other = other_categories(config, tmp_path / "other.json").data.annotations
     with pytest.raises(OdtkError, match="validation needs the same"):
         train(dataclasses.replace(config, val_data=dataclasses.replace(config.val_data, annotations=other)))
+
+
+def test_unusable_annotations_are_refused_before_training(tmp_path: Path, dataset: Path) -> None:
+    config = with_validation(settings(tmp_path / "m.pth", dataset))
+    content = json.loads((dataset / "data.json").read_text())
+    content["annotations"][0]["bbox"] = "none"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    assert config.val_data is not None
+    val_data = dataclasses.replace(config.val_data, annotations=str(tmp_path / "val.json"))
+    with pytest.raises(OdtkError, match="box"):
+        train(dataclasses.replace(config, val_data=val_data))
+    assert not (tmp_path / "m.pth").exists()
 
 
 def start_weights(config: TrainConfig) -> dict[str, Tensor]:
@@ -469,6 +523,24 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, dataset: Pat
     assert list(records(two, "AP")) == [2]
 
 
+def note_statistics(config: TrainConfig, rank: int, world: int) -> None:
+    """A job: writes what the validated model of each rank has as statistics."""
+    def note(self: odtk.train.Validation, detector: Detector, autocast: object) -> None:
+        total = sum(b.double().sum().item() for b in detector.buffers())
+        Path(config.path).with_name(f"rank{rank}").write_text(str(total))
+
+    odtk.train.Validation.run = note  # type: ignore[assignment, method-assign]
+    train(config, rank, world)
+
+
+@pytest.mark.slow
+def test_all_ranks_validate_the_average_of_rank_0(tmp_path: Path, dataset: Path) -> None:
+    config = with_validation(settings(tmp_path / "m.pth", dataset, iters=2, ema=0.5, logdir=None))
+    data = dataclasses.replace(config.data, batch=1)
+    launch(note_statistics, dataclasses.replace(config, data=data), devices="cpu:2")
+    assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
+
+
 @pytest.mark.slow
 def test_all_ranks_stop_at_a_loss_that_is_not_finite(tmp_path: Path, dataset: Path) -> None:
     start = time.monotonic()
@@ -487,17 +559,32 @@ if __name__ == "__main__":
 """
 
 
+def start(config: TrainConfig, devices: str, folder: Path) -> subprocess.Popen[str]:
+    """A run in a process of its own; its output goes into a pipe."""
+    (folder / "config.pickle").write_bytes(pickle.dumps(config))
+    (folder / "run.py").write_text(RUN)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "run.py"), str(folder / "config.pickle"), devices]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_reader_of_its_output_that_dies_does_not_end_a_run(tmp_path: Path, dataset: Path) -> None:
+    """Such as the tee of `odtk train … | tee log`, which Ctrl-C ends too."""
+    config = with_validation(settings(tmp_path / "m.pth", dataset))
+    process = start(config, "cpu", tmp_path)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(120) == 0, said
+    assert files.load(config.path).training["iteration"] == 4  # type: ignore[index]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", ["cpu", "cpu:2"])
 def test_sigterm_saves_and_exits(devices: str, tmp_path: Path, dataset: Path) -> None:
-    import pickle
-
     config = settings(tmp_path / "m.pth", dataset, iters=10000, milestones=())
-    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
-    (tmp_path / "run.py").write_text(RUN)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "config.pickle"), devices]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    process = start(config, devices, tmp_path)
     try:
         deadline = time.monotonic() + 120
         log = tmp_path / "log" / "metrics.jsonl"
