@@ -480,6 +480,12 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> None:
     """What each process of `odtk infer` does; rank 0 has all detections, scores and draws them."""
     from .infer import infer
 
+    album = None
+    if config.draw and not rank:
+        from .visualize import draw_detections, open_album
+
+        album = open_album(config.data, config.draw)  # before the work: what comes later would shift a folder's ids
+
     detections = infer(config, rank, world)
     if rank:
         return
@@ -491,10 +497,8 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> None:
 
         truth = load_json(Path(config.data.annotations))
         report(evaluate(known(detections, truth), truth))
-    if config.draw:
-        from .visualize import draw_detections
-
-        draw_detections(detections, config.data, config.draw)
+    if album is not None:
+        draw_detections(detections, album)
 
 
 def thresholds_given(args: argparse.Namespace) -> dict[str, Any]:

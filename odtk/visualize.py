@@ -24,12 +24,13 @@ from .data.dataset import Dataset, Image, load_json
 from .data.images import ImageError, decode
 from .data.loader import Batch, create_loader
 from .data.sampler import round_up
-from .evaluate import STATS, read_detections
+from .evaluate import STATS, check_detections, read_detections
 from .loss import assign, place_anchors
 from .model.detector import Detector
 from .ops import rotated_iou
 
 LEGIBLE = 400  # pixels: smaller pictures are enlarged until their shorter side has as many
+LARGEST = 32000  # pixels of a picture's longer side: two stand side by side in a JPEG, which holds 65500
 MAX_MAPS = 64  # channels shown of a feature map
 MAX_ANCHORS = 20  # drawn per box
 SHOWN_SCORE = 0.3  # of detections that infer draws: those kept for the COCO figures begin at 0.05 and cover the image
@@ -54,38 +55,50 @@ class Shape:
 # Detections and ground truth
 
 
-def draw_detections(detections: Iterable[dict[str, Any]], data: LoaderConfig, folder: str) -> list[str]:
-    """One JPEG per image of `data`, with its detections (COCO results) above SHOWN_SCORE. Returns the paths."""
+def draw_detections(detections: Iterable[dict[str, Any]], album: Album) -> list[str]:
+    """One JPEG per image, with its detections (COCO results) above SHOWN_SCORE. Returns the paths."""
     by_image = grouped(d for d in detections if d["score"] > SHOWN_SCORE)
-    return [
-        save(annotate(pixels, shapes(by_image[image.id])), target, image)
-        for target, image, pixels in pictures(data, folder)
-    ]
+    return [album.save(annotate(pixels, shapes(by_image[image.id])), image) for image, pixels in album.pictures()]
 
 
 def draw_results(
     path: str, data: LoaderConfig, folder: str, *, score_threshold: float, count: int | None = None
 ) -> list[str]:
     """Detections of a file above a score; with annotations the ground truth stands on the left of each picture."""
-    by_image = grouped(d for d in read_detections(path) if d["score"] > score_threshold)
+    album = open_album(data, folder)
+    by_image = grouped(d for d in drawable(path, album.dataset) if d["score"] > score_threshold)
     truth, names = read_truth(data.annotations) if data.annotations else (grouped(()), {})
     written = []
-    for target, image, pixels in pictures(data, folder, count):
+    for image, pixels in album.pictures(count):
         found = annotate(pixels, shapes(by_image[image.id], names))
         if data.annotations:
             found = beside(annotate(pixels, shapes(truth[image.id], names)), found)
-        written.append(save(found, target, image))
+        written.append(album.save(found, image))
     return written
 
 
 def draw_truth(data: LoaderConfig, folder: str, *, count: int | None = None) -> list[str]:
     """The annotations on their images, as they are written in the file."""
     assert data.annotations
+    album = open_album(data, folder)
     truth, names = read_truth(data.annotations)
     return [
-        save(annotate(pixels, shapes(truth[image.id], names)), target, image)
-        for target, image, pixels in pictures(data, folder, count)
+        album.save(annotate(pixels, shapes(truth[image.id], names)), image) for image, pixels in album.pictures(count)
     ]
+
+
+def drawable(path: str, dataset: Dataset) -> list[dict[str, Any]]:
+    """The detections of a file, of images of a dataset and of any category.
+
+    Raises:
+        OdtkError: as of `odtk evaluate`, for the first that is malformed or of another image.
+    """
+    found = read_detections(path)
+    entries = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    categories = {id for entry in entries if isinstance(id := entry.get("category_id"), int)}
+    ids = {"images": [image.id for image in dataset.images], "categories": categories}
+    check_detections(found, {what: [{"id": id} for id in known] for what, known in ids.items()})
+    return found
 
 
 def read_truth(path: str) -> tuple[dict[int, list[dict[str, Any]]], dict[int, str]]:
@@ -107,42 +120,57 @@ def grouped(entries: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]
     return by_image
 
 
-def pictures(
-    data: LoaderConfig, folder: str, count: int | None = None
-) -> Iterator[tuple[Path, Image, PILImage.Image]]:
-    """The first `count` images of a dataset, with the folder to draw into."""
-    target = make_folder(folder, data.images)
-    rotated = data.annotations is not None and has_angles(data.annotations)
-    for image in Dataset.load(data.annotations, data.images, rotated=rotated).images[:count]:
+@dataclass(frozen=True)
+class Album:
+    """A dataset, read once, and the folder for the pictures that are drawn of its images."""
+
+    dataset: Dataset
+    folder: Path
+    originals: frozenset[Path]  # the images' own files, which no picture may replace
+
+    def pictures(self, count: int | None = None) -> Iterator[tuple[Image, PILImage.Image]]:
+        """The first `count` images."""
+        for image in self.dataset.images[:count]:
+            try:
+                yield image, PILImage.fromarray(decode(image.path, image.orientation))
+            except ImageError as error:
+                raise OdtkError(f"Cannot draw on {image.path}: {error}.") from error
+
+    def save(self, picture: PILImage.Image, image: Image, ending: str = ".jpg") -> str:
+        """Writes the picture of an image, and returns its path."""
+        path = self.folder / f"{image.path.stem}_{image.id}{ending}"
+        if path.resolve() in self.originals:
+            raise OdtkError(f"{path} is an image of the dataset: draw into another folder.")
         try:
-            yield target, image, PILImage.fromarray(decode(image.path, image.orientation))
-        except ImageError as error:
-            raise OdtkError(f"Cannot draw on {image.path}: {error}.") from error
+            picture.save(path, quality=92)  # of a JPEG; PNG has none
+        except OSError as error:
+            raise OdtkError(f"Cannot write {path}: {error.strerror or error}.") from error
+        return str(path)
 
 
-def make_folder(folder: str, images: str | None = None) -> Path:
-    """Creates the folder for pictures; refuses that of the images, whose files are not to be touched."""
+def open_album(data: LoaderConfig, folder: str, *, rotated: bool | None = None) -> Album:
+    """Reads a dataset (rotated: None, as its annotations are) and creates the folder for its pictures.
+
+    Raises:
+        OdtkError: a folder whose pictures would lie among the images, where the next run would take them for images.
+    """
+    images, target = Path(data.images).expanduser().resolve(), Path(folder).resolve()
+    listed = data.annotations is None  # with its subfolders
+    if target == images or listed and images in target.parents:
+        raise OdtkError(f"Pictures in {folder} would lie among the images of {data.images}: draw into another folder.")
+    if rotated is None:
+        rotated = data.annotations is not None and has_angles(data.annotations)
+    dataset = Dataset.load(data.annotations, data.images, rotated=rotated)
+    return Album(dataset, make_folder(folder), frozenset(image.path.resolve() for image in dataset.images))
+
+
+def make_folder(folder: str) -> Path:
     target = Path(folder)
-    if images and target.resolve() == Path(images).resolve():
-        raise OdtkError(f"{folder} is the folder of the images: draw into another one.")
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OdtkError(f"Cannot make the folder {folder}: {error.strerror}.") from error
     return target
-
-
-def save(picture: PILImage.Image, folder: Path, image: Image) -> str:
-    path = folder / f"{image.path.stem}_{image.id}.jpg"
-    write(picture, path)
-    return str(path)
-
-
-def write(picture: PILImage.Image, path: Path) -> None:
-    try:
-        picture.save(path, quality=92)  # of a JPEG; PNG has none
-    except OSError as error:
-        raise OdtkError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def shapes(entries: Iterable[dict[str, Any]], names: dict[int, str] | None = None) -> list[Shape]:
@@ -169,9 +197,10 @@ def colour(category: int) -> tuple[int, int, int]:
 
 
 def annotate(image: PILImage.Image, shapes: Sequence[Shape]) -> PILImage.Image:
-    """A copy of an RGB image with shapes and their labels, enlarged if it is small."""
-    factor = max(1, math.ceil(LEGIBLE / min(image.size)))
-    picture = image.resize((image.width * factor, image.height * factor), PILImage.Resampling.BICUBIC)
+    """A copy of an RGB image with shapes and their labels, enlarged if it is small, reduced if no JPEG holds it."""
+    factor = min(max(1, math.ceil(LEGIBLE / min(image.size))), LARGEST / max(image.size))
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    picture = image.resize(size, PILImage.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     side = min(picture.size)
     font = ImageFont.load_default(max(12, side // 36))
@@ -241,15 +270,15 @@ def draw_features(path: str, layer: str, data: LoaderConfig, folder: str, *, cou
     Raises:
         OdtkError: there is no such layer, or it gives no feature maps [N, C, h, w].
     """
-    target = make_folder(folder)
     detector = checkpoint.build(checkpoint.load(path)).eval()
+    album = open_album(data, folder, rotated=detector.config.rotated)
     name, module = find_layer(detector, layer)
     while isinstance(module, torch.nn.Sequential):  # whose parts may be called one by one; the last gives its output
         module = module[-1]
     outputs: list[Tensor] = []
     handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.extend(feature_maps(output)))
     written = []
-    for image, batch in inputs(detector, data, count):
+    for image, batch in inputs(detector, album.dataset, data, count):
         outputs.clear()
         with torch.inference_mode():
             detector(batch.images)
@@ -257,9 +286,8 @@ def draw_features(path: str, layer: str, data: LoaderConfig, folder: str, *, cou
             raise OdtkError(f"The layer {name} gives no feature maps: choose one inside a backbone.")
         for level, maps in enumerate(outputs):
             title = f"{name}  {tuple(maps.shape[1:])}  {min(MAX_MAPS, maps.shape[1])} of {maps.shape[1]} channels"
-            file = target / f"{image.path.stem}_{image.id}_{name}_{level}.png"
-            write(feature_grid(maps[0], title, picture_of(batch, data)), file)
-            written.append(str(file))
+            grid = feature_grid(maps[0], title, picture_of(batch, data))
+            written.append(album.save(grid, image, f"_{name}_{level}.png"))
     handle.remove()
     return written
 
@@ -316,16 +344,14 @@ def draw_anchors(path: str, data: LoaderConfig, loss: LossConfig, folder: str, *
     Boxes that no anchor reaches are red, with their best anchor. The label says how many anchors match (the best
     MAX_ANCHORS are drawn), on which stride the best one stands, and its IoU.
     """
-    target = make_folder(folder)
     detector = checkpoint.build(checkpoint.load(path))
     if detector.config.head == "fcos":
         raise OdtkError("--anchors is of the retinanet head: the fcos head has points, not anchors.")
+    album = open_album(data, folder, rotated=detector.config.rotated)
     written = []
-    for image, batch in inputs(detector, data, count):
+    for image, batch in inputs(detector, album.dataset, data, count):
         picture = annotate(picture_of(batch, data), anchor_shapes(detector, batch, loss))
-        file = target / f"{image.path.stem}_{image.id}_anchors.png"
-        write(picture, file)
-        written.append(str(file))
+        written.append(album.save(picture, image, "_anchors.png"))
     return written
 
 
@@ -361,12 +387,11 @@ def points(box: Tensor) -> list[tuple[float, float]]:
     return [(x, y) for x, y in corners(turned).tolist()]
 
 
-def inputs(detector: Detector, data: LoaderConfig, count: int) -> Iterator[tuple[Image, Batch]]:
+def inputs(detector: Detector, dataset: Dataset, data: LoaderConfig, count: int) -> Iterator[tuple[Image, Batch]]:
     """The first images as the detector gets them, one per batch."""
     size = round_up(data.size, detector.stride) if data.size else None
     data = replace(data, batch=1, training=False, size=size, stride=detector.stride, rotated=detector.config.rotated)
-    dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated)
-    dataset.images = dataset.images[:count]
+    dataset = replace(dataset, images=dataset.images[:count])
     by_id = {image.id: image for image in dataset.images}
     for batch in create_loader(dataset, data):
         yield by_id[int(batch.ids[0])], batch

@@ -418,6 +418,25 @@ def test_infer_evaluates_and_draws(images: Path, tmp_path: Path, capsys) -> None
     assert "AP50" in capsys.readouterr().out
 
 
+def test_a_file_that_arrives_during_inference_is_not_drawn_on(images: Path, tmp_path: Path, monkeypatch) -> None:
+    """Without annotations an image's id is its place in the folder, which must be read before the detections."""
+
+    def infer(*_args) -> list:
+        (images / "0.jpg").write_bytes((images / "1.jpg").read_bytes())
+        return []
+
+    monkeypatch.setattr("odtk.infer.infer", infer)
+    argv = ["infer", str(tiny(tmp_path / "m.pth")), "--images", str(images), "--devices", "cpu"]
+    assert main([*argv, "--draw", str(tmp_path / "d")]) == 0
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["1_1.jpg", "2_2.jpg"]
+
+
+def test_drawing_among_the_images_is_refused_before_the_work(images: Path, tmp_path: Path, capsys) -> None:
+    argv = ["infer", tiny(tmp_path / "m.pth"), "--images", images, "--devices", "cpu", "--output", tmp_path / "o.json"]
+    assert "another folder" in fails(capsys, *argv, "--draw", images / "pictures")
+    assert not (tmp_path / "o.json").exists()
+
+
 def test_info_as_json(capsys) -> None:
     assert main(["info", "--json"]) == 0
     assert "torch" in json.loads(capsys.readouterr().out)["versions"]

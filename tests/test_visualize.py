@@ -11,7 +11,7 @@ from PIL import Image
 
 from odtk import checkpoint, visualize
 from odtk.config import LoaderConfig, LossConfig, ModelConfig, OdtkError
-from odtk.data.dataset import Category
+from odtk.data.dataset import Category, Dataset
 from odtk.evaluate import STATS
 from odtk.model.detector import Detector
 
@@ -69,7 +69,7 @@ def test_a_rotated_box_is_drawn_turned(images: Path, tmp_path: Path) -> None:
 def test_detections_get_a_picture_each_even_where_there_are_none(images: Path, tmp_path: Path) -> None:
     entry = {"category_id": 3, "category": "cell", "bbox": [10, 300, 50, 50]}
     found = [{"image_id": 1, "score": 0.2, **entry}, {"image_id": 2, "score": 0.9, **entry}]  # 0.2 is not drawn
-    first, second = visualize.draw_detections(found, data(images), str(tmp_path))
+    first, second = visualize.draw_detections(found, visualize.open_album(data(images), str(tmp_path)))
     assert (np.abs(np.asarray(Image.open(first)).astype(int) - 128) < 10).all()
     assert changed(second)[3] == pytest.approx(350, abs=3)
 
@@ -84,6 +84,22 @@ def test_detections_stand_beside_the_truth_and_below_the_threshold_they_do_not(i
     assert (np.abs(np.asarray(Image.open(picture)).astype(int) - 128) < 10).all()
 
 
+def test_a_file_of_annotations_is_no_file_of_detections(images: Path, tmp_path: Path) -> None:
+    def sentence(content: object, annotations: str | None = "truth.json") -> str:
+        (tmp_path / "found.json").write_text(json.dumps(content))
+        with pytest.raises(OdtkError) as error:
+            visualize.draw_results(
+                str(tmp_path / "found.json"), data(images, annotations), str(tmp_path / "out"), score_threshold=0.5
+            )
+        return str(error.value)
+
+    truth = json.loads((images / "truth.json").read_text())
+    assert sentence(truth) == sentence(truth, None) == "Detection 0 has no finite 'score'."
+    assert "not a list" in sentence(3)
+    assert "not a dictionary" in sentence([3])
+    assert "of image 9" in sentence([{"image_id": 9, "category_id": 3, "bbox": [1, 1, 9, 9], "score": 0.9}])
+
+
 def test_labels_stay_inside_and_apart() -> None:
     image = Image.new("RGB", (400, 400), GREY)
     corner = visualize.Shape([(0, 0), (30, 0), (30, 30), (0, 30)], (255, 0, 0), "a rather long name 0.99")
@@ -95,6 +111,15 @@ def test_labels_stay_inside_and_apart() -> None:
 
 def test_small_images_are_enlarged() -> None:
     assert visualize.annotate(Image.new("RGB", (60, 50)), []).size == (480, 400)
+
+
+def test_a_picture_that_no_jpeg_would_hold_is_enlarged_less(images: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (2000, 5), GREY).save(images / "1.png")
+    (images / "truth.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "1.png"}]}))
+    (tmp_path / "found.json").write_text("[]")
+    [path] = visualize.draw_results(str(tmp_path / "found.json"), data(images), str(tmp_path), score_threshold=0.5)
+    assert Image.open(path).width == 2 * 32000 + 8  # the truth beside the detections
+    assert visualize.annotate(Image.new("RGB", (1, 70000)), []).size == (1, 32000)
 
 
 def test_colours_of_neighbours_differ() -> None:
@@ -148,9 +173,9 @@ def test_anchors_that_match_and_a_box_that_none_reaches(images: Path, tmp_path: 
     (images / "truth.json").write_text(json.dumps(truth))
     settings = data(images, resize=400)
     detector = checkpoint.build(checkpoint.load(model))
-    reached, missed = (
-        visualize.anchor_shapes(detector, batch, LossConfig()) for _, batch in visualize.inputs(detector, settings, 2)
-    )
+    dataset = Dataset.load(settings.annotations, settings.images)
+    batches = [batch for _, batch in visualize.inputs(detector, dataset, settings, 2)]
+    reached, missed = (visualize.anchor_shapes(detector, batch, LossConfig()) for batch in batches)
     assert int(reached[-1].label.split()[0]) >= len(reached) - 1 > 1 and reached[-1].colour != (255, 0, 0)
     assert missed[-1].label.startswith("0 anchors, stride 8") and missed[-1].colour == (255, 0, 0) and len(missed) == 2
     assert len(visualize.draw_anchors(model, settings, LossConfig(), str(tmp_path / "out"), count=2)) == 2
@@ -191,8 +216,46 @@ def test_curves_without_a_log_or_without_matplotlib(tmp_path: Path, monkeypatch)
 
 
 def test_the_user_s_images_are_not_drawn_over(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(OdtkError, match="another one"):
+    with pytest.raises(OdtkError, match="another folder"):
         visualize.draw_truth(data(images), str(images))
     (tmp_path / "file").write_text("")
     with pytest.raises(OdtkError, match="Cannot make"):
         visualize.draw_truth(data(images), str(tmp_path / "file" / "out"))
+
+
+@pytest.mark.parametrize("target", [".", "sub", "sub/new"])
+def test_pictures_do_not_go_among_images_that_the_next_run_would_list(images: Path, tmp_path: Path, target) -> None:
+    model, listed, folder = make_model(tmp_path), data(images, None, resize=64), str(images / target)
+    (tmp_path / "found.json").write_text("[]")
+    with pytest.raises(OdtkError, match="among the images of .*another folder"):
+        visualize.open_album(listed, folder)
+    with pytest.raises(OdtkError, match="another folder"):
+        visualize.draw_results(str(tmp_path / "found.json"), listed, folder, score_threshold=0.5)
+    with pytest.raises(OdtkError, match="another folder"):
+        visualize.draw_features(model, "layer2", listed, folder, count=1)
+    assert not (images / "sub").exists()
+    assert len(visualize.draw_truth(data(images), str(images / "sub"))) == 2  # annotations name the images
+
+
+def test_no_picture_replaces_an_image_that_the_annotations_name(images: Path, tmp_path: Path) -> None:
+    model, folder = make_model(tmp_path), images / "sub"
+    folder.mkdir()
+    (tmp_path / "found.json").write_text("[]")
+    for name, draw in (
+        ("1_1.jpg", lambda: visualize.draw_truth(data(images), str(folder))),
+        ("1_1.jpg", lambda: visualize.draw_detections([], visualize.open_album(data(images), str(folder)))),
+        ("1_1.jpg", lambda: visualize.draw_results(str(tmp_path / "found.json"), data(images), str(folder),
+                                                   score_threshold=0.5)),
+        ("1_1_anchors.png", lambda: visualize.draw_anchors(model, data(images, resize=64), LossConfig(), str(folder),
+                                                           count=1)),
+        ("1_1_backbones.ResNet18FPN.features.layer2_0.png",
+         lambda: visualize.draw_features(model, "layer2", data(images, resize=64), str(folder), count=1)),
+    ):  # fmt: skip
+        file = folder / name
+        Image.new("RGB", (480, 400), GREY).save(file)
+        before = file.read_bytes()
+        entries = [{"id": 1, "file_name": "1.png"}, {"id": 2, "file_name": f"sub/{name}"}]
+        (images / "truth.json").write_text(json.dumps({"images": entries}))
+        with pytest.raises(OdtkError, match="is an image of the dataset"):
+            draw()
+        assert file.read_bytes() == before
