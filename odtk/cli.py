@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from . import __version__
@@ -51,11 +53,33 @@ def main(argv: list[str] | None = None) -> int:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.strerror or error}: {error.filename}." if error.filename else f"{error}.")
-    except (MemoryError, RuntimeError) as error:
-        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, not imported here
+    except (MemoryError, RuntimeError, ValueError) as error:
+        sentence = explanation(error)
+        if sentence is None:
             raise
-        kind = "" if isinstance(error, MemoryError) else "GPU "
-        return fail(f"Out of {kind}memory: try a smaller --batch, or smaller images.")
+        return fail(sentence)
+
+
+def explanation(error: Exception) -> str | None:
+    """The sentence for an error of torch or the system that is the user's to mend, None for any other."""
+    if "Expected more than 1 value per channel" in str(error):  # BatchNorm, of one image that became a single cell
+        return ("--norm batch cannot train on one value per channel: give every device more images (--batch) or "
+                "larger ones (--jitter, --max-size), or use --norm group.")  # fmt: skip
+    on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)  # the latter is torch's
+    if on_cpu or type(error).__name__ == "OutOfMemoryError":  # torch's on GPUs, by name: torch is not imported here
+        return f"Out of {'' if on_cpu else 'GPU '}memory: try a smaller --batch, or smaller images."
+    return None
+
+
+def explained(job: Callable[..., Any], config: Any, rank: int = 0, world: int = 1) -> Any:
+    """A job as each process of a run does it, where the error of a process is to be explained."""
+    try:
+        return job(config, rank, world)
+    except (MemoryError, RuntimeError, ValueError) as error:
+        sentence = explanation(error)
+        if sentence is None:
+            raise
+        raise OdtkError(sentence) from error
 
 
 def fail(sentence: str) -> int:
@@ -82,6 +106,10 @@ def positive(text: str) -> int:
 
 def count(text: str) -> int:
     return checked(text, int, lambda v: v >= 0, "a whole number, 0 or more")
+
+
+def seed(text: str) -> int:
+    return checked(text, int, lambda v: 0 <= v < 2**64, "a whole number from 0 to 2^64 - 1")  # as torch takes them
 
 
 def positive_float(text: str) -> float:
@@ -272,7 +300,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
                           help="cap of the gradient's norm, 0 for none (%(default)s)")
     schedule.add_argument("--ema", metavar="DECAY", type=fraction,
                           help="keep an exponential moving average of the weights, 0.9998 say (none)")
-    schedule.add_argument("--seed", metavar="N", type=count, default=0, help="(%(default)s)")
+    schedule.add_argument("--seed", metavar="N", type=seed, default=0, help="(%(default)s)")
 
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--augment-rotate", action="store_true", help="turn by multiples of 90 degrees (off)")
@@ -295,7 +323,7 @@ def run_train(args: argparse.Namespace) -> int:
 
     world = launch.world_size(args.devices)
     config = train_config(args, world)
-    launch.launch(train, config, devices=args.devices, master=args.master)
+    launch.launch(functools.partial(explained, train), config, devices=args.devices, master=args.master)
     return 0
 
 
@@ -448,8 +476,8 @@ def run_infer(args: argparse.Namespace) -> int:
     from . import launch
 
     need_file(args.model, "model")
-    launch.launch(infer_rank, infer_config(args, launch.world_size(args.devices)),
-                  devices=args.devices, master=args.master)  # fmt: skip
+    config = infer_config(args, launch.world_size(args.devices))
+    launch.launch(functools.partial(explained, infer_rank), config, devices=args.devices, master=args.master)
     return 0
 
 
@@ -626,8 +654,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL.{pth,onnx,plan,engine}", help="checkpoint or exported file")
     add_size(parser, help="input size of a .pth in pixels, one number for a square (800 1280)")
-    parser.add_argument("--batch", metavar="N", type=positive, default=1,
-                        help="images at a time over all devices (%(default)s)")
+    parser.add_argument("--batch", metavar="N", type=positive, help="images at a time over all devices (1 × devices)")
     parser.add_argument("--iters", metavar="N", type=positive, default=50, help="timed batches (%(default)s)")
     parser.add_argument("--warmup", metavar="N", type=count, default=5, help="batches before those (%(default)s)")
     parser.add_argument("--images", metavar="DIR",
@@ -646,7 +673,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
     world = launch.world_size(args.devices)
     data = LoaderConfig(
         images=args.images or "",
-        batch=share(args.batch, world),
+        batch=share(args.batch or world, world),
         size=size_of(args.size),
         loader=args.loader,
         workers=workers_of(world),
@@ -660,7 +687,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
         precision=precision_of(args),
         output=args.output,
     )
-    launch.launch(benchmark, config, devices=args.devices, master=args.master)
+    launch.launch(functools.partial(explained, benchmark), config, devices=args.devices, master=args.master)
     return 0
 
 
@@ -690,7 +717,8 @@ def add_visualize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detections", metavar="JSON", help="COCO results: draws the detections, beside the truth")
     parser.add_argument("--score-threshold", metavar="SCORE", type=fraction, default=0.3,
                         help="draw detections above this score (%(default)s)")
-    parser.add_argument("--features", metavar="LAYER", help="draw the feature maps of this layer of MODEL.pth, fpn say")
+    parser.add_argument("--features", metavar="LAYER",
+                        help="draw the feature maps of this layer of MODEL.pth, layer4 say")
     parser.add_argument("--anchors", action="store_true", help="draw which anchors match which boxes (off)")
     parser.add_argument("--anchor-ious", metavar=("BG", "FG"), nargs=2, type=fraction, default=[0.4, 0.5],
                         help="bounds of the match, as in training (0.4 0.5)")
@@ -780,7 +808,7 @@ def add_synth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", metavar="N", type=positive, default=4, help="kinds of shapes (%(default)s)")
     parser.add_argument("--rotated", "--rotated-bbox", action="store_true",
                         help="elongated shapes with boxes [x, y, w, h, theta] (off)")
-    parser.add_argument("--seed", metavar="N", type=count, default=0, help="(%(default)s)")
+    parser.add_argument("--seed", metavar="N", type=seed, default=0, help="(%(default)s)")
 
 
 def run_synth(args: argparse.Namespace) -> int:

@@ -265,7 +265,7 @@ def draw_features(path: str, layer: str, data: LoaderConfig, folder: str, *, cou
 
     Args:
         path: checkpoint.
-        layer: a module's name (``backbones.ResNet50FPN.layer4``), or its end (``layer4``).
+        layer: a module's name (``backbones.ResNet50FPN.features.layer4``), or its end (``layer4``).
 
     Raises:
         OdtkError: there is no such layer, or it gives no feature maps [N, C, h, w].

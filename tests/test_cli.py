@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from onnx import TensorProto, helper, save
@@ -172,6 +173,14 @@ def test_flags_of_infer_and_export_arrive() -> None:
     assert (export.size, export.batch, export.precision) == ((800, 800), (2, 4, 8), "int8")
 
 
+def test_a_benchmark_takes_one_image_per_device(tmp_path: Path, monkeypatch) -> None:
+    batches = []
+    monkeypatch.setattr("odtk.launch.launch", lambda job, config, **_: batches.append(config.data.batch))
+    for flags in (["cpu"], ["cpu:2"], ["cpu:2", "--batch", "8"]):
+        assert main(["benchmark", str(tiny(tmp_path / "m.pth")), "--devices", *flags]) == 0
+    assert batches == [1, 1, 4]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Wrong flags
 
@@ -190,6 +199,7 @@ def test_flags_of_infer_and_export_arrive() -> None:
         (("--lr", "-1"), 1, "'-1' is not a positive number"),
         (("--dcn-v1",), 1, "name its stages with --dcn"),
         (("--resnet", "deep-root"), 1, "invalid choice: 'deep-root'"),
+        (("--seed", str(2**64)), 1, "from 0 to 2^64 - 1"),
         (("--lr", "fast"), 1, "'fast' is not a positive number"),
         (("--iters", "0"), 1, "positive whole number"),
         (("--anchor-ious", "0.4", "1.5"), 1, "from 0 to 1"),
@@ -325,6 +335,17 @@ def test_files_that_are_no_models(images: Path, tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "o.json").exists()
 
 
+@pytest.mark.parametrize("devices", ["cpu", "cpu:2"])
+def test_batch_norm_of_a_single_value(images: Path, tmp_path: Path, capsys, devices: str) -> None:
+    flags = ["--norm", "batch", "--max-size", "32", "--batch", devices[4:] or "1", "--devices", devices]
+    assert "--norm batch cannot train on one value" in fails(capsys, *small(images, tmp_path / "m.pth"), *flags)
+
+
+def test_export_of_what_no_memory_holds(tmp_path: Path, capsys) -> None:
+    argv = ["export", tiny(tmp_path / "m.pth"), tmp_path / "m.onnx", "--size", "10000000"]
+    assert "Out of memory" in fails(capsys, *argv)
+
+
 def test_export_of_what_is_not_rotated(tmp_path: Path, capsys) -> None:
     argv = ["export", tiny(tmp_path / "m.pth"), tmp_path / "m.onnx", "--rotated-bbox"]
     assert "was not trained with rotated boxes" in fails(capsys, *argv)
@@ -359,6 +380,18 @@ def test_a_full_disk(images: Path, tmp_path: Path, capsys) -> None:
 # Errors of all kinds
 
 
+def numpy_error() -> Exception:
+    with pytest.raises(MemoryError) as error:
+        np.zeros(1 << 60, np.uint8)
+    return error.value
+
+
+def torch_error() -> Exception:
+    with pytest.raises(RuntimeError) as error:
+        torch.zeros(1 << 60, dtype=torch.uint8)
+    return error.value
+
+
 def test_interruption_system_errors_and_debugging(monkeypatch, capsys) -> None:
     import odtk.benchmark
 
@@ -367,6 +400,8 @@ def test_interruption_system_errors_and_debugging(monkeypatch, capsys) -> None:
         (OSError(28, "No space left on device", "x.bin"), "No space left on device: x.bin."),
         (OSError("odd"), "odd."),
         (MemoryError(), "Out of memory"),
+        (numpy_error(), "Out of memory"),
+        (torch_error(), "Out of memory: try a smaller --batch, or smaller images."),
         (torch.OutOfMemoryError("CUDA out of memory. Tried …"), "Out of GPU memory"),
     ):
 

@@ -1,6 +1,7 @@
 """Pictures are written, hold what they should where they should, and refuse what cannot be drawn."""
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from odtk import checkpoint, visualize
+from odtk.cli import build_parser
 from odtk.config import LoaderConfig, LossConfig, ModelConfig, OdtkError
 from odtk.data.dataset import Category, Dataset
 from odtk.evaluate import STATS
@@ -152,6 +154,14 @@ def test_feature_maps_of_a_layer_by_name_or_end(images: Path, tmp_path: Path) ->
         visualize.draw_features(model, "layer", data(images, resize=64), str(tmp_path), count=1)
     with pytest.raises(OdtkError, match="try .*lateral3"):
         visualize.draw_features(model, "lateral", data(images, resize=64), str(tmp_path), count=1)
+
+
+def test_the_layer_that_the_help_names_can_be_drawn(tmp_path: Path) -> None:
+    parser = next(a for a in build_parser()._actions if isinstance(a.choices, dict)).choices["visualize"]  # type: ignore[union-attr]
+    text = next(action.help for action in parser._actions if action.dest == "features")
+    layer = re.search(r"(\w+) say", text)
+    assert layer
+    visualize.find_layer(checkpoint.build(checkpoint.load(make_model(tmp_path))), layer[1])
 
 
 def test_a_grid_shows_each_map_over_its_own_range() -> None:
