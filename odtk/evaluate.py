@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from .boxes import area, coco_to_corners, corners
 from .config import OdtkError
-from .data.dataset import load_json
+from .data.dataset import categories_of, is_degenerate, is_id, is_number, load_json
 from .ops import rotated_iou
 
 STATS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
@@ -85,8 +85,9 @@ def evaluate(
     """
     truth = load_json(Path(annotations)) if isinstance(annotations, str) else annotations
     results = read_detections(detections) if isinstance(detections, str) else detections
-    truth = usable(truth)
-    check_detections(results, truth)
+    file, results_file = (given if isinstance(given, str) else "" for given in (annotations, detections))
+    truth = usable(truth, file, segmentation=segmentation)
+    check_detections(results, truth, results_file, segmentation=segmentation)
     if rotated is None:
         rotated = any(len(entry["bbox"]) == 5 for entry in (*truth["annotations"], *results))
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
@@ -130,13 +131,16 @@ def coco_index(truth: dict[str, Any], entries: Iterable[dict[str, Any]], numbers
 
     Boxes get that many numbers: without the angle (4), or with one (5).
 
-    Entries are numbered from 1: pycocotools takes a ground truth of id 0 for unmatched.
+    Entries are numbered from 1: pycocotools takes a ground truth of id 0 for unmatched. An area that is no number
+    (null, say) is that of the box.
     """
     coco = COCO()
     copies = []
     for number, entry in enumerate(entries, 1):
         box = [*entry["bbox"], 0.0][:numbers]
-        copies.append({"iscrowd": 0, "area": box[2] * box[3], **entry, "id": number, "bbox": box})
+        own = entry.get("area")
+        size = own if is_number(own) and math.isfinite(own) else box[2] * box[3]
+        copies.append({**entry, "id": number, "bbox": box, "area": size, "iscrowd": int(bool(entry.get("iscrowd")))})
     coco.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": copies}
     coco.createIndex()
     return coco
@@ -201,52 +205,90 @@ def read_detections(path: str) -> list[dict[str, Any]]:
 
 def known(detections: list[dict[str, Any]], truth: dict[str, Any]) -> list[dict[str, Any]]:
     """The detections of categories that the annotations have: a model may know more than is to be scored."""
-    ids = {category["id"] for category in truth["categories"]}
+    ids = {category["id"] for category in categories_of(truth)}
     return [d for d in detections if d["category_id"] in ids]
 
 
-def usable(truth: dict[str, Any]) -> dict[str, Any]:
-    """A copy of annotations with the lists that COCO files may lack, and without degenerate boxes (data/dataset.py).
+def usable(truth: dict[str, Any], file: str = "", *, segmentation: bool = False) -> dict[str, Any]:
+    """A copy of annotations with the lists that COCO files may lack, and without degenerate boxes.
+
+    The rules are those of data/dataset.py: what a run or `odtk check` accepts, this does too.
+
+    Args:
+        truth: what load_json gives.
+        file: its name, for the sentence of an error.
+        segmentation: masks are to be scored, so they are looked at too.
 
     Raises:
         OdtkError: for the first entry that makes them unusable.
     """
-    boxes = truth.get("annotations", [])
-    categories = truth.get("categories") or [{"id": i} for i in sorted({a.get("category_id") for a in boxes})]
+    of = f" of {file}" if file else ""
+    boxes, categories = truth.get("annotations", []), categories_of(truth)
     for what, entries in (("an image", truth["images"]), ("a category", categories)):
-        if not all("id" in entry for entry in entries):
-            raise OdtkError(f"The annotations have {what} without an id.")
+        for entry in entries:
+            if not is_id(entry.get("id")):
+                raise OdtkError(f"The annotations{of} have {what} without an integer id: {entry.get('id')!r}.")
     image_ids, category_ids = {image["id"] for image in truth["images"]}, {category["id"] for category in categories}
     for i, entry in enumerate(boxes):
-        check_entry(entry, f"Annotation {i}", image_ids, category_ids)
-    kept = [a for a in boxes if a["bbox"][2] > 0 and a["bbox"][3] > 0]
+        name = f"Annotation {entry.get('id', f'at position {i}')}{of}"
+        check_entry(entry, name, image_ids, category_ids, segmentation)
+    kept = [a for a in boxes if not is_degenerate(a["bbox"])]
     return {"images": truth["images"], "categories": categories, "annotations": kept}
 
 
-def check_detections(detections: Any, truth: dict[str, Any]) -> None:
-    """One sentence for the first detection that cannot be scored."""
+def check_detections(detections: Any, truth: dict[str, Any], file: str = "", *, segmentation: bool = False) -> None:
+    """One sentence for the first detection (of ``file``) that cannot be scored against what usable gave."""
+    of = f" of {file}" if file else ""
     if not isinstance(detections, list):
-        raise OdtkError("The detections are not a list: COCO results are [{image_id, category_id, bbox, score}, …].")
+        raise OdtkError(
+            f"The detections{of} are not a list: COCO results are [{{image_id, category_id, bbox, score}}, …]."
+        )
     image_ids, category_ids = ({entry["id"] for entry in truth[key]} for key in ("images", "categories"))
     for i, entry in enumerate(detections):
-        check_entry(entry, f"Detection {i}", image_ids, category_ids)
-        if not isinstance(entry.get("score"), (int, float)) or not math.isfinite(entry["score"]):
-            raise OdtkError(f"Detection {i} has no finite 'score'.")
+        name = f"Detection {i}{of}"
+        check_entry(entry, name, image_ids, category_ids, segmentation)
+        if not all(math.isfinite(v) for v in entry["bbox"]):
+            raise OdtkError(f"{name} (image {entry['image_id']}) has a box that is not finite: {entry['bbox']}.")
+        if not is_number(entry.get("score")) or not math.isfinite(entry["score"]):
+            raise OdtkError(f"{name} has no finite 'score'.")
 
 
-def check_entry(entry: Any, name: str, image_ids: set[int], category_ids: set[int]) -> None:
-    """An annotation or a detection: known ids, and a box of four or five finite numbers."""
+def check_entry(entry: Any, name: str, image_ids: set[int], category_ids: set[int], segmentation: bool) -> None:
+    """An annotation or a detection: known ids, a box of four or five numbers and, if asked for, a mask."""
     if not isinstance(entry, dict):
         raise OdtkError(f"{name} is not a dictionary.")
-    if entry.get("image_id") not in image_ids:
-        raise OdtkError(f"{name} is of image {entry.get('image_id')}, which the annotations do not list.")
-    if entry.get("category_id") not in category_ids:
-        raise OdtkError(f"{name} is of category {entry.get('category_id')}, which the annotations do not list.")
+    for what, ids in (("image", image_ids), ("category", category_ids)):
+        id = entry.get(f"{what}_id")
+        if id is None:
+            raise OdtkError(f"{name} has no '{what}_id'.")
+        if not is_number(id) or id not in ids:
+            raise OdtkError(f"{name} is of {what} {id}, which the annotations do not list.")
     box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) not in (4, 5) or not all(
-        isinstance(v, (int, float)) and math.isfinite(v) for v in box
-    ):
+    if not isinstance(box, list) or len(box) not in (4, 5) or not all(is_number(v) for v in box):
         raise OdtkError(f"{name} (image {entry['image_id']}) has no box of four or five numbers.")
+    if segmentation and entry.get("segmentation") and not is_mask(entry["segmentation"]):
+        raise OdtkError(
+            f"{name} (image {entry['image_id']}) has a 'segmentation' that is neither a list of polygons "
+            "[x, y, x, y, x, y, …] in pixels nor an RLE mask {size, counts}."
+        )
+
+
+def is_mask(value: Any) -> bool:
+    """Whether pycocotools can draw a "segmentation". It does not look itself: a NaN, say, costs it all memory."""
+    if isinstance(value, list):
+        return all(
+            isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+            and all(is_number(v) and math.isfinite(v) for v in polygon)
+            for polygon in value
+        )  # fmt: skip
+    if not isinstance(value, dict):
+        return False
+    size, counts = value.get("size"), value.get("counts")
+    if not isinstance(size, list) or len(size) != 2 or not all(is_id(side) and side > 0 for side in size):
+        return False
+    if isinstance(counts, list):  # of runs, which fill the mask
+        return all(is_id(run) and run >= 0 for run in counts) and sum(counts) == size[0] * size[1]
+    return isinstance(counts, (str, bytes))
 
 
 def report(metrics: Metrics) -> None:

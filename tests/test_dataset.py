@@ -108,9 +108,14 @@ def test_missing_size_and_categories_are_made_up_for(coco) -> None:
     path, folder = coco()
     content = json.loads(path.read_text())
     del content["categories"]
+    for without in (content, content | {"categories": []}):
+        path.write_text(json.dumps(without))
+        dataset = Dataset.load(path, folder)
+        assert dataset.categories == (Category(4, "4"), Category(90, "90"))
+        assert "made from" in dataset.warnings()[0]
+    content["annotations"][0]["category_id"] = [4]
     path.write_text(json.dumps(content))
-    dataset = Dataset.load(path, folder)
-    assert dataset.categories == (Category(4, "4"), Category(90, "90"))
+    assert "annotation 1: its category_id [4] is not among" in refusal((path, folder))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +124,7 @@ def test_missing_size_and_categories_are_made_up_for(coco) -> None:
         ({"images": [image(7, "gone.jpg")]}, ["gone.jpg", "image 7", "missing"]),
         ({"images": [image(7, "a.jpg"), image(7, "b.jpg")]}, ["image 7", "duplicate image id"]),
         ({"images": [image("x", "a.jpg")], "annotations": []}, ["image 'x'", "not an integer"]),
+        ({"images": [image(2**63, "a.jpg")], "annotations": []}, ["image 9223372036854775808", "integer of 64 bits"]),
         ({"images": [image(7, "a.jpg", width=50)]}, ["image 7", "50×30", "a.jpg is 40×30"]),
         ({"images": [{"id": 7, "width": 1, "height": 1}]}, ["image 7", "no file_name"]),
         ({"annotations": [box(1, 8, 4, [1, 1, 5, 5])]}, ["annotation 1", "image_id 8"]),
@@ -129,6 +135,7 @@ def test_missing_size_and_categories_are_made_up_for(coco) -> None:
         ({"annotations": [box(1, 7, 4, [1, 1, 5, 5, 0.3])]}, ["annotation 1", "--rotated-bbox"]),
         ({"categories": [{"id": 4}, {"id": 4}, {"id": 90}]}, ["category 4", "duplicate category id"]),
         ({"categories": [{"id": "4"}, {"id": 4}, {"id": 90}]}, ["category '4'", "not an integer"]),
+        ({"categories": [{"id": 4}, {"id": 90}, {"id": 2**63}]}, ["category 9223372036854775808", "64 bits"]),
     ],
 )
 def test_refused_before_the_run(coco, changes, words) -> None:

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from odtk.config import OdtkError
-from odtk.evaluate import STATS, evaluate, known, report
+from odtk.evaluate import STATS, evaluate, known, report, usable
 
 
 def dataset(images: int = 6, seed: int = 0) -> dict:
@@ -115,6 +115,36 @@ def test_annotations_without_area_crowd_or_categories_and_with_a_degenerate_box(
     metrics = evaluate(found, truth)
     assert metrics.ap == pytest.approx(1)  # nothing could have found the box without an area
     assert [c.name for c in metrics.classes] == ["3", "7"]
+    assert known(found, truth) == found  # infer asks before it evaluates
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("numbers", [4, 5])
+def test_a_box_that_is_not_finite_is_dropped_as_in_training(value: float, numbers: int) -> None:
+    truth = dataset()
+    found = results(truth)
+    truth["annotations"].append({"image_id": 10, "category_id": 3, "bbox": [5, 5, 9, 9, 0][: numbers - 1] + [value]})
+    assert evaluate(found, truth).ap == pytest.approx(1)
+
+
+def test_null_area_and_iscrowd_are_absent() -> None:
+    truth = dataset()
+    found = results(truth, shift=6)
+    plain = evaluate(found, truth)
+    for entry in truth["annotations"]:
+        entry["area"] = entry["iscrowd"] = None
+    assert evaluate(found, truth) == plain
+
+
+def test_ids_of_64_bits_are_told_apart() -> None:
+    truth = dataset()
+    found = results(truth, shift=6)
+    plain = evaluate(found, truth)
+    for entry in (*truth["annotations"], *found):
+        entry["image_id"] += 10**18
+    for image in truth["images"]:
+        image["id"] += 10**18
+    assert evaluate(found, truth).stats == plain.stats
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,7 +214,10 @@ def test_categories_that_only_the_model_has_are_left_out() -> None:
     [
         ({"image_id": 99, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}, "image 99"),
         ({"image_id": 10, "category_id": 3, "bbox": [0, 0, 1], "score": 1}, "four or five numbers"),
-        ({"image_id": 10, "category_id": 3, "bbox": [0, 0, 1, math.nan], "score": 1}, "four or five numbers"),
+        ({"image_id": 10, "category_id": 3, "bbox": [0, 0, 1, math.nan], "score": 1}, "not finite"),
+        ({"image_id": [10], "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}, r"image \[10\]"),
+        ({"image_id": 10, "category_id": {}, "bbox": [0, 0, 1, 1], "score": 1}, r"category \{\}"),
+        ({"image_id": 10, "bbox": [0, 0, 1, 1], "score": 1}, "no 'category_id'"),
         ({"image_id": 10, "category_id": 3, "bbox": [0, 0, 1, 1]}, "score"),
         ("box", "not a dictionary"),
     ],
@@ -196,11 +229,61 @@ def test_a_malformed_detection_is_named(entry, sentence: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["images", "categories"])
-def test_an_entry_without_id_is_refused(key: str) -> None:
+@pytest.mark.parametrize("id", [None, [1], "1", 1.5, 2**63])
+def test_an_entry_without_an_integer_id_is_refused(key: str, id) -> None:
     truth = dataset()
-    del truth[key][0]["id"]
-    with pytest.raises(OdtkError, match="without an id"):
+    truth[key][0]["id"] = id
+    with pytest.raises(OdtkError, match="without an integer id"):
         evaluate([], truth)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_annotation_without_category_is_named_with_its_file(tmp_path, listed: bool) -> None:
+    truth = dataset()
+    del truth["annotations"][2]["category_id"]
+    truth["annotations"][2]["id"] = 1234
+    if not listed:
+        del truth["categories"]
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    with pytest.raises(OdtkError, match=r"Annotation 1234 of .*truth\.json has no 'category_id'"):
+        evaluate([], str(tmp_path / "truth.json"))
+
+
+SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "polygon", 7, SQUARE, [SQUARE, None], [SQUARE, [1, 2]], [[*SQUARE, 5]], [["a"] * 6], [[*SQUARE[:-1], math.nan]],
+        {"size": [200, 300]}, {"counts": [60000]}, {"size": [200, 300], "counts": [5]},
+        {"size": [200, 300], "counts": [60001, -1]}, {"size": [200], "counts": "abc"},
+    ],
+)  # fmt: skip
+def test_a_malformed_mask_is_named_where_masks_are_scored(mask) -> None:
+    truth = dataset()
+    found = results(truth)
+    truth["annotations"][2]["segmentation"] = mask
+    assert evaluate(found, truth).ap == pytest.approx(1)  # boxes are scored: it is not looked at
+    with pytest.raises(OdtkError, match=r"Annotation 2 .*'segmentation'"):
+        evaluate(found, truth, segmentation=True)
+    del truth["annotations"][2]["segmentation"]
+    found[1]["segmentation"] = mask
+    with pytest.raises(OdtkError, match=r"Detection 1 .*'segmentation'"):
+        evaluate(found, truth, segmentation=True)
+
+
+@pytest.mark.parametrize("mask", [None, [], [SQUARE], {"size": [200, 300], "counts": [2010, 400, 57590]}])
+def test_masks_of_each_form_are_scored(mask) -> None:
+    truth = dataset(1)
+    truth["annotations"] = [{"id": 1, "image_id": 10, "category_id": 3, "bbox": [10, 10, 20, 20], "segmentation": mask}]
+    found = [{"image_id": 10, "category_id": 3, "bbox": [10, 10, 20, 20], "segmentation": mask, "score": 0.5}]
+    assert evaluate(found, truth, segmentation=True).ap == pytest.approx(1)
+
+
+def test_usable_annotations_stay_so() -> None:
+    truth = usable(dataset())
+    assert usable(truth) == truth
 
 
 def test_an_annotation_of_an_unknown_image_is_named() -> None:

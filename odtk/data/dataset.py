@@ -12,7 +12,8 @@ Each fault is either fixed, with one counted warning, or refused before the run 
            image without width or height: taken from the file; odd pixels: see ``images.py``
            categories missing from the file: made from the annotations' category ids
   refused  broken or unreadable JSON; missing, truncated or unreadable image; wrong width or height
-           duplicate image or category id; id that is no integer; annotation of an unknown image or category
+           duplicate image or category id; id that is no integer of 64 bits
+           annotation of an unknown image or category
            bbox of the wrong form; five numbers in an axis-aligned run; theta beyond ±2π (degrees?)
            in training: a category without annotations; no boxes at all
 
@@ -30,7 +31,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -230,17 +231,14 @@ class _CocoReader:
         self.faults.append(Fault(str(file or self.path), id, reason or rule, False, rule))
 
     def read_categories(self) -> tuple[Category, ...]:
-        entries = self.content.get("categories")
-        if entries is None:
-            found = {a.get("category_id") for a in self.content.get("annotations", [])}
-            entries = [{"id": id, "name": str(id)} for id in found if _is_id(id)]
-            if entries:
-                self.fix("", "no \"categories\": made from the annotations' category ids")
+        entries = categories_of(self.content)
+        if entries and not self.content.get("categories"):
+            self.fix("", "no \"categories\": made from the annotations' category ids")
         categories: dict[int, Category] = {}
         for entry in entries:
             id = entry.get("id")
-            if not _is_id(id):
-                self.refuse(f"category {id!r}", "the category id is not an integer")
+            if not is_id(id):
+                self.refuse(f"category {id!r}", "the category id is not an integer of 64 bits")
             elif id in categories:
                 self.refuse(f"category {id}", "duplicate category id")
             else:
@@ -252,8 +250,8 @@ class _CocoReader:
         entries: dict[int, dict[str, Any]] = {}
         for entry in self.content["images"]:
             id = entry.get("id")
-            if not _is_id(id):
-                self.refuse(f"image {id!r}", "the image id is not an integer")
+            if not is_id(id):
+                self.refuse(f"image {id!r}", "the image id is not an integer of 64 bits")
             elif id in entries:
                 self.refuse(f"image {id}", "duplicate image id")
             elif not isinstance(entry.get("file_name"), str):
@@ -280,7 +278,7 @@ class _CocoReader:
         turned = stored[::-1] if header.orientation in SWAPS_SIDES else stored
         stated: tuple[Any, Any] = (entry.get("width"), entry.get("height"))
         orientation = 1
-        if not all(_is_id(side) and side > 0 for side in stated):
+        if not all(is_id(side) and side > 0 for side in stated):
             self.fix(name, "no width or height in the annotations: taken from the file")
         elif stated != stored and stated == turned:
             orientation = header.orientation
@@ -306,10 +304,10 @@ class _CocoReader:
                 self.fix(name, "duplicate annotation id: both annotations are kept")
             seen.add(str(entry.get("id")))
             image_id = entry.get("image_id")
-            if not _is_id(image_id) or image_id not in images:
+            if not is_id(image_id) or image_id not in images:
                 self.refuse(name, "unknown image", f"its image_id {image_id!r} is not among the images")
                 continue
-            label = labels.get(entry["category_id"]) if _is_id(entry.get("category_id")) else None
+            label = labels.get(entry["category_id"]) if is_id(entry.get("category_id")) else None
             if label is None:
                 reason = f"its category_id {entry.get('category_id')!r} is not among the categories"
                 self.refuse(name, "unknown category", reason)
@@ -327,7 +325,7 @@ class _CocoReader:
     def read_box(self, name: str, entry: dict[str, Any], image: Image) -> list[float] | None:
         """The usable part of an annotation's box, or None."""
         box = entry.get("bbox")
-        if not isinstance(box, list) or len(box) not in (4, 5) or not all(_is_number(value) for value in box):
+        if not isinstance(box, list) or len(box) not in (4, 5) or not all(is_number(value) for value in box):
             self.refuse(name, "bbox is not a list of four numbers" + (" or five" if self.rotated else ""))
             return None
         if len(box) == 5 and not self.rotated:
@@ -336,7 +334,7 @@ class _CocoReader:
         if entry.get("iscrowd", 0):
             self.fix(name, "crowd: not used in training")
             return None
-        if not all(math.isfinite(value) for value in box) or box[2] <= 0 or box[3] <= 0:
+        if is_degenerate(box):
             self.fix(name, "degenerate box dropped", f"degenerate box {box} dropped")
             return None
         return self.keep_rotated(name, box, image) if self.rotated else self.clip(name, box, image)
@@ -379,12 +377,24 @@ class _CocoReader:
                 )
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_id(value: Any) -> TypeGuard[int]:
+    """Whether a value can be the id of an image or a category: tensors hold ids as int64."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_degenerate(box: Sequence[float]) -> bool:
+    """Whether a box [x, y, w, h(, theta)] has no area, or is not finite."""
+    return not all(math.isfinite(value) for value in box) or box[2] <= 0 or box[3] <= 0
+
+
+def categories_of(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The categories of a COCO object; where it lists none, those made from its annotations' category ids."""
+    found = {a["category_id"] for a in content.get("annotations", []) if is_id(a.get("category_id"))}
+    return content.get("categories") or [{"id": id, "name": str(id)} for id in sorted(found)]
 
 
 @dataclass(frozen=True)
