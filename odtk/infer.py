@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     from .backends import Backend
 
 REPORT_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+PATIENCE = timedelta(hours=6)  # that ranks which are done wait for the others
 
 Progress = Callable[[int], None]  # called after each batch with the number of images that it held
+Rows = tuple[np.ndarray, np.ndarray]  # see to_rows
 
 
 def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
@@ -42,6 +45,7 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     """
     from .backends import open_backend, silent  # here, as training needs detect() and no ONNX Runtime
 
+    group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
     for path in config.output:
         check_folder(path)
     backend = open_backend(
@@ -57,7 +61,7 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
         f"batch {data.batch * world}, {size_line(data)}, precision {backend.precision}.")  # fmt: skip
     total = len(dataset.images)
     with progress_line(total, world) if rank == 0 else contextlib.nullcontext() as progress:
-        detections = detect(backend, loader, categories, progress=progress)
+        detections = detect(backend, loader, categories, progress=progress, group=group)
     if rank == 0:
         for path in config.output:
             write_json(detections, path)
@@ -157,6 +161,7 @@ def detect(
     categories: Sequence[Category],
     *,
     progress: Progress | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> list[dict[str, Any]]:
     """Runs a backend over this process's shard and gathers the detections of all processes on rank 0.
 
@@ -165,6 +170,7 @@ def detect(
             in pixels of the network's input).
         loader: an inference loader: each image once over all ranks.
         categories: entry c names class index c of the backend.
+        group: all ranks, to gather over; None: the default group, whose timeout then is all that a rank may be behind.
 
     Returns:
         On rank 0 the COCO results of all ranks, by image id and then by falling score: ``image_id``, ``category_id``
@@ -172,28 +178,31 @@ def detect(
         ``score``; for rotated boxes ``bbox`` [x, y, w, h, theta] (radians, anticlockwise) and its four corners as
         ``segmentation``. On the other ranks an empty list.
     """
-    rows: list[np.ndarray] = []
+    found: list[Rows] = []
     ids: list[int] = []
-    pending: Callable[[], np.ndarray] | None = None
+    pending: Callable[[], Rows] | None = None
     for batch in loader:
         reading = read_back(backend(batch.images), batch)
         ids += batch.ids.tolist()
         if pending is not None:  # one batch behind: the device has this batch to work on while the last one is read
-            rows.append(pending())
+            found.append(pending())
         pending = reading
         if progress is not None:
             progress(len(batch.images))
     if pending is not None:
-        rows.append(pending())
-    gathered = gather((ids, np.concatenate(rows) if rows else None))
+        found.append(pending())
+    gathered = gather((ids, found), group)
     all_ids = [i for shard_ids, _ in gathered for i in shard_ids]
     if len(all_ids) != len(set(all_ids)):
         raise RuntimeError("An image went through the model twice: the loader's shards overlap.")
-    shards = [shard for _, shard in gathered if shard is not None and len(shard)]
-    return to_results(np.concatenate(shards), categories) if shards else []
+    batches = [batch_rows for _, shard in gathered for batch_rows in shard if len(batch_rows[0])]
+    if not batches:
+        return []
+    image_ids, rows = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return to_results(image_ids, rows, categories)
 
 
-def read_back(detections: Detections, batch: Batch) -> Callable[[], np.ndarray]:
+def read_back(detections: Detections, batch: Batch) -> Callable[[], Rows]:
     """Starts the copy of detections to the host; the function returned waits for it and gives to_rows."""
     on_host = Detections(
         *(t.to("cpu", non_blocking=True) for t in (detections.scores, detections.boxes, detections.classes))
@@ -203,7 +212,7 @@ def read_back(detections: Detections, batch: Batch) -> Callable[[], np.ndarray]:
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(detections.scores.device))
 
-    def rows() -> np.ndarray:
+    def rows() -> Rows:
         if copied is not None:
             copied.synchronize()
         return to_rows(on_host, batch)
@@ -211,25 +220,30 @@ def read_back(detections: Detections, batch: Batch) -> Callable[[], np.ndarray]:
     return rows
 
 
-def to_rows(detections: Detections, batch: Batch) -> np.ndarray:
-    """The used rows of a batch as float64 [n, 3 + 4|5]: image id, class index, score, COCO box in original pixels."""
+def to_rows(detections: Detections, batch: Batch) -> Rows:
+    """The used rows of a batch.
+
+    Returns:
+        Image ids int64 [n], apart as float64 would round them beyond 2⁵³; and float64 [n, 2 + 4|5]: class index, score,
+        COCO box in original pixels.
+    """
     used = detections.scores > 0  # [N, D]
     image = used.nonzero()[:, 0]  # [n], position in the batch
     scores, classes, boxes = (t[used].double() for t in (detections.scores, detections.classes, detections.boxes))
     boxes = corners_to_coco(boxes, batch.scales.double()[image])  # [n, 4|5]
-    ids = batch.ids.double()[image]
-    return torch.cat([torch.stack([ids, classes, scores], dim=1), boxes], dim=1).numpy()
+    return batch.ids[image].numpy(), torch.cat([torch.stack([classes, scores], dim=1), boxes], dim=1).numpy()
 
 
-def to_results(rows: np.ndarray, categories: Sequence[Category]) -> list[dict[str, Any]]:
+def to_results(image_ids: np.ndarray, rows: np.ndarray, categories: Sequence[Category]) -> list[dict[str, Any]]:
     """Rows of to_rows as COCO results, by image id and then by falling score."""
-    rows = rows[np.lexsort((-rows[:, 2], rows[:, 0]))]  # stable: ties keep the order of the postprocess
-    scores = np.round(rows[:, 2], 7).tolist()
-    boxes = np.round(rows[:, 3:], 4).tolist()  # 1e-4 px
-    outlines = np.round(polygons(rows[:, 3:]), 2).tolist() if rows.shape[1] == 8 else None
+    order = np.lexsort((-rows[:, 1], image_ids))  # stable: ties keep the order of the postprocess
+    image_ids, rows = image_ids[order], rows[order]
+    scores = np.round(rows[:, 1], 7).tolist()
+    boxes = np.round(rows[:, 2:], 4).tolist()  # 1e-4 px
+    outlines = np.round(polygons(rows[:, 2:]), 2).tolist() if rows.shape[1] == 7 else None
     results = []
-    for i, (image_id, label) in enumerate(rows[:, :2].astype(np.int64).tolist()):
-        category = categories[label]
+    for i, (image_id, label) in enumerate(zip(image_ids.tolist(), rows[:, 0], strict=True)):
+        category = categories[int(label)]
         result = {"image_id": image_id, "category_id": category.id, "category": category.name}
         result |= {"bbox": boxes[i], "score": scores[i]}
         if outlines is not None:
@@ -243,12 +257,16 @@ def polygons(boxes: np.ndarray) -> np.ndarray:
     return corners(coco_to_corners(torch.from_numpy(boxes))).reshape(-1, 8).numpy()  # [n, 4, 2] -> [n, 8]
 
 
-def gather(value: Any) -> list[Any]:
-    """Every rank's value on rank 0, in order of rank; nothing on the others; [value] outside of torch.distributed."""
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value on rank 0, in order of rank; nothing on the others; [value] outside of torch.distributed.
+
+    Args:
+        group: all ranks, to gather over; None: the default group.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0)
+    dist.gather_object(value, values, dst=0, group=group)
     return values or []
 
 
@@ -284,14 +302,18 @@ def progress_line(total: int, world: int = 1) -> Iterator[Progress]:
 
 
 def check_folder(path: str) -> None:
-    """Refuses, before the work is done, a path whose folder is not there or cannot be written to."""
-    folder = os.path.dirname(os.path.abspath(path))
+    """Refuses, before the work is done, a path that could not be written: as write_json and replacing would."""
+    if os.path.isdir(path):
+        raise OdtkError(f"Cannot write {path}: it is a folder.")
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device, which is not replaced
+        if not os.access(path, os.W_OK):
+            raise OdtkError(f"Cannot write {path}: no permission.")
+        return
+    folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise OdtkError(f"Cannot write {path}: the folder {folder} does not exist.")
     if not os.access(folder, os.W_OK):
         raise OdtkError(f"Cannot write {path}: no permission to write in {folder}.")
-    if os.path.isdir(path):
-        raise OdtkError(f"Cannot write {path}: it is a folder.")
 
 
 def write_json(value: Any, path: str) -> None:

@@ -2,6 +2,8 @@
 import json
 import math
 import os
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,13 @@ def test_rotated_detections_have_an_angle_and_corners() -> None:
     # Turned anticlockwise about (40, 30), the upper left corner (-20, -10) goes to ((-20 - 10), (20 - 10)) / √2.
     assert found[0]["segmentation"][0][:2] == pytest.approx([40 - 30 / math.sqrt(2), 30 + 10 / math.sqrt(2)], abs=0.01)
     assert len(found[0]["segmentation"][0]) == 8
+
+
+def test_ids_of_64_bits_are_kept_to_the_last_digit() -> None:
+    ids = [2**63 - 1, 10**18 + 3, 10**18 + 2, -(2**63)]
+    row = [(0.5, 0, (0, 0, 1, 1))]
+    found = infer.detect(lambda images: detections([row] * len(images)), [batch(ids[:3]), batch(ids[3:])], CATEGORIES)
+    assert [d["image_id"] for d in found] == sorted(ids)
 
 
 @pytest.mark.parametrize("loader", [[], [batch([1]), batch([2, 3])]])
@@ -138,6 +147,24 @@ def test_two_processes_find_what_one_finds(model: str, images: Path, tmp_path: P
         assert b["bbox"] == pytest.approx(a["bbox"], abs=0.01) and b["score"] == pytest.approx(a["score"], abs=1e-5)
 
 
+def late(config: InferConfig, rank: int, world: int) -> None:
+    """A job: rank 1 gets its images when a collective of the default group would long have failed."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    loader = infer.create_loader
+
+    def slow(*arguments):
+        time.sleep(4 * rank)
+        return loader(*arguments)
+
+    infer.create_loader = slow
+    infer.infer(config, rank, world)
+
+
+def test_a_rank_waits_for_a_slower_one(model: str, images: Path, tmp_path: Path) -> None:
+    launch(late, config(model, images, output=(str(tmp_path / "out.json"),), postprocess=few()), devices="cpu:2")
+    assert {d["image_id"] for d in json.loads((tmp_path / "out.json").read_text())} == {11, 13, 15, 17, 19}
+
+
 def few() -> PostprocessConfig:
     return PostprocessConfig(detections=4, top_n=50)
 
@@ -162,6 +189,23 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(model, imag
     (tmp_path / "file").write_text("")
     with pytest.raises(OdtkError, match="Cannot write"):
         infer.infer(config(str(tmp_path / "no model.pth"), images, output=(str(tmp_path / path),)))
+
+
+def test_a_device_needs_no_folder_to_write_in(tmp_path: Path, monkeypatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.json").symlink_to(tmp_path / "other" / "out.json")
+    writable = {str(tmp_path / "pipe"), str(tmp_path / "other")}  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) in writable)
+    infer.check_folder(str(tmp_path / "pipe"))
+    with pytest.raises(OdtkError, match="no permission to write in"):
+        infer.check_folder(str(tmp_path / "out.json"))
+    with pytest.raises(OdtkError, match=r"other does not exist"):
+        infer.check_folder(str(tmp_path / "link.json"))
+    (tmp_path / "other").mkdir()
+    infer.check_folder(str(tmp_path / "link.json"))  # what is replaced is where the link leads
+    writable.clear()
+    with pytest.raises(OdtkError, match="pipe: no permission"):
+        infer.check_folder(str(tmp_path / "pipe"))
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
