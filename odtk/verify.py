@@ -18,10 +18,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor
@@ -30,9 +31,10 @@ from . import __version__, quantize
 from .backends import Backend, open_backend
 from .checkpoint import build, load, replacing
 from .config import ExportConfig, LoaderConfig
-from .data.dataset import Dataset
+from .data.dataset import Dataset, load_json
+from .data.images import decode
 from .data.loader import create_loader
-from .evaluate import Metrics, evaluate
+from .evaluate import Metrics, evaluate, known, usable
 from .export import ENGINES, export, trace
 from .infer import detect, loader_config, resolve_categories
 from .postprocess import Detections
@@ -135,13 +137,14 @@ class Bench:
     """The set that all runs see, prepared as inference prepares it for the written file."""
 
     def __init__(self, config: ExportConfig, annotations: str, images: str, device: str) -> None:
-        self.config, self.annotations, self.device = config, annotations, device
+        self.config, self.device = config, device
         written = open_backend(config.output, device=device, precision="fp32", postprocess=None)
         wanted = LoaderConfig(images=images, annotations=annotations, batch=1, device=device)
         self.data = loader_config(wanted, written)
         assert self.data.size is not None  # of an exported file
         self.size = self.data.size
         self.dataset = Dataset.load(annotations, images, rotated=written.rotated)
+        self.truth = usable(load_json(Path(annotations)), annotations)
         self.categories = resolve_categories(written, self.dataset.categories)
         self.thresholds = written.postprocess
 
@@ -154,7 +157,7 @@ class Bench:
         name = name or f"{'TensorRT' if path.endswith(ENGINES) else 'ONNX'} {backend.precision}"
         print(f"Running {name} on {len(self.dataset.images)} images", flush=True)
         results = detect(timed, create_loader(self.dataset, self.data), self.categories)
-        metrics = evaluate(results, self.annotations, rotated=backend.rotated)
+        metrics = evaluate(known(results, self.truth), self.truth, rotated=backend.rotated)
         return Run(name, os.path.getsize(path), metrics, statistics.median(timed.times), results)
 
     def images(self, count: int) -> list[Any]:
@@ -325,9 +328,8 @@ def pictures(reference: Run, run: Run, bench: Bench) -> list[str]:
     images = sorted(bench.dataset.images, key=lambda image: -abs(sums[0].get(image.id, 0) - sums[1].get(image.id, 0)))
     figures = []
     for image in images[:PICTURES]:
-        with Image.open(image.path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-        drawn = [draw(upright.copy(), side.results, image.id) for side in (reference, run)]
+        picture = Image.fromarray(decode(image.path, image.orientation))  # the raster that the boxes belong to
+        drawn = [draw(picture.copy(), side.results, image.id) for side in (reference, run)]
         figures.append("<figure>" + " ".join(f'<img alt="" src="{side}">' for side in drawn)
                        + f"<figcaption>{html.escape(os.path.basename(image.path))}</figcaption></figure>")  # fmt: skip
     return figures

@@ -1,9 +1,12 @@
 """Verification of the written file: the whole path on a small set, the search for FP16 layers, the reports."""
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from odtk.data.loader import create_loader
 from odtk.evaluate import ClassMetrics, Metrics
 from odtk.infer import detect
 from odtk.model.detector import Detector
+from odtk.postprocess import Detections
 
 CONFIG = ModelConfig(backbones=("ResNet18C4",), classes=2)
 CATEGORIES = (Category(1, "cat & co"), Category(5, "dog"))
@@ -89,6 +93,46 @@ def test_a_wrong_file_is_found_out(job, tmp_path: Path) -> None:
     export.export(wrong)
     mixed = dataclasses.replace(wrong, path=config.path)
     assert not verify.verify(mixed, annotations=annotations, images=images)
+
+
+class FakeBackend:
+    """Finds the square [8, 8, 16, 16] in every image, once as each category."""
+
+    name, precision, size, stride, max_batch = "m.onnx", "fp32", (64, 64), 32, None
+    classes, categories, rotated, postprocess = 2, CATEGORIES, False, LIMITS
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+    def __call__(self, images: torch.Tensor) -> Detections:
+        n = len(images)
+        box = torch.tensor([8.0, 8.0, 23.0, 23.0])
+        return Detections(torch.full((n, 2), 0.5), box.expand(n, 2, 4), torch.arange(2).expand(n, 2))
+
+
+def test_a_set_may_lack_categories_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in inference: detections of those are not scored."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "truth.json").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 64}],
+        "categories": [{"id": 5, "name": "dog"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 5, "bbox": [8, 8, 16, 16]}],
+    }))  # fmt: skip
+    monkeypatch.setattr(verify, "open_backend", lambda *_, **__: FakeBackend())
+    config = ExportConfig(path="", output=str(tmp_path / "a.png"))
+    run = verify.Bench(config, str(tmp_path / "truth.json"), str(tmp_path), "cpu").run(config.output)
+    assert run.metrics.ap == pytest.approx(1) and len(run.results) == 2
+
+
+@pytest.mark.parametrize("stated", [(40, 30), (30, 40)])
+def test_pictures_are_turned_only_where_the_boxes_are(tmp_path: Path, stated: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    entry = {"id": 1, "file_name": "a.jpg", "width": stated[0], "height": stated[1]}
+    (tmp_path / "truth.json").write_text(json.dumps({"images": [entry]}))
+    bench = SimpleNamespace(dataset=Dataset.load(tmp_path / "truth.json", tmp_path))
+    figure, = verify.pictures(run_of(0.5), run_of(0.5), bench)  # type: ignore[arg-type]
+    encoded = figure.partition("base64,")[2].partition('"')[0]
+    assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == stated
 
 
 def run_of(ap: float) -> verify.Run:
