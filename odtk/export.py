@@ -215,6 +215,7 @@ def trace(detector: Detector, size: tuple[int, int], opset: int = OPSET) -> Mode
     example = torch.zeros(2, 3, *size)  # a batch of 1 would be taken for a constant
     batch = torch.export.Dim("batch", min=1, max=65536)
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "no torchvision"
+    logging.getLogger("onnxscript.version_converter").setLevel(logging.CRITICAL)  # a traceback, where it gives up
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch.onnx
         program = torch.onnx.export(
@@ -223,6 +224,9 @@ def trace(detector: Detector, size: tuple[int, int], opset: int = OPSET) -> Mode
         )  # fmt: skip
     assert program is not None
     model = program.model_proto
+    written = next(entry.version for entry in model.opset_import if not entry.domain)
+    if written != opset:
+        raise OdtkError(f"--opset {opset} is unknown to this onnx, which wrote {written}: use {OPSET}, or update onnx.")
     for node in model.graph.node:  # where torch found it: long, and different on each machine
         del node.metadata_props[:]
         node.doc_string = ""

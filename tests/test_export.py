@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -284,19 +285,21 @@ def test_file_carries_its_metadata(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"output": "model.onnx", "opset": 99}, "--opset 99 is unknown to this onnx, which wrote 18: use 18"),
         ({"output": "model.trt"}, "must end in"),
         ({"output": "model.plan"}, "needs a GPU"),
         ({"output": "model.onnx", "opset": 11}, "--opset 11"),
         ({"output": "nowhere/model.onnx"}, "could not be written"),
     ],
 )
-def test_refusals_are_sentences(tmp_path: Path, changes: dict, sentence: str) -> None:
+def test_refusals_are_sentences(tmp_path: Path, changes: dict, sentence: str, caplog) -> None:
     if torch.cuda.is_available() and "plan" in changes["output"]:
         pytest.skip("this machine has a GPU")
     output = str(tmp_path / changes["output"])
     config = ExportConfig(path=save(detector_of(C4), tmp_path), output=output, size=(32, 32), precision="fp32")
     with pytest.raises(OdtkError, match=sentence):
         export.export(dataclasses.replace(config, **(changes | {"output": output})))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING] and not Path(output).exists()
 
 
 # What TensorRT 8 needs said otherwise
