@@ -45,7 +45,7 @@ from .data.dataset import Category, Dataset, load_json
 from .data.images import decode
 from .data.loader import create_loader
 from .evaluate import STATS, Metrics, evaluate, usable
-from .infer import check_folder, detect
+from .infer import PATIENCE, check_folder, detect
 from .loss import detection_loss
 from .model.backbones import TORCHVISION_URLS
 from .model.detector import Detector, load_matching
@@ -55,7 +55,6 @@ READ_EVERY = {"cuda": 20, "cpu": 1}  # iterations between readings of the losses
 POST_SECONDS = 3.0  # until a server of --post-metrics counts as failing
 LINE_SECONDS = 10  # between printed lines where there is no terminal for a progress bar
 PICTURES = 4  # validation images drawn for TensorBoard
-PATIENCE = timedelta(hours=6)  # that ranks wait for rank 0 to evaluate or to write
 MAY_CHANGE = {"freeze_at", "norm_eval", "grad_checkpoint", "zero_init"}  # model settings that a resumed run may change
 
 SCHEDULE = ("lr", "iters", "schedule", "warmup", "milestones", "gamma")  # what the learning rate depends on
@@ -118,7 +117,9 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
     # Where the run stands
     data = replace(config.data, training=True, stride=detector.stride, rank=rank, world=world)
     loader = create_loader(dataset, data)
-    validation = None if config.val_data is None else Validation(config, dataset.categories, detector.stride)
+    validation = None if config.val_data is None else Validation(
+        config, dataset.categories, detector.stride, peers
+    )
     iteration, best = 0, -1.0  # best validation AP
     if resumed is not None:
         state: dict[str, Any] = resumed.training  # type: ignore[assignment]
@@ -485,9 +486,9 @@ def stop_signals() -> Iterator[list[int]]:
 class Validation:
     """COCO figures of a detector on the validation set, its images shared out over all ranks."""
 
-    def __init__(self, config: TrainConfig, categories: tuple[Category, ...], stride: int) -> None:
+    def __init__(self, config: TrainConfig, categories: tuple[Category, ...], stride: int, peers: Peers) -> None:
         assert config.val_data is not None
-        train_data, self.config, self.categories = config.data, config, categories
+        train_data, self.config, self.categories, self.peers = config.data, config, categories, peers
         data = replace(
             config.val_data, training=False, stride=stride,
             rank=train_data.rank, world=train_data.world, device=train_data.device,
@@ -498,7 +499,7 @@ class Validation:
                 f"{data.annotations} has other categories than {train_data.annotations}: validation needs the same "
                 "ids and names."
             )
-        usable(load_json(Path(str(data.annotations))))  # what evaluation would refuse is refused now
+        usable(load_json(Path(str(data.annotations))), str(data.annotations))  # refused now, not after an hour
         self.annotations, self.loader = str(data.annotations), create_loader(self.dataset, data)
 
     def run(self, detector: Detector, autocast: torch.autocast) -> tuple[Metrics, list[np.ndarray]] | None:
@@ -514,7 +515,7 @@ class Validation:
                 model=self.config.model, config=self.config.postprocess,
             )  # fmt: skip
 
-        detections = detect(backend, self.loader, self.categories)
+        detections = detect(backend, self.loader, self.categories, group=self.peers.group)
         if self.config.data.rank != 0:
             return None
         metrics = evaluate(detections, self.annotations, rotated=self.config.model.rotated)

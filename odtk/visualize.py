@@ -20,7 +20,7 @@ from torch import Tensor
 from . import checkpoint
 from .boxes import coco_to_corners, corners, iou
 from .config import LoaderConfig, LossConfig, OdtkError
-from .data.dataset import Dataset, Image, load_json
+from .data.dataset import Dataset, Image, is_id, load_json
 from .data.images import ImageError, decode
 from .data.loader import Batch, create_loader
 from .data.sampler import round_up
@@ -95,9 +95,9 @@ def drawable(path: str, dataset: Dataset) -> list[dict[str, Any]]:
     """
     found = read_detections(path)
     entries = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
-    categories = {id for entry in entries if isinstance(id := entry.get("category_id"), int)}
+    categories = {id for entry in entries if is_id(id := entry.get("category_id"))}
     ids = {"images": [image.id for image in dataset.images], "categories": categories}
-    check_detections(found, {what: [{"id": id} for id in known] for what, known in ids.items()})
+    check_detections(found, {what: [{"id": id} for id in known] for what, known in ids.items()}, path)
     return found
 
 

@@ -96,7 +96,7 @@ def test_a_file_of_annotations_is_no_file_of_detections(images: Path, tmp_path: 
         return str(error.value)
 
     truth = json.loads((images / "truth.json").read_text())
-    assert sentence(truth) == sentence(truth, None) == "Detection 0 has no finite 'score'."
+    assert "no finite 'score'" in sentence(truth) and "no finite 'score'" in sentence(truth, None)
     assert "not a list" in sentence(3)
     assert "not a dictionary" in sentence([3])
     assert "of image 9" in sentence([{"image_id": 9, "category_id": 3, "bbox": [1, 1, 9, 9], "score": 0.9}])
