@@ -20,7 +20,7 @@ from torch import Tensor
 from . import checkpoint
 from .boxes import coco_to_corners, corners, iou
 from .config import LoaderConfig, LossConfig, OdtkError
-from .data.dataset import Dataset, Image, is_id, load_json
+from .data.dataset import Dataset, Image, is_degenerate, is_id, load_json
 from .data.images import ImageError, decode
 from .data.loader import Batch, create_loader
 from .data.sampler import round_up
@@ -102,15 +102,15 @@ def drawable(path: str, dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def read_truth(path: str) -> tuple[dict[int, list[dict[str, Any]]], dict[int, str]]:
-    """Annotations by image, and category names by id."""
+    """Annotations by image, without degenerate boxes, and category names by id; of a file that Dataset accepts."""
     content = load_json(Path(path))
     names = {c["id"]: str(c.get("name", c["id"])) for c in content.get("categories", [])}
-    return grouped(content.get("annotations", [])), names
+    return grouped(entry for entry in content.get("annotations", []) if not is_degenerate(entry["bbox"])), names
 
 
 def has_angles(annotations: str) -> bool:
     """Whether a box of a COCO file has five numbers."""
-    return any(len(entry.get("bbox", ())) == 5 for entry in load_json(Path(annotations)).get("annotations", []))
+    return any(len(entry.get("bbox") or ()) == 5 for entry in load_json(Path(annotations)).get("annotations", []))
 
 
 def grouped(entries: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:

@@ -68,6 +68,22 @@ def test_a_rotated_box_is_drawn_turned(images: Path, tmp_path: Path) -> None:
     assert corners[1][1] < corners[0][1]
 
 
+@pytest.mark.parametrize("box", [[math.nan, 1, 9, 9], [1, 1, math.inf, 9], [100, 200, 0, 80]])
+def test_boxes_that_training_drops_are_not_drawn(images: Path, tmp_path: Path, box: list[float]) -> None:
+    content = json.loads((images / "truth.json").read_text())
+    content["annotations"] = [content["annotations"][0] | {"bbox": box}]
+    (images / "truth.json").write_text(json.dumps(content))
+    [path] = visualize.draw_truth(data(images), str(tmp_path), count=1)
+    assert (np.abs(np.asarray(Image.open(path)).astype(int) - 128) < 10).all()
+
+
+def test_an_annotation_without_a_box_is_named(images: Path, tmp_path: Path) -> None:
+    text = (images / "truth.json").read_text()
+    (images / "truth.json").write_text(text.replace("[100, 200, 120, 80]", "null", 1))
+    with pytest.raises(OdtkError, match="annotation 1: bbox is not a list"):
+        visualize.draw_truth(data(images), str(tmp_path))
+
+
 def test_detections_get_a_picture_each_even_where_there_are_none(images: Path, tmp_path: Path) -> None:
     entry = {"category_id": 3, "category": "cell", "bbox": [10, 300, 50, 50]}
     found = [{"image_id": 1, "score": 0.2, **entry}, {"image_id": 2, "score": 0.9, **entry}]  # 0.2 is not drawn
