@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import Checkpoint, load, load_weights, read, save
 from .config import ModelConfig, OdtkError, TrainConfig
 from .data.dataset import Category, Dataset, load_json
-from .data.images import decode
+from .data.images import ImageError, decode
 from .data.loader import create_loader
 from .evaluate import STATS, Metrics, evaluate, usable
 from .infer import PATIENCE, check_folder, detect
@@ -522,10 +522,13 @@ class Validation:
         return metrics, self.pictures(detections) if self.config.logdir else []
 
     def pictures(self, detections: list[dict[str, Any]]) -> list[np.ndarray]:
-        """The first images with the boxes that score above one half."""
+        """The first images with the boxes that score above one half; not one that the loader found damaged."""
         drawn = []
         for image in self.dataset.images[:PICTURES]:
-            picture = Image.fromarray(decode(image.path, image.orientation))
+            try:
+                picture = Image.fromarray(decode(image.path, image.orientation))
+            except ImageError:
+                continue
             for detection in detections:
                 if detection["image_id"] == image.id and detection["score"] > 0.5:
                     x, y, w, h = detection["bbox"][:4]

@@ -32,7 +32,7 @@ from .backends import Backend, open_backend
 from .checkpoint import build, load, replacing
 from .config import ExportConfig, LoaderConfig
 from .data.dataset import Dataset, load_json
-from .data.images import decode
+from .data.images import ImageError, decode
 from .data.loader import create_loader
 from .evaluate import Metrics, evaluate, known, usable
 from .export import ENGINES, export, trace
@@ -323,12 +323,15 @@ def html_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 def pictures(reference: Run, run: Run, bench: Bench) -> list[str]:
-    """Figures of the images whose detections differ most between two runs."""
+    """Figures of the images whose detections differ most between two runs; not of one that the loader found damaged."""
     sums = [scores_by_image(side.results) for side in (reference, run)]
     images = sorted(bench.dataset.images, key=lambda image: -abs(sums[0].get(image.id, 0) - sums[1].get(image.id, 0)))
     figures = []
     for image in images[:PICTURES]:
-        picture = Image.fromarray(decode(image.path, image.orientation))  # the raster that the boxes belong to
+        try:
+            picture = Image.fromarray(decode(image.path, image.orientation))  # the raster that the boxes belong to
+        except ImageError:
+            continue
         drawn = [draw(picture.copy(), side.results, image.id) for side in (reference, run)]
         figures.append("<figure>" + " ".join(f'<img alt="" src="{side}">' for side in drawn)
                        + f"<figcaption>{html.escape(os.path.basename(image.path))}</figcaption></figure>")  # fmt: skip

@@ -24,6 +24,7 @@ from torch import Tensor
 import odtk.train
 from odtk import checkpoint as files
 from odtk.config import AugmentConfig, LoaderConfig, ModelConfig, OdtkError, TrainConfig
+from odtk.data.images import ImageError
 from odtk.launch import launch
 from odtk.loss import detection_loss
 from odtk.model.detector import Detector
@@ -250,6 +251,20 @@ def test_a_validation_that_fails_costs_no_iteration(
     train(config)
     last, best = (files.load(path).training["best"] for path in (config.path, tmp_path / "m.best.pth"))  # type: ignore[index]
     assert last == best
+
+
+def test_a_damaged_validation_image_is_not_drawn(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(path: Path, orientation: int) -> np.ndarray:
+        if path.name == "1.png":
+            raise ImageError("broken data stream")
+        return np.zeros((64, 64, 3), np.uint8)
+
+    monkeypatch.setattr(odtk.train, "decode", decode)
+    train(with_validation(settings(tmp_path / "m.pth", dataset, iters=1)))
+    events = b"".join(path.read_bytes() for path in (tmp_path / "log").glob("events.*"))
+    assert b"validation/2" in events and b"validation/3" not in events
 
 
 def test_a_new_run_keeps_the_log_of_another(tmp_path: Path, dataset: Path) -> None:
