@@ -440,14 +440,12 @@ def count_categories(annotations: str) -> int:
     """Number of categories in a COCO file: those listed, or those that its annotations name (data/dataset.py)."""
     from pathlib import Path
 
-    from .data.dataset import load_json
+    from .data.dataset import categories_of, load_json
 
-    content = load_json(Path(annotations))
-    ids = {category.get("id") for category in content.get("categories", [])}
-    ids = ids or {entry.get("category_id") for entry in content.get("annotations", [])}
-    if not ids:
+    categories = categories_of(load_json(Path(annotations)))
+    if not categories:
         raise OdtkError(f"The annotations {annotations} have no categories: add them, one per class.")
-    return len(ids)
+    return len({str(category.get("id")) for category in categories})  # a wrong id is refused with the dataset
 
 
 # ---------------------------------------------------------------------------------------------------------------------

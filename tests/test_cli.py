@@ -358,6 +358,11 @@ def test_a_model_of_other_categories(images: Path, tmp_path: Path, capsys) -> No
     assert "Category 3 is 'cell' to the model and 'cow' in the annotations" in fails(capsys, *argv)
 
 
+def test_a_category_that_is_a_list(images: Path, tmp_path: Path, capsys) -> None:
+    edit(images, lambda c: (c.pop("categories"), c["annotations"][0].update(category_id=[3])))
+    assert "category_id [3] is not among the categories" in fails(capsys, *small(images, tmp_path / "m.pth"))
+
+
 def test_places_that_cannot_be_written(images: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("")  # where a folder should be: tests may run as root, whom permissions do not stop
     inside = tmp_path / "file" / "x"
