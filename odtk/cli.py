@@ -9,7 +9,8 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from . import __version__
@@ -43,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     `export --verify` finds a drop beyond the allowed one. ODTK_DEBUG=1 adds the traceback."""
     try:
         args = build_parser().parse_args(argv)
-        return args.run(args) or 0
+        with explaining():
+            return args.run(args) or 0
     except KeyboardInterrupt:
         return fail("Interrupted.")
     except BrokenPipeError:  # `odtk … | head`: what is still buffered has no reader
@@ -53,11 +55,6 @@ def main(argv: list[str] | None = None) -> int:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.strerror or error}: {error.filename}." if error.filename else f"{error}.")
-    except (MemoryError, RuntimeError, ValueError) as error:
-        sentence = explanation(error)
-        if sentence is None:
-            raise
-        return fail(sentence)
 
 
 def explanation(error: Exception) -> str | None:
@@ -71,15 +68,22 @@ def explanation(error: Exception) -> str | None:
     return None
 
 
-def explained(job: Callable[..., Any], config: Any, rank: int = 0, world: int = 1) -> Any:
-    """A job as each process of a run does it, where the error of a process is to be explained."""
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Raises an OdtkError in place of an error that has an explanation."""
     try:
-        return job(config, rank, world)
+        yield
     except (MemoryError, RuntimeError, ValueError) as error:
         sentence = explanation(error)
         if sentence is None:
             raise
         raise OdtkError(sentence) from error
+
+
+def explained(job: Callable[..., Any], config: Any, rank: int = 0, world: int = 1) -> Any:
+    """A job as each process of a run does it, where the error of a process is to be explained."""
+    with explaining():
+        return job(config, rank, world)
 
 
 def fail(sentence: str) -> int:

@@ -279,7 +279,7 @@ def pool_by_name(model: ModelProto) -> None:
         if node.op_type != "ReduceMean" or len(node.input) < 2:
             continue
         axes = sorted(numpy_helper.to_array(values[node.input[1]]).tolist())
-        kept = helper.get_node_attr_value(node, "keepdims") if any(a.name == "keepdims" for a in node.attribute) else 1
+        kept = next((a.i for a in node.attribute if a.name == "keepdims"), 1)
         if axes in ([2, 3], [-2, -1]) and kept:
             node.CopyFrom(helper.make_node("GlobalAveragePool", [node.input[0]], list(node.output)))
 

@@ -45,7 +45,7 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     """
     from .backends import open_backend, silent  # here, as training needs detect() and no ONNX Runtime
 
-    group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
+    group = patient_group(world)
     for path in config.output:
         check_folder(path)
     backend = open_backend(
@@ -255,6 +255,11 @@ def to_results(image_ids: np.ndarray, rows: np.ndarray, categories: Sequence[Cat
 def polygons(boxes: np.ndarray) -> np.ndarray:
     """Rotated COCO boxes [n, 5] → their corners [n, 8]: x and y four times, clockwise on the screen."""
     return corners(coco_to_corners(torch.from_numpy(boxes))).reshape(-1, 8).numpy()  # [n, 4, 2] -> [n, 8]
+
+
+def patient_group(world: int) -> dist.ProcessGroup | None:
+    """All ranks of several, over CPU tensors, for waits as long as PATIENCE; each rank calls this at the same point."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

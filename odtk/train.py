@@ -45,7 +45,7 @@ from .data.dataset import Category, Dataset, load_json
 from .data.images import ImageError, decode
 from .data.loader import create_loader
 from .evaluate import STATS, Metrics, evaluate, usable
-from .infer import PATIENCE, check_folder, detect
+from .infer import check_folder, detect, patient_group
 from .loss import detection_loss
 from .model.backbones import TORCHVISION_URLS
 from .model.detector import Detector, load_matching
@@ -445,7 +445,7 @@ class Peers:
     """The ranks of the run, and what all have to decide alike: over CPU tensors, so that no device is waited for."""
 
     def __init__(self, world: int) -> None:
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
+        self.group = patient_group(world)
 
     def agree(self, *wishes: int) -> list[int]:
         """The greatest wish of any rank, for each of the wishes."""
@@ -499,8 +499,9 @@ class Validation:
                 f"{data.annotations} has other categories than {train_data.annotations}: validation needs the same "
                 "ids and names."
             )
-        usable(load_json(Path(str(data.annotations))), str(data.annotations))  # refused now, not after an hour
-        self.annotations, self.loader = str(data.annotations), create_loader(self.dataset, data)
+        path = str(data.annotations)
+        self.truth = usable(load_json(Path(path)), path)  # what is wrong is refused now, not after an hour
+        self.loader = create_loader(self.dataset, data)
 
     def run(self, detector: Detector, autocast: torch.autocast) -> tuple[Metrics, list[np.ndarray]] | None:
         """On rank 0 the figures and a few pictures [H, W, 3]; None on the others. The detector is left as it is."""
@@ -518,7 +519,7 @@ class Validation:
         detections = detect(backend, self.loader, self.categories, group=self.peers.group)
         if self.config.data.rank != 0:
             return None
-        metrics = evaluate(detections, self.annotations, rotated=self.config.model.rotated)
+        metrics = evaluate(detections, self.truth, rotated=self.config.model.rotated)
         return metrics, self.pictures(detections) if self.config.logdir else []
 
     def pictures(self, detections: list[dict[str, Any]]) -> list[np.ndarray]:

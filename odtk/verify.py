@@ -28,7 +28,7 @@ from rich.table import Table as RichTable
 from torch import Tensor
 
 from . import __version__, quantize
-from .backends import Backend, open_backend
+from .backends import Backend, open_backend, silent
 from .checkpoint import build, load, replacing
 from .config import ExportConfig, LoaderConfig
 from .data.dataset import Dataset, load_json
@@ -150,9 +150,7 @@ class Bench:
 
     def run(self, path: str, name: str = "") -> Run:
         """One model on the whole set."""
-        backend = open_backend(
-            path, device=self.device, precision="fp32", postprocess=self.thresholds, say=lambda line: None
-        )
+        backend = open_backend(path, device=self.device, precision="fp32", postprocess=self.thresholds, say=silent)
         timed = Timed(backend)
         name = name or f"{'TensorRT' if path.endswith(ENGINES) else 'ONNX'} {backend.precision}"
         print(f"Running {name} on {len(self.dataset.images)} images", flush=True)

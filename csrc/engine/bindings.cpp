@@ -262,7 +262,8 @@ void set_logger(const py::object& callable) {
 }
 
 py::bytes engine_build(const py::bytes& onnx, std::array<std::int32_t, 3> batch, std::size_t workspace, bool fp16, bool int8,
-                       const std::vector<std::string>& float_layers, const std::string& timing_cache, const std::string& metadata, const py::object& progress) {
+                       const std::vector<std::string>& float_layers, const std::string& timing_cache,
+                       const std::string& metadata, const py::object& progress) {
   find_pip_tensorrt();
   odtk::BuildOptions options{batch, workspace, fp16, int8, float_layers, timing_cache, metadata, {}};
   std::exception_ptr raised;  // by progress, e.g. KeyboardInterrupt: stops the build and goes on from here
@@ -310,7 +311,8 @@ void bind_engine(py::module_& m) {
       },
       "Version of the TensorRT library; RuntimeError that says what to do where there is none.");
   m.def("engine_build", &engine_build, "onnx"_a, py::kw_only(), "batch"_a, "workspace"_a, "fp16"_a = false,
-        "int8"_a = false, "float_layers"_a = std::vector<std::string>{}, "timing_cache"_a = "", "metadata"_a = "", "progress"_a = py::none(),
+        "int8"_a = false, "float_layers"_a = std::vector<std::string>{}, "timing_cache"_a = "", "metadata"_a = "",
+        "progress"_a = py::none(),
         "A plan (bytes) from ONNX (bytes); see BuildOptions in csrc/engine/engine.h. progress(phase, step, steps) may "
         "return False to stop.");
   m.def(
