@@ -7,6 +7,7 @@ and how to get it (`pip install -v .` shows it). Environment:
     ODTK_CUDA_ARCH        compute capabilities without the dot, e.g. "80;90"; all known ones by default
     ODTK_CUDA=0           leave the extension out;  ODTK_CUDA=1  refuse to install without it
 """
+
 from __future__ import annotations
 
 import os
@@ -70,7 +71,13 @@ class BuildExtension(build_ext):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         subprocess.run(
             [
-                "cmake", "--fresh", "-S", str(ROOT / "csrc"), "-B", str(build), *generator,
+                "cmake",
+                "--fresh",
+                "-S",
+                str(ROOT / "csrc"),
+                "-B",
+                str(build),
+                *generator,
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DCMAKE_CUDA_COMPILER={nvcc}",
                 f"-DODTK_CUDA_ARCH={os.environ.get('ODTK_CUDA_ARCH', '')}",
@@ -78,7 +85,7 @@ class BuildExtension(build_ext):
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             ],
             check=True,
-        )  # fmt: skip
+        )
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
         subprocess.run(["cmake", "--install", str(build), "--prefix", str(self.destination())], check=True)
         for line in (build / "built.txt").read_text().splitlines():

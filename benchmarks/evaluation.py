@@ -1,7 +1,8 @@
 """Time of the COCO evaluation: odtk.evaluate beside bare pycocotools on the same detections.
 
-    python benchmarks/evaluation.py DETECTIONS.json --annotations JSON
+python benchmarks/evaluation.py DETECTIONS.json --annotations JSON
 """
+
 from __future__ import annotations
 
 import argparse
@@ -46,8 +47,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.variant:
         return variant(args)
-    compare("COCO evaluation", {name: again(name) for name in ("pycocotools", "odtk")},
-            rounds=args.rounds, report=args.report)  # fmt: skip
+    compare(
+        "COCO evaluation",
+        {name: again(name) for name in ("pycocotools", "odtk")},
+        rounds=args.rounds,
+        report=args.report,
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ copy reached: a copy reads and writes, so it is half of the copy's time. The goa
 are the median of CUDA-graph replays, so that they are the GPU's; torch's path synchronises and is timed as called. Its
 NMS is torchvision's where that is installed, else the reference of odtk/ops.py.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -125,10 +126,19 @@ def measure(name: str, batch: int, heads: Heads) -> dict[str, object]:
     both = milliseconds(lambda: nms(decode()), graph=True)
     torch_time = milliseconds(lambda: torch_path(heads), graph=False, rounds=10)
     return {
-        "case": name, "batch": batch, "survivors_per_image": survivors, "megabytes": source.nbytes / 1e6, "copy": copy,
-        "read": copy / 2, "decode": decode_time, "nms": nms_time, "both": both, "torch": torch_time,
-        "decode_to_read": decode_time / (copy / 2), "torch_to_both": torch_time / both,
-    }  # fmt: skip
+        "case": name,
+        "batch": batch,
+        "survivors_per_image": survivors,
+        "megabytes": source.nbytes / 1e6,
+        "copy": copy,
+        "read": copy / 2,
+        "decode": decode_time,
+        "nms": nms_time,
+        "both": both,
+        "torch": torch_time,
+        "decode_to_read": decode_time / (copy / 2),
+        "torch_to_both": torch_time / both,
+    }
 
 
 def main() -> None:
@@ -146,8 +156,18 @@ def main() -> None:
 
     cases = [("trained, channels-last", -7.0, True), ("trained, NCHW", -7.0, False), ("all survive", 5.0, True)]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, kernels for {ops.kernels.ARCHITECTURES}")
-    columns = ["survivors_per_image", "megabytes", "copy", "read", "decode", "nms", "both", "torch", "decode_to_read",
-               "torch_to_both"]  # fmt: skip
+    columns = [
+        "survivors_per_image",
+        "megabytes",
+        "copy",
+        "read",
+        "decode",
+        "nms",
+        "both",
+        "torch",
+        "decode_to_read",
+        "torch_to_both",
+    ]
     print(f"{'case':24} {'batch':>5} " + " ".join(f"{c[:14]:>14}" for c in columns))
     rows = []
     for name, mean, channels_last in cases:

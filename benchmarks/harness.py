@@ -3,6 +3,7 @@
 A variant is a command that calls `serve(step)`. `compare` asks each in turn for one step, round after round, so that
 a noisy machine disturbs all alike; the peak memory is the process's own. The ratio is to the first variant, the peer.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -80,8 +81,17 @@ def compare(title: str, commands: dict[str, list[str]], *, rounds: int, report: 
     for name, results in answers.items():
         times = [r["seconds"] / r["images"] * 1e3 for r in results]
         median, peak = statistics.median(times), results[-1]["peak"] / 2**20
-        rows.append({"benchmark": title, "variant": name, "ms_per_image": median, "min": min(times), "max": max(times),
-                     "ratio": median / (rows[0]["ms_per_image"] if rows else median), "peak_mib": peak})  # fmt: skip
+        rows.append(
+            {
+                "benchmark": title,
+                "variant": name,
+                "ms_per_image": median,
+                "min": min(times),
+                "max": max(times),
+                "ratio": median / (rows[0]["ms_per_image"] if rows else median),
+                "peak_mib": peak,
+            }
+        )
         spread = f"{min(times):.1f}–{max(times):.1f}"
         print(f"{name:36} {median:9.1f} {spread:>15} {rows[-1]['ratio']:6.2f} {peak:9.0f}")
     if report:

@@ -4,6 +4,7 @@
 
 The images are loaded once, at the size of the first .onnx; a step is one batch, from normalised images to detections.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,8 +24,10 @@ def variant(args: argparse.Namespace) -> None:
     torch.set_num_threads(2)
     size = OnnxBackend(args.models[1], device="cpu").size
     backend = open_backend(args.variant, device="cpu", precision="fp32", postprocess=None)
-    loader = create_loader(Dataset.load(None, args.images), LoaderConfig(
-        images=args.images, size=size, batch=args.batch, stride=backend.stride, loader="torch"))  # fmt: skip
+    loader = create_loader(
+        Dataset.load(None, args.images),
+        LoaderConfig(images=args.images, size=size, batch=args.batch, stride=backend.stride, loader="torch"),
+    )
     batches = [batch.images for batch, _ in zip(loader, range(4), strict=False)]
     number = 0
 
@@ -46,8 +49,12 @@ def main() -> None:
         return variant(args)
     if len(args.models) < 2:
         parser.error("name a checkpoint and at least one file exported from it")
-    compare(f"inference, batch {args.batch}", {Path(model).name: again(model) for model in args.models},
-            rounds=args.rounds, report=args.report)  # fmt: skip
+    compare(
+        f"inference, batch {args.batch}",
+        {Path(model).name: again(model) for model in args.models},
+        rounds=args.rounds,
+        report=args.report,
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The two loaders on real images: DALI beside the torch loader, in training (crop, flip, colour) and in inference.
 
-    python benchmarks/loaders.py --annotations JSON --images DIR
+python benchmarks/loaders.py --annotations JSON --images DIR
 """
+
 from __future__ import annotations
 
 import argparse
@@ -18,9 +19,16 @@ def variant(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)  # the loaders' own threads do the work
     kind, mode = args.variant.split("-")
-    config = LoaderConfig(images=args.images, annotations=args.annotations, batch=args.batch,
-                          training=mode == "training", resize=args.resize, max_size=args.max_size,
-                          jitter=(args.resize, args.resize), loader=kind)  # fmt: skip
+    config = LoaderConfig(
+        images=args.images,
+        annotations=args.annotations,
+        batch=args.batch,
+        training=mode == "training",
+        resize=args.resize,
+        max_size=args.max_size,
+        jitter=(args.resize, args.resize),
+        loader=kind,
+    )
     loader = create_loader(Dataset.load(args.annotations, args.images, training=True), config)
     batches = iter(loader)
 
@@ -43,9 +51,12 @@ def main() -> None:
     if args.variant:
         return variant(args)
     for mode in ("training", "inference"):
-        compare(f"loading for {mode}, {args.resize}×{args.max_size}, batch {args.batch}",
-                {kind: again(f"{kind}-{mode}") for kind in ("torch", "dali")},
-                rounds=args.rounds, report=args.report)  # fmt: skip
+        compare(
+            f"loading for {mode}, {args.resize}×{args.max_size}, batch {args.batch}",
+            {kind: again(f"{kind}-{mode}") for kind in ("torch", "dali")},
+            rounds=args.rounds,
+            report=args.report,
+        )
 
 
 if __name__ == "__main__":

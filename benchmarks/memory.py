@@ -5,6 +5,7 @@
 A step is forward, loss, backward and update in fp32 on the CPU, of random images with eight boxes each. The peak is
 the process's: torch itself, weights, gradients and momentum ("at the start", above the table) and then activations.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,8 +32,10 @@ def variant(args: argparse.Namespace) -> None:
     for parameter in detector.parameters():  # what is there before any activation
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    print(f"{args.variant}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB at the start",
-          file=sys.stderr)  # fmt: skip
+    print(
+        f"{args.variant}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB at the start",
+        file=sys.stderr,
+    )
     height, width = args.size
     images = torch.randn(args.batch, 3, height, width).contiguous(memory_format=torch.channels_last)
     corner = torch.rand(args.batch, 8, 2) * torch.tensor([width / 2, height / 2])
@@ -41,8 +44,9 @@ def variant(args: argparse.Namespace) -> None:
 
     def step() -> int:
         logits, deltas = detector(images)
-        terms = detection_loss(logits, deltas, boxes, labels, anchors=anchors, strides=detector.strides, model=config,
-                               loss=LossConfig())  # fmt: skip
+        terms = detection_loss(
+            logits, deltas, boxes, labels, anchors=anchors, strides=detector.strides, model=config, loss=LossConfig()
+        )
         optimizer.zero_grad()
         normalize(terms, world=1)[0].backward()
         optimizer.step()

@@ -3,6 +3,7 @@
 Runs in an environment of its own (torch 2.12.1 and torchvision 0.27.1), never in odtk's. One step: read and decode
 a batch of real images, flip, forward, backward, SGD: the whole loop, as odtk's variant does it.
 """
+
 from __future__ import annotations
 
 import json
@@ -33,9 +34,13 @@ for annotation in coco["annotations"]:
     labels[annotation["image_id"]].append(annotation["category_id"])
 
 trunk = resnet_fpn_backbone(
-    backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d, trainable_layers=5,
-    returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256),
-)  # fmt: skip
+    backbone_name="resnet18",
+    weights=None,
+    norm_layer=torch.nn.BatchNorm2d,
+    trainable_layers=5,
+    returned_layers=[2, 3, 4],
+    extra_blocks=LastLevelP6P7(256, 256),
+)
 classes = 1 + max(c["id"] for c in coco["categories"])
 model = RetinaNet(trunk, classes, min_size=args.resize, max_size=args.max_size).train()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)

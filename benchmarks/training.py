@@ -5,6 +5,7 @@
 Every step reads, decodes, turns into tensors, computes forward and backward, clips and updates. ResNet18FPN from
 scratch at --resize × --max-size. "plain PyTorch" is the same detector in fp32, NCHW, fed by the torch loader.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,11 +33,20 @@ def variant(args: argparse.Namespace) -> None:
     memory_format = torch.contiguous_format if plain else torch.channels_last
     detector = Detector(config).to(memory_format=memory_format).train()
     detector.initialize()
-    loader = create_loader(dataset, LoaderConfig(
-        images=args.images, annotations=args.annotations, batch=args.batch, training=True, stride=detector.stride,
-        jitter=(args.resize, args.resize), max_size=args.max_size, augment=AugmentConfig(crop=0),
-        loader="torch" if plain else "dali",
-    ))  # fmt: skip
+    loader = create_loader(
+        dataset,
+        LoaderConfig(
+            images=args.images,
+            annotations=args.annotations,
+            batch=args.batch,
+            training=True,
+            stride=detector.stride,
+            jitter=(args.resize, args.resize),
+            max_size=args.max_size,
+            augment=AugmentConfig(crop=0),
+            loader="torch" if plain else "dali",
+        ),
+    )
     batches, anchors = iter(loader), detector.anchors()
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4, fused=not plain)
     dtype = autocast_type("fp32" if args.variant in ("plain", "fp32") else "mixed", torch.device("cpu"))
@@ -45,8 +55,16 @@ def variant(args: argparse.Namespace) -> None:
         batch = next(batches)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             logits, boxes = detector(batch.images.contiguous(memory_format=memory_format))
-        terms = detection_loss(logits, boxes, batch.boxes, batch.labels, anchors=anchors, strides=detector.strides,
-                               model=config, loss=LossConfig())  # fmt: skip
+        terms = detection_loss(
+            logits,
+            boxes,
+            batch.boxes,
+            batch.labels,
+            anchors=anchors,
+            strides=detector.strides,
+            model=config,
+            loss=LossConfig(),
+        )
         loss, _ = normalize(terms, world=1)
         optimizer.zero_grad()
         loss.backward()
@@ -68,8 +86,9 @@ def main() -> None:
         peer = Path(__file__).with_name("peer_torchvision.py")
         commands["torchvision R18-FPN, fp32"] = [args.peer_python, str(peer), *sys.argv[1:]]
     commands |= {"plain PyTorch, fp32": again("plain"), "odtk, fp32": again("fp32"), "odtk, mixed": again("mixed")}
-    compare(f"training, {args.resize}×{args.max_size}, batch {args.batch}", commands,
-            rounds=args.rounds, report=args.report)  # fmt: skip
+    compare(
+        f"training, {args.resize}×{args.max_size}, batch {args.batch}", commands, rounds=args.rounds, report=args.report
+    )
 
 
 if __name__ == "__main__":

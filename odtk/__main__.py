@@ -1,4 +1,5 @@
 """`python -m odtk` is `odtk`."""
+
 import sys
 
 from .cli import main

@@ -1,4 +1,5 @@
 """Images → Detections, through PyTorch (.pth), ONNX Runtime (.onnx) or TensorRT (.plan, .engine)."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -84,9 +85,13 @@ class TorchBackend(Backend):
         images = images.to(self.device, self.type, memory_format=torch.channels_last)
         logits, boxes = self.detector(images)
         return postprocess(
-            logits, boxes, anchors=self.anchors, strides=self.detector.strides,
-            model=self.detector.config, config=self.postprocess,
-        )  # fmt: skip
+            logits,
+            boxes,
+            anchors=self.anchors,
+            strides=self.detector.strides,
+            model=self.detector.config,
+            config=self.postprocess,
+        )
 
 
 class OnnxBackend(Backend):
@@ -204,8 +209,10 @@ def open_backend(
         raise OdtkError(f"{path} must end in .pth, .onnx, .plan or .engine.")
     check_thresholds(path, baked=backend.postprocess, asked=postprocess)
     own = backend.postprocess
-    say(f"{path} has baked in: score above {own.score_threshold:g}, NMS at IoU {own.nms_threshold:g}, "
-        f"at most {own.detections} detections.")  # fmt: skip
+    say(
+        f"{path} has baked in: score above {own.score_threshold:g}, NMS at IoU {own.nms_threshold:g}, "
+        f"at most {own.detections} detections."
+    )
     return backend
 
 

@@ -1,4 +1,5 @@
 """How fast a backend is, how much memory it takes, and what this machine is."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -28,8 +29,20 @@ from .infer import gather, loader_config, write_json
 
 SIZE = (800, 1280)  # H, W of a model that takes any size
 PERCENTILES = (50, 90, 99)
-PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "tensorrt",
-            "pycocotools", "numpy", "pillow", "tensorboardX", "matplotlib")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "tensorrt",
+    "pycocotools",
+    "numpy",
+    "pillow",
+    "tensorboardX",
+    "matplotlib",
+)
 
 
 def benchmark(config: BenchmarkConfig, rank: int = 0, world: int = 1) -> dict[str, Any]:

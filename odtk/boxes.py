@@ -11,6 +11,7 @@ its centre, anticlockwise as seen on the screen. A point ``(dx, dy)`` from the c
 Deltas (what a head regresses against an anchor) are ``(dx, dy, dw, dh)``, in units of the anchor's size and its
 logarithm: R-CNN, https://arxiv.org/abs/1311.2524, appendix C.
 """
+
 from __future__ import annotations
 
 import math

@@ -9,6 +9,7 @@ A file holds plain values and tensors only, so that it loads with ``weights_only
     state_dict   the weights to detect with: those of the moving average where training kept one
     training     what resuming needs (see train.py), or None
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,5 @@
 """`odtk SUBCOMMAND …`: command line → config dataclass → one call. No tensors here, and no heavy import on top."""
+
 from __future__ import annotations
 
 import argparse
@@ -60,8 +61,10 @@ def main(argv: list[str] | None = None) -> int:
 def explanation(error: Exception) -> str | None:
     """The sentence for an error of torch or the system that is the user's to mend, None for any other."""
     if "Expected more than 1 value per channel" in str(error):  # BatchNorm, of one image that became a single cell
-        return ("--norm batch cannot train on one value per channel: give every device more images (--batch) or "
-                "larger ones (--jitter, --max-size), or use --norm group.")  # fmt: skip
+        return (
+            "--norm batch cannot train on one value per channel: give every device more images (--batch) or "
+            "larger ones (--jitter, --max-size), or use --norm group."
+        )
     on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)  # the latter is torch's
     if on_cpu or type(error).__name__ == "OutOfMemoryError":  # torch's on GPUs, by name: torch is not imported here
         return f"Out of {'' if on_cpu else 'GPU '}memory: try a smaller --batch, or smaller images."
@@ -163,15 +166,21 @@ def size_of(values: list[int] | None) -> tuple[int, int] | None:
 
 
 def add_devices(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--devices", metavar="N|cpu", type=devices,
-                        help="GPUs to use, one process each; cpu, or cpu:N processes (all visible GPUs, else cpu)")
+    parser.add_argument(
+        "--devices",
+        metavar="N|cpu",
+        type=devices,
+        help="GPUs to use, one process each; cpu, or cpu:N processes (all visible GPUs, else cpu)",
+    )
 
 
 def add_resize(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resize", metavar="PIXELS", type=positive, default=800,
-                        help="shorter side of the image (%(default)s)")
-    parser.add_argument("--max-size", metavar="PIXELS", type=positive, default=1333,
-                        help="cap of the longer side (%(default)s)")
+    parser.add_argument(
+        "--resize", metavar="PIXELS", type=positive, default=800, help="shorter side of the image (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-size", metavar="PIXELS", type=positive, default=1333, help="cap of the longer side (%(default)s)"
+    )
 
 
 def add_size(parser: argparse.ArgumentParser, **kwargs: Any) -> None:
@@ -179,43 +188,80 @@ def add_size(parser: argparse.ArgumentParser, **kwargs: Any) -> None:
 
 
 def add_loader(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--loader", choices=("dali", "torch"), default="dali",
-                        help="who reads the images (dali where importable, else torch)")
+    parser.add_argument(
+        "--loader",
+        choices=("dali", "torch"),
+        default="dali",
+        help="who reads the images (dali where importable, else torch)",
+    )
     parser.add_argument("--with-dali", dest="loader", action="store_const", const="dali", help="same as --loader dali")
 
 
 def add_thresholds(parser: argparse.ArgumentParser) -> None:
     default = PostprocessConfig()
-    parser.add_argument("--score-threshold", metavar="SCORE", type=fraction,
-                        help=f"detections score above this ({default.score_threshold})")
-    parser.add_argument("--nms-threshold", metavar="IOU", type=fraction,
-                        help=f"a box that overlaps a better one by more is dropped ({default.nms_threshold})")
-    parser.add_argument("--detections", metavar="N", type=positive,
-                        help=f"detections per image at most ({default.detections})")
+    parser.add_argument(
+        "--score-threshold",
+        metavar="SCORE",
+        type=fraction,
+        help=f"detections score above this ({default.score_threshold})",
+    )
+    parser.add_argument(
+        "--nms-threshold",
+        metavar="IOU",
+        type=fraction,
+        help=f"a box that overlaps a better one by more is dropped ({default.nms_threshold})",
+    )
+    parser.add_argument(
+        "--detections", metavar="N", type=positive, help=f"detections per image at most ({default.detections})"
+    )
 
 
 def add_rotated(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rotated-bbox", action="store_true",
-                        help="boxes are [x, y, w, h, theta], theta in radians, anticlockwise (off)")
+    parser.add_argument(
+        "--rotated-bbox",
+        action="store_true",
+        help="boxes are [x, y, w, h, theta], theta in radians, anticlockwise (off)",
+    )
 
 
 def add_anchors(parser: argparse.ArgumentParser) -> None:
     default = ModelConfig()
-    parser.add_argument("--anchor-ious", metavar=("BG", "FG"), nargs=2, type=fraction, default=[0.4, 0.5],
-                        help="an anchor that overlaps less than BG is background, from FG on foreground (0.4 0.5)")
-    parser.add_argument("--anchor-scales", metavar="SCALE", nargs="+", type=positive_float,
-                        default=list(default.scales),
-                        help="sides of the anchors, in strides of their level: smaller for small objects; "
-                        "`odtk check` counts the boxes that no anchor matches (4 5.04 6.35)")
-    parser.add_argument("--anchor-ratios", metavar="RATIO", nargs="+", type=positive_float,
-                        default=list(default.ratios), help="height over width of the anchors (1 2 0.5)")
+    parser.add_argument(
+        "--anchor-ious",
+        metavar=("BG", "FG"),
+        nargs=2,
+        type=fraction,
+        default=[0.4, 0.5],
+        help="an anchor that overlaps less than BG is background, from FG on foreground (0.4 0.5)",
+    )
+    parser.add_argument(
+        "--anchor-scales",
+        metavar="SCALE",
+        nargs="+",
+        type=positive_float,
+        default=list(default.scales),
+        help="sides of the anchors, in strides of their level: smaller for small objects; "
+        "`odtk check` counts the boxes that no anchor matches (4 5.04 6.35)",
+    )
+    parser.add_argument(
+        "--anchor-ratios",
+        metavar="RATIO",
+        nargs="+",
+        type=positive_float,
+        default=list(default.ratios),
+        help="height over width of the anchors (1 2 0.5)",
+    )
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="odtk", description="Train a one-stage object detector, export it to TensorRT, run it.")
     parser.add_argument("--version", action="version", version=f"odtk {__version__}")
-    parser.add_argument("--master", metavar="ADDR:PORT", default="127.0.0.1:29500",
-                        help="where the processes of a run meet (%(default)s)")
+    parser.add_argument(
+        "--master",
+        metavar="ADDR:PORT",
+        default="127.0.0.1:29500",
+        help="where the processes of a run meet (%(default)s)",
+    )
     commands = parser.add_subparsers(metavar="SUBCOMMAND", required=True, parser_class=Parser)
     for name, add, run, text in (
         ("train", add_train, run_train, "train a detector, or resume its training"),
@@ -245,76 +291,176 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--annotations", metavar="JSON", required=True, help="COCO annotations to train on")
     data.add_argument("--images", metavar="DIR", default=".", help="folder of the images (%(default)s)")
-    data.add_argument("--val-annotations", metavar="JSON",
-                      help="COCO annotations to evaluate on while training; the best checkpoint is kept (none)")
+    data.add_argument(
+        "--val-annotations",
+        metavar="JSON",
+        help="COCO annotations to evaluate on while training; the best checkpoint is kept (none)",
+    )
     data.add_argument("--val-images", metavar="DIR", help="folder of the validation images (the one of --images)")
-    data.add_argument("--val-iters", metavar="N", type=positive, default=8000,
-                      help="iterations between evaluations (%(default)s)")
-    data.add_argument("--batch", metavar="N", type=positive,
-                      help="images per iteration over all devices (2 × devices)")
+    data.add_argument(
+        "--val-iters", metavar="N", type=positive, default=8000, help="iterations between evaluations (%(default)s)"
+    )
+    data.add_argument("--batch", metavar="N", type=positive, help="images per iteration over all devices (2 × devices)")
     add_resize(data)  # type: ignore[arg-type]
-    data.add_argument("--jitter", metavar=("MIN", "MAX"), nargs=2, type=positive, default=[640, 1024],
-                      help="range of the shorter side in training (640 1024)")
+    data.add_argument(
+        "--jitter",
+        metavar=("MIN", "MAX"),
+        nargs=2,
+        type=positive,
+        default=[640, 1024],
+        help="range of the shorter side in training (640 1024)",
+    )
     add_loader(data)  # type: ignore[arg-type]
 
     model = parser.add_argument_group("model")
-    model.add_argument("--backbone", metavar="NAME", nargs="+", default=["ResNet50FPN"],
-                       help="one or several, whose levels are concatenated (ResNet50FPN)")
+    model.add_argument(
+        "--backbone",
+        metavar="NAME",
+        nargs="+",
+        default=["ResNet50FPN"],
+        help="one or several, whose levels are concatenated (ResNet50FPN)",
+    )
     model.add_argument("--head", choices=("retinanet", "fcos"), default="retinanet", help="(%(default)s)")
     model.add_argument("--classes", metavar="N", type=positive, help="number of classes (from the annotations)")
-    model.add_argument("--norm", choices=("frozen", "batch", "group"),
-                       help="normalisation of the backbone (frozen when pretrained, else batch)")
-    model.add_argument("--freeze-at", metavar="N", type=count, default=0,
-                       help="ResNet stages 1 to N, the stem being 1, are not trained (%(default)s)")
+    model.add_argument(
+        "--norm",
+        choices=("frozen", "batch", "group"),
+        help="normalisation of the backbone (frozen when pretrained, else batch)",
+    )
+    model.add_argument(
+        "--freeze-at",
+        metavar="N",
+        type=count,
+        default=0,
+        help="ResNet stages 1 to N, the stem being 1, are not trained (%(default)s)",
+    )
     model.add_argument("--grad-checkpoint", action="store_true", help="recompute activations to save memory (off)")
-    model.add_argument("--dcn", metavar="STAGE", nargs="+", type=int, choices=(2, 3, 4, 5), default=[],
-                       help="ResNet stages, 2 to 5, with deformable convolution (none)")
+    model.add_argument(
+        "--dcn",
+        metavar="STAGE",
+        nargs="+",
+        type=int,
+        choices=(2, 3, 4, 5),
+        default=[],
+        help="ResNet stages, 2 to 5, with deformable convolution (none)",
+    )
     model.add_argument("--dcn-v1", action="store_true", help="deformable convolution without its masks (off: v2)")
-    model.add_argument("--resnet", metavar="OPTION", nargs="+", choices=tuple(RESNET_OPTIONS), default=[],
-                       help=f"what ResNets are built like: {', '.join(RESNET_OPTIONS)} (none)")
-    model.add_argument("--backbone-weights", metavar="PATH",
-                       help="weights to start from; none: from scratch (torchvision's ImageNet weights by URL)")
-    model.add_argument("--fine-tune", metavar="PATH",
-                       help="checkpoint of which every matching tensor is taken, the rest is initialised (none)")
+    model.add_argument(
+        "--resnet",
+        metavar="OPTION",
+        nargs="+",
+        choices=tuple(RESNET_OPTIONS),
+        default=[],
+        help=f"what ResNets are built like: {', '.join(RESNET_OPTIONS)} (none)",
+    )
+    model.add_argument(
+        "--backbone-weights",
+        metavar="PATH",
+        help="weights to start from; none: from scratch (torchvision's ImageNet weights by URL)",
+    )
+    model.add_argument(
+        "--fine-tune",
+        metavar="PATH",
+        help="checkpoint of which every matching tensor is taken, the rest is initialised (none)",
+    )
     model.add_argument("--override", action="store_true", help="start anew over an existing MODEL.pth (off)")
     add_rotated(model)  # type: ignore[arg-type]
-    model.add_argument("--absolute-angle", action="store_true",
-                       help="rotated boxes keep their angle instead of being brought within 45 degrees (off)")
+    model.add_argument(
+        "--absolute-angle",
+        action="store_true",
+        help="rotated boxes keep their angle instead of being brought within 45 degrees (off)",
+    )
     add_anchors(model)  # type: ignore[arg-type]
 
     schedule = parser.add_argument_group("schedule")
     schedule.add_argument("--iters", metavar="N", type=positive, default=90000, help="iterations (%(default)s)")
-    schedule.add_argument("--milestones", metavar="N", nargs="*", type=positive, default=[60000, 80000],
-                          help="iterations at which the learning rate falls (60000 80000)")
-    schedule.add_argument("--schedule", metavar="FACTOR", type=positive_float, default=1.0,
-                          help="scales --iters and --milestones (%(default)s)")
-    schedule.add_argument("--warmup", metavar="N", type=count, default=1000,
-                          help="iterations of linear warm-up from a tenth of the learning rate (%(default)s)")
-    schedule.add_argument("--gamma", metavar="FACTOR", type=positive_float, default=0.1,
-                          help="the learning rate falls by this factor (%(default)s)")
-    schedule.add_argument("--lr", metavar="RATE", type=positive_float,
-                          help=f"learning rate ({LR} for a batch of {LR_BATCH}, scaled with the batch)")
-    schedule.add_argument("--regularization-l2", metavar="DECAY", type=number, default=0.0001,
-                          help="weight decay (%(default)s)")
+    schedule.add_argument(
+        "--milestones",
+        metavar="N",
+        nargs="*",
+        type=positive,
+        default=[60000, 80000],
+        help="iterations at which the learning rate falls (60000 80000)",
+    )
+    schedule.add_argument(
+        "--schedule",
+        metavar="FACTOR",
+        type=positive_float,
+        default=1.0,
+        help="scales --iters and --milestones (%(default)s)",
+    )
+    schedule.add_argument(
+        "--warmup",
+        metavar="N",
+        type=count,
+        default=1000,
+        help="iterations of linear warm-up from a tenth of the learning rate (%(default)s)",
+    )
+    schedule.add_argument(
+        "--gamma",
+        metavar="FACTOR",
+        type=positive_float,
+        default=0.1,
+        help="the learning rate falls by this factor (%(default)s)",
+    )
+    schedule.add_argument(
+        "--lr",
+        metavar="RATE",
+        type=positive_float,
+        help=f"learning rate ({LR} for a batch of {LR_BATCH}, scaled with the batch)",
+    )
+    schedule.add_argument(
+        "--regularization-l2", metavar="DECAY", type=number, default=0.0001, help="weight decay (%(default)s)"
+    )
     schedule.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="(mixed: fp16 on GPUs, bf16 on CPUs)")
     schedule.add_argument("--full-precision", action="store_true", help="same as --precision fp32")
-    schedule.add_argument("--accumulate", metavar="N", type=positive, default=1,
-                          help="batches whose gradients are added up for one iteration (%(default)s)")
-    schedule.add_argument("--clip-grad", metavar="NORM", type=number, default=5.0,
-                          help="cap of the gradient's norm, 0 for none (%(default)s)")
-    schedule.add_argument("--ema", metavar="DECAY", type=fraction,
-                          help="keep an exponential moving average of the weights, 0.9998 say (none)")
+    schedule.add_argument(
+        "--accumulate",
+        metavar="N",
+        type=positive,
+        default=1,
+        help="batches whose gradients are added up for one iteration (%(default)s)",
+    )
+    schedule.add_argument(
+        "--clip-grad",
+        metavar="NORM",
+        type=number,
+        default=5.0,
+        help="cap of the gradient's norm, 0 for none (%(default)s)",
+    )
+    schedule.add_argument(
+        "--ema",
+        metavar="DECAY",
+        type=fraction,
+        help="keep an exponential moving average of the weights, 0.9998 say (none)",
+    )
     schedule.add_argument("--seed", metavar="N", type=seed, default=0, help="(%(default)s)")
 
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--augment-rotate", action="store_true", help="turn by multiples of 90 degrees (off)")
-    augment.add_argument("--augment-crop", metavar="PROBABILITY", type=fraction, default=1.0,
-                         help="cut out a window that keeps boxes (%(default)s); 0 suits short training from scratch")
-    augment.add_argument("--augment-free-rotate", metavar=("MIN", "MAX"), nargs=2, type=angle, default=[0.0, 0.0],
-                         help="turn by degrees from this range (0 0)")
+    augment.add_argument(
+        "--augment-crop",
+        metavar="PROBABILITY",
+        type=fraction,
+        default=1.0,
+        help="cut out a window that keeps boxes (%(default)s); 0 suits short training from scratch",
+    )
+    augment.add_argument(
+        "--augment-free-rotate",
+        metavar=("MIN", "MAX"),
+        nargs=2,
+        type=angle,
+        default=[0.0, 0.0],
+        help="turn by degrees from this range (0 0)",
+    )
     for name in ("brightness", "contrast", "hue", "saturation"):
-        augment.add_argument(f"--augment-{name}", metavar="STD", type=number, default=getattr(AugmentConfig(), name),
-                             help="standard deviation of the change (%(default)s)")
+        augment.add_argument(
+            f"--augment-{name}",
+            metavar="STD",
+            type=number,
+            default=getattr(AugmentConfig(), name),
+            help="standard deviation of the change (%(default)s)",
+        )
 
     log = parser.add_argument_group("log")
     log.add_argument("--logdir", metavar="DIR", help="TensorBoard files and metrics.jsonl (none)")
@@ -341,8 +487,11 @@ def train_config(args: argparse.Namespace, world: int) -> TrainConfig:
         raise OdtkError("--absolute-angle is of rotated boxes: add --rotated-bbox.")
     if args.dcn_v1 and not args.dcn:
         raise OdtkError("--dcn-v1 is of deformable convolution: name its stages with --dcn, 3 4 5 say.")
-    for flag, (low, high) in (("--jitter", args.jitter), ("--anchor-ious", args.anchor_ious),
-                              ("--augment-free-rotate", args.augment_free_rotate)):  # fmt: skip
+    for flag, (low, high) in (
+        ("--jitter", args.jitter),
+        ("--anchor-ious", args.anchor_ious),
+        ("--augment-free-rotate", args.augment_free_rotate),
+    ):
         if low > high:
             raise OdtkError(f"{flag} {low} {high}: the first number must not be above the second.")
     if sorted(set(args.milestones)) != args.milestones:
@@ -459,18 +608,27 @@ def count_categories(annotations: str) -> int:
 def add_infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL.{pth,onnx,plan,engine}", help="checkpoint or exported file")
     parser.add_argument("--images", metavar="DIR", default=".", help="folder of the images (%(default)s)")
-    parser.add_argument("--annotations", metavar="JSON",
-                        help="COCO annotations: take their images and print COCO figures (every image of the folder)")
-    parser.add_argument("--output", metavar="JSON", nargs="+", default=["detections.json"],
-                        help="files to write the detections to, in COCO result form (detections.json)")
+    parser.add_argument(
+        "--annotations",
+        metavar="JSON",
+        help="COCO annotations: take their images and print COCO figures (every image of the folder)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="JSON",
+        nargs="+",
+        default=["detections.json"],
+        help="files to write the detections to, in COCO result form (detections.json)",
+    )
     parser.add_argument("--batch", metavar="N", type=positive, help="images at a time over all devices (2 × devices)")
     add_resize(parser)
     add_size(parser, help="fit images inside H×W and pad them instead of --resize (that of an .onnx or .plan)")
     parser.add_argument("--full-precision", action="store_true", help="a .pth computes in fp32 (mixed precision)")
     add_loader(parser)
     add_thresholds(parser)
-    parser.add_argument("--draw", metavar="DIR",
-                        help="write the images with their detections that score above 0.3 there (none)")
+    parser.add_argument(
+        "--draw", metavar="DIR", help="write the images with their detections that score above 0.3 there (none)"
+    )
     add_devices(parser)
 
 
@@ -550,32 +708,66 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL.pth", help="checkpoint")
     parser.add_argument("output", metavar="OUT.{onnx,plan,engine}", help="file to write")
     add_size(parser, default=[1280], help="input size in pixels, one number for a square (1280)")
-    parser.add_argument("--batch", "--dynamic-batch-opts", metavar=("MIN", "OPT", "MAX"), nargs=3, type=positive,
-                        default=[1, 8, 16], help="batch sizes that the file accepts and is tuned for (1 8 16)")
+    parser.add_argument(
+        "--batch",
+        "--dynamic-batch-opts",
+        metavar=("MIN", "OPT", "MAX"),
+        nargs=3,
+        type=positive,
+        default=[1, 8, 16],
+        help="batch sizes that the file accepts and is tuned for (1 8 16)",
+    )
     parser.add_argument("--full-precision", action="store_true", help="fp32 (fp16)")
     parser.add_argument("--int8", action="store_true", help="int8, with fp16 where it would cost accuracy (fp16)")
     parser.add_argument("--calibration-images", metavar="DIR", help="images for --int8")
-    parser.add_argument("--calibration-batches", metavar="N", type=positive,
-                        help="batches of calibration images to use (as many as hold 500 images)")
-    parser.add_argument("--calibration-table", metavar="PATH",
-                        help="table of --int8: read instead of images when it exists, else written (beside OUT)")
-    parser.add_argument("--calibration-method", choices=("entropy", "percentile", "minmax"), default="entropy",
-                        help="how the range of an activation is chosen (%(default)s)")
-    parser.add_argument("--opset", metavar="N", type=positive, default=ExportConfig.opset,
-                        help="ONNX operator set (%(default)s)")
+    parser.add_argument(
+        "--calibration-batches",
+        metavar="N",
+        type=positive,
+        help="batches of calibration images to use (as many as hold 500 images)",
+    )
+    parser.add_argument(
+        "--calibration-table",
+        metavar="PATH",
+        help="table of --int8: read instead of images when it exists, else written (beside OUT)",
+    )
+    parser.add_argument(
+        "--calibration-method",
+        choices=("entropy", "percentile", "minmax"),
+        default="entropy",
+        help="how the range of an activation is chosen (%(default)s)",
+    )
+    parser.add_argument(
+        "--opset", metavar="N", type=positive, default=ExportConfig.opset, help="ONNX operator set (%(default)s)"
+    )
     add_thresholds(parser)
-    parser.add_argument("--rotated-bbox", action="store_true",
-                        help="refuse a MODEL.pth without rotated boxes (the checkpoint says which it has)")
+    parser.add_argument(
+        "--rotated-bbox",
+        action="store_true",
+        help="refuse a MODEL.pth without rotated boxes (the checkpoint says which it has)",
+    )
     parser.add_argument("--timing-cache", metavar="PATH", help="TensorRT's timing cache, read and updated (none)")
-    parser.add_argument("--verify", action="store_true",
-                        help="run the written file beside PyTorch in fp32 on --annotations and --images (off)")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="run the written file beside PyTorch in fp32 on --annotations and --images (off)",
+    )
     parser.add_argument("--annotations", metavar="JSON", help="COCO annotations for --verify")
     parser.add_argument("--images", metavar="DIR", default=".", help="images for --verify (%(default)s)")
-    parser.add_argument("--max-ap-drop", metavar="POINTS", type=number, default=0.3,
-                        help="points of AP (0 to 100) that --verify allows to be lost, else exit code 2 (%(default)s)")
+    parser.add_argument(
+        "--max-ap-drop",
+        metavar="POINTS",
+        type=number,
+        default=0.3,
+        help="points of AP (0 to 100) that --verify allows to be lost, else exit code 2 (%(default)s)",
+    )
     parser.add_argument("--verbose", action="store_true", help="print the log of the conversion (off)")
-    parser.add_argument("--devices", metavar="N|cpu", type=devices,
-                        help="cpu: no GPU is to be used (an .onnx is written on the CPU, an engine on the first GPU)")
+    parser.add_argument(
+        "--devices",
+        metavar="N|cpu",
+        type=devices,
+        help="cpu: no GPU is to be used (an .onnx is written on the CPU, an engine on the first GPU)",
+    )
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -633,8 +825,11 @@ def export_config(args: argparse.Namespace) -> ExportConfig:
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("detections", metavar="DETECTIONS.json", help="COCO results, such as `odtk infer` writes")
     parser.add_argument("--annotations", metavar="JSON", required=True, help="COCO annotations of the same images")
-    parser.add_argument("--segmentation", action="store_true",
-                        help="overlap of masks; rotated boxes count as polygons (off: of boxes, rotated if they are)")
+    parser.add_argument(
+        "--segmentation",
+        action="store_true",
+        help="overlap of masks; rotated boxes count as polygons (off: of boxes, rotated if they are)",
+    )
     parser.add_argument("--output", metavar="JSON", help="write the figures there too (none)")
 
 
@@ -659,8 +854,11 @@ def add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", metavar="N", type=positive, help="images at a time over all devices (1 × devices)")
     parser.add_argument("--iters", metavar="N", type=positive, default=50, help="timed batches (%(default)s)")
     parser.add_argument("--warmup", metavar="N", type=count, default=5, help="batches before those (%(default)s)")
-    parser.add_argument("--images", metavar="DIR",
-                        help="time the loader and the model on these images too (the model alone, on random images)")
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        help="time the loader and the model on these images too (the model alone, on random images)",
+    )
     parser.add_argument("--full-precision", action="store_true", help="a .pth computes in fp32 (mixed precision)")
     add_loader(parser)
     parser.add_argument("--output", metavar="JSON", help="write the figures there too (none)")
@@ -717,13 +915,25 @@ def add_visualize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", metavar="DIR", default=".", help="folder of the images (%(default)s)")
     parser.add_argument("--annotations", metavar="JSON", help="COCO annotations: draws the ground truth")
     parser.add_argument("--detections", metavar="JSON", help="COCO results: draws the detections, beside the truth")
-    parser.add_argument("--score-threshold", metavar="SCORE", type=fraction, default=0.3,
-                        help="draw detections above this score (%(default)s)")
-    parser.add_argument("--features", metavar="LAYER",
-                        help="draw the feature maps of this layer of MODEL.pth, layer4 say")
+    parser.add_argument(
+        "--score-threshold",
+        metavar="SCORE",
+        type=fraction,
+        default=0.3,
+        help="draw detections above this score (%(default)s)",
+    )
+    parser.add_argument(
+        "--features", metavar="LAYER", help="draw the feature maps of this layer of MODEL.pth, layer4 say"
+    )
     parser.add_argument("--anchors", action="store_true", help="draw which anchors match which boxes (off)")
-    parser.add_argument("--anchor-ious", metavar=("BG", "FG"), nargs=2, type=fraction, default=[0.4, 0.5],
-                        help="bounds of the match, as in training (0.4 0.5)")
+    parser.add_argument(
+        "--anchor-ious",
+        metavar=("BG", "FG"),
+        nargs=2,
+        type=fraction,
+        default=[0.4, 0.5],
+        help="bounds of the match, as in training (0.4 0.5)",
+    )
     parser.add_argument("--curves", metavar="LOGDIR", help="draw the training curves of LOGDIR/metrics.jsonl")
     add_resize(parser)
     add_size(parser, help="fit images inside H×W and pad them instead of --resize")
@@ -770,8 +980,13 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", metavar="JSON", required=True, help="COCO annotations")
     parser.add_argument("--images", metavar="DIR", default=".", help="folder of the images (%(default)s)")
     add_resize(parser)
-    parser.add_argument("--backbone", metavar="NAME", nargs="+", default=["ResNet50FPN"],
-                        help="whose levels the anchors stand on (ResNet50FPN)")
+    parser.add_argument(
+        "--backbone",
+        metavar="NAME",
+        nargs="+",
+        default=["ResNet50FPN"],
+        help="whose levels the anchors stand on (ResNet50FPN)",
+    )
     add_anchors(parser)
     add_rotated(parser)
     parser.add_argument("--headers-only", action="store_true", help="do not decode the images to their end (off)")
@@ -804,12 +1019,18 @@ def run_check(args: argparse.Namespace) -> int:
 
 def add_synth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="where to write train/, val/, train.json and val.json")
-    parser.add_argument("--images", metavar="N", type=positive, default=240,
-                        help="images of both sets together, every fifth for validation (%(default)s)")
+    parser.add_argument(
+        "--images",
+        metavar="N",
+        type=positive,
+        default=240,
+        help="images of both sets together, every fifth for validation (%(default)s)",
+    )
     add_size(parser, default=[240, 320], help="height and width of the images in pixels (240 320)")
     parser.add_argument("--classes", metavar="N", type=positive, default=4, help="kinds of shapes (%(default)s)")
-    parser.add_argument("--rotated", "--rotated-bbox", action="store_true",
-                        help="elongated shapes with boxes [x, y, w, h, theta] (off)")
+    parser.add_argument(
+        "--rotated", "--rotated-bbox", action="store_true", help="elongated shapes with boxes [x, y, w, h, theta] (off)"
+    )
     parser.add_argument("--seed", metavar="N", type=seed, default=0, help="(%(default)s)")
 
 
@@ -817,7 +1038,13 @@ def run_synth(args: argparse.Namespace) -> int:
     from .data.synthetic import synthesize
 
     height, width = size_of(args.size) or (240, 320)
-    synthesize(args.folder, images=args.images, size=(height, width), classes=args.classes, rotated=args.rotated,
-               seed=args.seed)  # fmt: skip
+    synthesize(
+        args.folder,
+        images=args.images,
+        size=(height, width),
+        classes=args.classes,
+        rotated=args.rotated,
+        seed=args.seed,
+    )
     print(f"Drew {args.images} images of {width}×{height} pixels into {args.folder}: train/, val/ and their .json.")
     return 0

@@ -2,6 +2,7 @@
 
 Units: sizes in pixels, angles in radians, thresholds in [0, 1], thresholds of IoU in [0, 1].
 """
+
 from __future__ import annotations
 
 import dataclasses

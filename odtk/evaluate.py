@@ -3,6 +3,7 @@
 The protocol is pycocotools' (https://cocodataset.org/#detection-eval): AP is the mean over IoU 0.50…0.95 by 0.05 and
 over 101 recall points. A figure for which nothing was to be found (no object of that size, say) is -1, as there.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -25,8 +26,20 @@ from .config import OdtkError
 from .data.dataset import categories_of, is_degenerate, is_id, is_number, load_json
 from .ops import rotated_iou
 
-STATS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
-         "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large")  # fmt: skip
+STATS = (
+    "AP",
+    "AP50",
+    "AP75",
+    "AP small",
+    "AP medium",
+    "AP large",
+    "AR 1",
+    "AR 10",
+    "AR 100",
+    "AR small",
+    "AR medium",
+    "AR large",
+)
 
 
 @dataclass(frozen=True)
@@ -160,10 +173,13 @@ def add_polygons(indices: Sequence[COCO]) -> None:
                 extent[entry["image_id"]] = (max([w, *xs]), max([h, *ys]))
     for coco in indices:
         coco.imgs = {
-            i: {**image, "width": image.get("width") or math.ceil(extent[i][0]),
-                "height": image.get("height") or math.ceil(extent[i][1])}
+            i: {
+                **image,
+                "width": image.get("width") or math.ceil(extent[i][0]),
+                "height": image.get("height") or math.ceil(extent[i][1]),
+            }
             for i, image in coco.imgs.items()
-        }  # fmt: skip
+        }
 
 
 def class_metrics(coco_eval: COCOeval, gt: COCO) -> tuple[ClassMetrics, ...]:
@@ -277,10 +293,12 @@ def is_mask(value: Any) -> bool:
     """Whether pycocotools can draw a "segmentation". It does not look itself: a NaN, say, costs it all memory."""
     if isinstance(value, list):
         return all(
-            isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+            isinstance(polygon, list)
+            and len(polygon) >= 6
+            and len(polygon) % 2 == 0
             and all(is_number(v) and math.isfinite(v) for v in polygon)
             for polygon in value
-        )  # fmt: skip
+        )
     if not isinstance(value, dict):
         return False
     size, counts = value.get("size"), value.get("counts")
@@ -305,8 +323,14 @@ def report(metrics: Metrics) -> None:
     figures.add_row(*(shown(s) for s in metrics.stats))
     console.print(figures)
     table = Table(title="Per class", title_justify="left")
-    for name, justify in (("id", "right"), ("class", "left"), ("AP", "right"), ("AP50", "right"),
-                          ("images", "right"), ("instances", "right")):  # fmt: skip
+    for name, justify in (
+        ("id", "right"),
+        ("class", "left"),
+        ("AP", "right"),
+        ("AP50", "right"),
+        ("images", "right"),
+        ("instances", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for c in metrics.classes:
         table.add_row(str(c.id), c.name, shown(c.ap), shown(c.ap50), str(c.images), str(c.instances))

@@ -9,6 +9,7 @@ Endings (values of `Metadata.ending`):
 
 Boxes are x1, y1, x2, y2 (and sin, cos) in pixels of the network's input, inclusive corners (boxes.py).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -148,8 +149,9 @@ def export(config: ExportConfig) -> Report:
         file.write(content)
     fp16_layers = table.fp16_layers if table else ()
     print(f"Wrote {config.output}: {config.precision}, {height}×{width}, {len(content) / 2**20:.1f} MiB.")
-    return Report(config.output, len(content), config.precision, quantize.table_path(config) if table else None,
-                  fp16_layers)  # fmt: skip
+    return Report(
+        config.output, len(content), config.precision, quantize.table_path(config) if table else None, fp16_layers
+    )
 
 
 def body(detector: Detector, checkpoint: Checkpoint, config: ExportConfig) -> tuple[ModelProto, quantize.Table | None]:
@@ -219,9 +221,15 @@ def trace(detector: Detector, size: tuple[int, int], opset: int = OPSET) -> Mode
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch.onnx
         program = torch.onnx.export(
-            detector.cpu().float().eval(), (example,), dynamo=True, optimize=True, opset_version=opset, verbose=False,
-            input_names=["images"], dynamic_shapes=({0: batch},),
-        )  # fmt: skip
+            detector.cpu().float().eval(),
+            (example,),
+            dynamo=True,
+            optimize=True,
+            opset_version=opset,
+            verbose=False,
+            input_names=["images"],
+            dynamic_shapes=({0: batch},),
+        )
     assert program is not None
     model = program.model_proto
     written = next(entry.version for entry in model.opset_import if not entry.domain)
@@ -384,11 +392,13 @@ def standard_ending(model: ModelProto, levels: Sequence[Level], config: ModelCon
     used = g.op("Greater", scores, g.constant(0.0))  # [N, D]
     boxes = g.op("Where", g.op("Unsqueeze", used, g.integers(2)), boxes, g.constant(0.0))
     classes = g.op("Where", used, classes, g.constant(0, np.int64))  # type: ignore[arg-type]
-    g.outputs([
-        (scores, "scores", TensorProto.FLOAT, ["batch", rows]),
-        (boxes, "boxes", TensorProto.FLOAT, ["batch", rows, metadata.box_values]),
-        (classes, "classes", TensorProto.INT64, ["batch", rows]),
-    ])  # fmt: skip
+    g.outputs(
+        [
+            (scores, "scores", TensorProto.FLOAT, ["batch", rows]),
+            (boxes, "boxes", TensorProto.FLOAT, ["batch", rows, metadata.box_values]),
+            (classes, "classes", TensorProto.INT64, ["batch", rows]),
+        ]
+    )
 
 
 def level_size(level: Level, config: ModelConfig) -> int:
@@ -466,9 +476,7 @@ def place(g: Writer, numbers: str, centre: str, size: str, stride: int, limits: 
     return boxes
 
 
-def suppress(
-    g: Writer, scores: str, boxes: str, classes: str, metadata: Metadata, rows: int
-) -> tuple[str, str, str]:
+def suppress(g: Writer, scores: str, boxes: str, classes: str, metadata: Metadata, rows: int) -> tuple[str, str, str]:
     """NMS per class of candidates (scores [N, T], boxes [N, T, 4], classes [N, T]), then the D best of each image.
 
     NonMaxSuppression has no notion of an inclusive corner, so it is given boxes one pixel longer, and takes one score
@@ -479,9 +487,13 @@ def suppress(
     own = g.op("Equal", g.op("Unsqueeze", classes, g.integers(1)), every)  # [N, C, T]
     by_class = g.op("Where", own, g.op("Unsqueeze", scores, g.integers(1)), g.constant(0.0))
     kept = g.op(
-        "NonMaxSuppression", longer, by_class, g.integers(metadata.detections),
-        g.constant([metadata.nms_threshold]), g.constant([0.0]),
-    )  # [S, 3]: image, class, candidate  # fmt: skip
+        "NonMaxSuppression",
+        longer,
+        by_class,
+        g.integers(metadata.detections),
+        g.constant([metadata.nms_threshold]),
+        g.constant([0.0]),
+    )  # [S, 3]: image, class, candidate
     kept = g.op("Gather", kept, g.integers(0, 2), axis=1)  # [S, 2]
     zeros = g.op("Mul", scores, g.constant(0.0))
     scores = g.op("ScatterND", zeros, kept, g.op("GatherND", scores, kept))  # [N, T], 0 where suppressed
@@ -503,20 +515,34 @@ def plugin_ending(model: ModelProto, levels: Sequence[Level], config: ModelConfi
     anchors = g.constant(np.stack([level.anchors[:, :4].numpy() for level in levels]))  # [L, A, 4]
     heads = [*(level.names[0] for level in levels), *(level.names[1] for level in levels)]
     candidates = g.ops(
-        "OdtkDecode", *(g.op("Cast", head, to=kind) for head in heads), anchors, outputs=3,
-        strides=[level.stride for level in levels], classes=config.classes, values=config.box_values,
-        score_threshold=metadata.score_threshold, top_n=metadata.top_n, **plugin,
-    )  # fmt: skip
+        "OdtkDecode",
+        *(g.op("Cast", head, to=kind) for head in heads),
+        anchors,
+        outputs=3,
+        strides=[level.stride for level in levels],
+        classes=config.classes,
+        values=config.box_values,
+        score_threshold=metadata.score_threshold,
+        top_n=metadata.top_n,
+        **plugin,
+    )
     scores, boxes, classes = g.ops(
-        "OdtkNms", *candidates, outputs=3, values=metadata.box_values, threshold=metadata.nms_threshold,
-        detections=metadata.detections, **plugin,
-    )  # fmt: skip
+        "OdtkNms",
+        *candidates,
+        outputs=3,
+        values=metadata.box_values,
+        threshold=metadata.nms_threshold,
+        detections=metadata.detections,
+        **plugin,
+    )
     rows = metadata.detections
-    g.outputs([
-        (scores, "scores", TensorProto.FLOAT, ["batch", rows]),
-        (boxes, "boxes", TensorProto.FLOAT, ["batch", rows, metadata.box_values]),
-        (classes, "classes", TensorProto.INT32, ["batch", rows]),
-    ])  # fmt: skip
+    g.outputs(
+        [
+            (scores, "scores", TensorProto.FLOAT, ["batch", rows]),
+            (boxes, "boxes", TensorProto.FLOAT, ["batch", rows, metadata.box_values]),
+            (classes, "classes", TensorProto.INT32, ["batch", rows]),
+        ]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -583,10 +609,15 @@ def build_engine(model: ModelProto, metadata: Metadata, config: ExportConfig) ->
     print(f"TensorRT {version} times kernels on {gpu}: this takes minutes.", flush=True)
     try:
         return extension.engine_build(
-            serialize(model), batch=config.batch, workspace=config.workspace, fp16=config.precision != "fp32",
-            int8=config.precision == "int8", float_layers=float_layers, timing_cache=config.timing_cache or "",
+            serialize(model),
+            batch=config.batch,
+            workspace=config.workspace,
+            fp16=config.precision != "fp32",
+            int8=config.precision == "int8",
+            float_layers=float_layers,
+            timing_cache=config.timing_cache or "",
             metadata=metadata.to_json(),
-        )  # fmt: skip
+        )
     except (RuntimeError, ValueError) as error:
         raise OdtkError(f"TensorRT could not build {config.output}: {error}") from error
 
@@ -638,6 +669,7 @@ def layers_in_float(model: ModelProto) -> list[str]:
         return []
     islands = {node.name for node in quantize.island_nodes(graph)}
     return [
-        node.name for node in graph.node
+        node.name
+        for node in graph.node
         if types.get(node.output[0]) == TensorProto.FLOAT and node.name not in islands and node.op_type != "Cast"
-    ]  # fmt: skip
+    ]

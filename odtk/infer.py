@@ -1,4 +1,5 @@
 """Loader × backend → detections in COCO result form, over one or several processes."""
+
 from __future__ import annotations
 
 import contextlib
@@ -57,8 +58,10 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated)
     categories = resolve_categories(backend, dataset.categories, say)
     loader = create_loader(dataset, data)
-    say(f"{backend.name} on {world} × {data.device.partition(':')[0]}: {len(dataset.images)} images, "
-        f"batch {data.batch * world}, {size_line(data)}, precision {backend.precision}.")  # fmt: skip
+    say(
+        f"{backend.name} on {world} × {data.device.partition(':')[0]}: {len(dataset.images)} images, "
+        f"batch {data.batch * world}, {size_line(data)}, precision {backend.precision}."
+    )
     total = len(dataset.images)
     with progress_line(total, world) if rank == 0 else contextlib.nullcontext() as progress:
         detections = detect(backend, loader, categories, progress=progress, group=group)
@@ -129,18 +132,24 @@ def resolve_categories(
             say("The model has no category ids: detections have class indices from 0.")
             return tuple(Category(c, f"class {c}") for c in range(backend.classes))
         if len(annotated) != backend.classes:
-            raise OdtkError(f"The model has {backend.classes} classes and the annotations {len(annotated)} categories: "
-                            "they are not of the same dataset.")  # fmt: skip
+            raise OdtkError(
+                f"The model has {backend.classes} classes and the annotations {len(annotated)} categories: "
+                "they are not of the same dataset."
+            )
         return tuple(annotated)
     own = {c.id: c.name for c in backend.categories}
     theirs = {c.id: c.name for c in annotated}
     for id in own.keys() & theirs.keys():
         if own[id] != theirs[id]:
-            raise OdtkError(f"Category {id} is '{own[id]}' to the model and '{theirs[id]}' in the annotations: "
-                            "they are not of the same dataset.")  # fmt: skip
+            raise OdtkError(
+                f"Category {id} is '{own[id]}' to the model and '{theirs[id]}' in the annotations: "
+                "they are not of the same dataset."
+            )
     if theirs and not own.keys() & theirs.keys():
-        raise OdtkError(f"The model's category ids ({listed(own)}) and those of the annotations ({listed(theirs)}) "
-                        "have nothing in common: they are not of the same dataset.")  # fmt: skip
+        raise OdtkError(
+            f"The model's category ids ({listed(own)}) and those of the annotations ({listed(theirs)}) "
+            "have nothing in common: they are not of the same dataset."
+        )
     if unknown := theirs.keys() - own.keys():
         say(f"Warning: the model does not know the categories {listed({i: theirs[i] for i in unknown})}.")
     if theirs and (extra := own.keys() - theirs.keys()):

@@ -3,6 +3,7 @@
 The processes of a run meet in torch.distributed: NCCL between GPUs, gloo between CPU processes. The parent of spawned
 processes watches them, so that one which dies ends the run at once, with its own error on top.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -183,9 +184,7 @@ def spawn(job: Job, config: Any, kind: str, world: int, store: dist.TCPStore) ->
     report([None if child in killed else child.exitcode for child in children], failures, signals)
 
 
-def run_rank(
-    job: Job, config: Any, rank: int, world: int, device: str, place: tuple[str, int], writer: Any
-) -> None:
+def run_rank(job: Job, config: Any, rank: int, world: int, device: str, place: tuple[str, int], writer: Any) -> None:
     """Body of a spawned process. Its error goes to the parent; nothing is printed here."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the job has its own handlers a Ctrl-C ends it, silently
     threading.Thread(target=follow_parent, daemon=True).start()

@@ -6,6 +6,7 @@ where the compiled kernel is absent (ops.rotated_iou).
 Everything about anchors is in the order (y, x, a) of each level, levels one after the other: P places in all. Seen in
 that order a head's channels-last output is contiguous, and any other is read through its strides, never copied.
 """
+
 from __future__ import annotations
 
 import math

@@ -12,6 +12,7 @@ Where odtk._C was built and can run, its kernels do the work on CUDA tensors, as
 torch.export see (torch.ops.odtk.decode, .nms, .rotated_iou), and rotated_iou on CPU tensors too. Elsewhere the
 reference does.
 """
+
 from __future__ import annotations
 
 import importlib

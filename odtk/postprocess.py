@@ -1,4 +1,5 @@
 """Raw levels → Detections."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

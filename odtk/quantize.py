@@ -8,6 +8,7 @@ Why not onnxruntime.quantization: its quantiser gives a tensor's Q/DQ pair to al
 FP16 would still read rounded inputs; it does not tie the scales of an addition. Its entropy calibrator keeps every
 activation of every image in memory, and tries as many ranges as it has bins more than 128, by default none.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -144,9 +145,7 @@ def island_nodes(graph: GraphProto) -> Iterator[NodeProto]:
             dequantised |= set(node.output) if node.op_type == "DequantizeLinear" else set()
 
 
-def replace_graph(
-    model: ModelProto, graph: GraphProto, nodes: list[NodeProto], constants: list[TensorProto]
-) -> None:
+def replace_graph(model: ModelProto, graph: GraphProto, nodes: list[NodeProto], constants: list[TensorProto]) -> None:
     """Puts nodes and constants, and the graph's inputs and outputs, into the model; value types are inferred anew."""
     name, inputs, outputs = graph.name, list(graph.input), list(graph.output)
     model.graph.CopyFrom(helper.make_graph(nodes, name, inputs, outputs, constants))
@@ -176,9 +175,10 @@ def additions(graph: GraphProto) -> list[NodeProto]:
     constants = {tensor.name for tensor in graph.initializer}
     positions = {node.output[0] for node in sampling_nodes(graph)}
     return [
-        node for node in graph.node
+        node
+        for node in graph.node
         if node.op_type == "Add" and not constants & set(node.input) and node.output[0] not in positions
-    ]  # fmt: skip
+    ]
 
 
 def source(name: str, makers: dict[str, NodeProto]) -> str:
@@ -240,8 +240,11 @@ def insert_qdq(model: ModelProto, table: Table) -> None:
     def weight(name: str, node: NodeProto) -> Iterator[NodeProto]:
         """A DequantizeLinear for the node alone, as TensorRT's fusions want it."""
         quantised, scale = quantise_weight(numpy_helper.to_array(weights[name]))
-        inputs = [constant(f"{name}/int8", quantised), constant(f"{name}/scale", scale),
-                  constant(f"{name}/zero", np.zeros(len(scale), np.int8))]  # fmt: skip
+        inputs = [
+            constant(f"{name}/int8", quantised),
+            constant(f"{name}/scale", scale),
+            constant(f"{name}/zero", np.zeros(len(scale), np.int8)),
+        ]
         node.input[1] = f"{node.name}/weight"
         yield helper.make_node("DequantizeLinear", inputs, [node.input[1]], f"{node.name}/dequantize_weight", axis=0)
 

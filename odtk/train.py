@@ -10,6 +10,7 @@ What a checkpoint holds of a run (Checkpoint.training):
     rng          state of rank 0's torch generator (the loader draws from its own seed)
     loader       position in the data
 """
+
 from __future__ import annotations
 
 import copy
@@ -76,9 +77,7 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
     torch.manual_seed(config.seed)
 
     # Data and the file to write
-    dataset = Dataset.load(
-        config.data.annotations, config.data.images, rotated=config.model.rotated, training=True
-    )
+    dataset = Dataset.load(config.data.annotations, config.data.images, rotated=config.model.rotated, training=True)
     check_classes(config, dataset.categories)
     resumed = open_run(config, dataset.categories)
 
@@ -117,9 +116,7 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
     # Where the run stands
     data = replace(config.data, training=True, stride=detector.stride, rank=rank, world=world)
     loader = create_loader(dataset, data)
-    validation = None if config.val_data is None else Validation(
-        config, dataset.categories, detector.stride, peers
-    )
+    validation = None if config.val_data is None else Validation(config, dataset.categories, detector.stride, peers)
     iteration, best = 0, -1.0  # best validation AP
     if resumed is not None:
         state: dict[str, Any] = resumed.training  # type: ignore[assignment]
@@ -177,9 +174,15 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
                     with autocast:
                         logits, boxes = model(images)
                     terms = detection_loss(
-                        logits, boxes, batch.boxes, batch.labels,
-                        anchors=anchors, strides=detector.strides, model=config.model, loss=config.loss,
-                    )  # fmt: skip
+                        logits,
+                        boxes,
+                        batch.boxes,
+                        batch.labels,
+                        anchors=anchors,
+                        strides=detector.strides,
+                        model=config.model,
+                        loss=config.loss,
+                    )
                     loss, values = normalize(terms, world)
                     scaler.scale(loss / config.accumulate).backward()
                 meter.add(values, iteration + 1, len(images) * world)
@@ -490,9 +493,13 @@ class Validation:
         assert config.val_data is not None
         train_data, self.config, self.categories, self.peers = config.data, config, categories, peers
         data = replace(
-            config.val_data, training=False, stride=stride,
-            rank=train_data.rank, world=train_data.world, device=train_data.device,
-        )  # fmt: skip
+            config.val_data,
+            training=False,
+            stride=stride,
+            rank=train_data.rank,
+            world=train_data.world,
+            device=train_data.device,
+        )
         self.dataset = Dataset.load(data.annotations, data.images, rotated=config.model.rotated)
         if not set(categories) <= set(self.dataset.categories):
             raise OdtkError(
@@ -512,9 +519,13 @@ class Validation:
             with autocast:
                 logits, boxes = folded(images.contiguous(memory_format=torch.channels_last))
             return postprocess(
-                logits, boxes, anchors=anchors, strides=detector.strides,
-                model=self.config.model, config=self.config.postprocess,
-            )  # fmt: skip
+                logits,
+                boxes,
+                anchors=anchors,
+                strides=detector.strides,
+                model=self.config.model,
+                config=self.config.postprocess,
+            )
 
         detections = detect(backend, self.loader, self.categories, group=self.peers.group)
         if self.config.data.rank != 0:

@@ -3,6 +3,7 @@
 For INT8 also which layers cost most, and FP16 for the worst of them until the loss of accuracy is inside the bar.
 Points are of COCO AP × 100.
 """
+
 from __future__ import annotations
 
 import base64
@@ -242,10 +243,16 @@ COLUMNS = ("model", "AP", "AP50", "points lost", "ms per image", "MiB")
 def rows(verdict: Verdict) -> list[list[str]]:
     """The cells of the table of runs, under COLUMNS."""
     return [
-        [run.name, f"{run.metrics.ap:.4f}", f"{run.metrics.ap50:.4f}", f"{drop(verdict.runs[0], run):+.2f}",
-         f"{run.latency:.1f}", f"{run.bytes / 2**20:.1f}"]
+        [
+            run.name,
+            f"{run.metrics.ap:.4f}",
+            f"{run.metrics.ap50:.4f}",
+            f"{drop(verdict.runs[0], run):+.2f}",
+            f"{run.latency:.1f}",
+            f"{run.bytes / 2**20:.1f}",
+        ]
         for run in verdict.runs
-    ]  # fmt: skip
+    ]
 
 
 def class_rows(verdict: Verdict) -> list[list[str]]:
@@ -305,12 +312,16 @@ def page(verdict: Verdict, bench: Bench) -> str:
             "quantised; the lower, the more costly. Six decibels halve the error.</p>",
             html_table(("layer", "dB", "written as"), cells),
         ]
-    parts.append(f"<h2>{html.escape(names[0])} (left) and {html.escape(names[-1])} (right)</h2>"
-                 f"<p>Where the two differ most; boxes that score {SHOWN_SCORE} or more.</p>")  # fmt: skip
+    parts.append(
+        f"<h2>{html.escape(names[0])} (left) and {html.escape(names[-1])} (right)</h2>"
+        f"<p>Where the two differ most; boxes that score {SHOWN_SCORE} or more.</p>"
+    )
     parts += pictures(verdict.runs[0], verdict.runs[-1], bench)
     title = html.escape(os.path.basename(bench.config.output))
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-            f"<h1>{title}</h1>" + "\n".join(parts) + "</html>\n")  # fmt: skip
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
+        f"<h1>{title}</h1>" + "\n".join(parts) + "</html>\n"
+    )
 
 
 def html_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -331,8 +342,11 @@ def pictures(reference: Run, run: Run, bench: Bench) -> list[str]:
         except ImageError:
             continue
         drawn = [draw(picture.copy(), side.results, image.id) for side in (reference, run)]
-        figures.append("<figure>" + " ".join(f'<img alt="" src="{side}">' for side in drawn)
-                       + f"<figcaption>{html.escape(os.path.basename(image.path))}</figcaption></figure>")  # fmt: skip
+        figures.append(
+            "<figure>"
+            + " ".join(f'<img alt="" src="{side}">' for side in drawn)
+            + f"<figcaption>{html.escape(os.path.basename(image.path))}</figcaption></figure>"
+        )
     return figures
 
 

@@ -1,4 +1,5 @@
 """Pictures: detections and ground truth on images, feature maps, anchors and the boxes they match, training curves."""
+
 from __future__ import annotations
 
 import colorsys
@@ -228,8 +229,14 @@ def draw_label(
     w, h = right - left + 6, bottom - top + 6
     xs, ys = [x for x, _ in points], [y for _, y in points]
     places = []
-    for x, y in ((min(xs), min(ys) - h), (min(xs), min(ys)), (min(xs), max(ys)), (max(xs) - w, min(ys) - h),
-                 (max(xs) - w, max(ys) - h), (max(xs), min(ys))):  # fmt: skip
+    for x, y in (
+        (min(xs), min(ys) - h),
+        (min(xs), min(ys)),
+        (min(xs), max(ys)),
+        (max(xs) - w, min(ys) - h),
+        (max(xs) - w, max(ys) - h),
+        (max(xs), min(ys)),
+    ):
         x, y = min(max(x, 0), max(0, size[0] - w)), min(max(y, 0), max(0, size[1] - h))
         places.append((x, y, x + w, y + h))
     place = next((p for p in places if not any(overlap(p, other) for other in taken)), places[0])

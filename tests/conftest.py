@@ -1,4 +1,5 @@
 """Shared fixtures: one seed for every test, few threads, the real BCCD images where the workplace has them."""
+
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,5 @@
 """Detectors with random weights, and their checkpoints, for tests of everything that comes after training."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
 """Every backbone: shapes, gradients, parameter names, published sizes, and the options of the ResNets."""
+
 from dataclasses import replace
 
 import pytest
@@ -235,9 +236,7 @@ def test_freezing_stops_gradients_and_statistics_of_the_first_stages(name: str) 
     assert all((p.grad is None) == (id(p) in frozen) for p in trunk.parameters())
     changed = {k for k, v in trunk.state_dict().items() if not torch.equal(v, before[k])}
     norms = {n: m for n, m in trunk.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    assert changed == {
-        f"{n}.{s}" for n, m in norms.items() for s in NORM_SUFFIXES[2:] if id(m.weight) not in frozen
-    }
+    assert changed == {f"{n}.{s}" for n, m in norms.items() for s in NORM_SUFFIXES[2:] if id(m.weight) not in frozen}
 
 
 def test_norm_eval_keeps_statistics_and_trains_the_affine_parameters() -> None:

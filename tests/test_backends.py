@@ -1,4 +1,5 @@
 """Backends: a .pth and its .onnx give the same Detections, and each wrong file or flag its sentence."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,5 @@
 """Figures of a timing, and what is said of the machine."""
+
 import json
 import time
 from pathlib import Path

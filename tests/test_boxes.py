@@ -1,4 +1,5 @@
 """Boxes against restatements in plain Python, and rotated IoU against shapely."""
+
 import math
 import random
 
@@ -33,9 +34,7 @@ def plain_iou(a: list[float], b: list[float]) -> float:
 def test_decode_is_the_formula_of_the_specification() -> None:
     anchors, deltas = random_boxes(50), torch.randn(50, 4) * 0.3
     found = geometry.decode(deltas, anchors, (120, 90))
-    for (x1, y1, x2, y2), (dx, dy, dw, dh), box in zip(
-        anchors.tolist(), deltas.tolist(), found.tolist(), strict=True
-    ):
+    for (x1, y1, x2, y2), (dx, dy, dw, dh), box in zip(anchors.tolist(), deltas.tolist(), found.tolist(), strict=True):
         w, h = x2 - x1 + 1, y2 - y1 + 1
         cx, cy = dx * w + x1 + 0.5 * w, dy * h + y1 + 0.5 * h
         pw, ph = math.exp(dw) * w, math.exp(dh) * h

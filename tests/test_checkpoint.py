@@ -1,4 +1,5 @@
 """Files: written whole or not at all, refused in one sentence, and ODTK 0.2's read with equal detections."""
+
 import math
 import os
 import pickle
@@ -198,9 +199,11 @@ class OldResNet(nn.Module):
         for i, depth in enumerate(depths):
             width, stride = 64 * 2**i, 1 if i == 0 else 2
             outside = width * (4 if bottleneck else 1)
-            make = (lambda a, s, w=width: Bottleneck(a, w, s)) if bottleneck else (
-                lambda a, s, w=width: BasicBlock(a, w, s)
-            )  # fmt: skip
+            make = (
+                (lambda a, s, w=width: Bottleneck(a, w, s))
+                if bottleneck
+                else (lambda a, s, w=width: BasicBlock(a, w, s))
+            )
             blocks = [make(inside, stride)] + [make(outside, 1) for _ in range(depth - 1)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             inside = outside
@@ -260,11 +263,15 @@ class OldModel(nn.Module):
 
     def file(self) -> dict[str, object]:
         return {
-            "backbone": list(self.backbones), "classes": self.classes, "state_dict": self.state_dict(),
-            "ratios": RATIOS, "scales": SCALES, "iteration": 90000,
+            "backbone": list(self.backbones),
+            "classes": self.classes,
+            "state_dict": self.state_dict(),
+            "ratios": RATIOS,
+            "scales": SCALES,
+            "iteration": 90000,
             "optimizer": torch.optim.SGD(self.parameters(), 0.01).state_dict(),
             "scheduler": {"last_epoch": 90000, "lr_lambdas": [None]},
-        }  # fmt: skip
+        }
 
 
 def decode_level(scores: Tensor, deltas: Tensor, stride: int, classes: int) -> list[tuple[float, list[float], int]]:
@@ -344,10 +351,15 @@ CASES = {
 OLD = {"ResNet18FPN": old_resnet18, "ResNet18C4": old_resnet18_c4, "ResNet50FPN": old_resnet50}
 
 
-@pytest.mark.parametrize("case", [
-    "R18-FPN", "R18-C4",
-    pytest.param("two backbones", marks=pytest.mark.slow), pytest.param("R50-FPN", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        "R18-FPN",
+        "R18-C4",
+        pytest.param("two backbones", marks=pytest.mark.slow),
+        pytest.param("R50-FPN", marks=pytest.mark.slow),
+    ],
+)
 def test_odtk_02_files_give_the_same_detections(case: str, tmp_path: Path) -> None:
     images = torch.randn(2, 3, 128, 128)
     old = livened(OldModel({name: OLD[name]() for name in CASES[case]}, classes=3), images).eval()
@@ -360,9 +372,12 @@ def test_odtk_02_files_give_the_same_detections(case: str, tmp_path: Path) -> No
     with torch.no_grad():
         expected = old(images)
         actual = postprocess(
-            *detector(images), anchors=detector.anchors(), strides=detector.strides,
-            model=found.model, config=PostprocessConfig(),
-        )  # fmt: skip
+            *detector(images),
+            anchors=detector.anchors(),
+            strides=detector.strides,
+            model=found.model,
+            config=PostprocessConfig(),
+        )
     for i, rows in enumerate(expected):
         assert len(rows) > 20
         assert int((actual.scores[i] > 0).sum()) == len(rows)

@@ -1,4 +1,5 @@
 """The command line: every flag of spec §1 with its default, and one sentence for whatever goes wrong."""
+
 import dataclasses
 import json
 import os
@@ -120,15 +121,79 @@ def test_the_learning_rate_follows_the_batch_of_one_iteration(images: Path) -> N
 
 def test_flags_of_train_arrive(images: Path) -> None:
     config = configured(
-        images, "--backbone", "ResNet18FPN", "ResNet34FPN", "--classes", "7", "--jitter", "100", "200", "--resize",
-        "150", "--max-size", "300", "--iters", "9", "--milestones", "3", "5", "--schedule", "0.5", "--warmup", "0",
-        "--gamma", "0.2", "--regularization-l2", "0", "--full-precision", "--fine-tune", "a.pth", "--override",
-        "--augment-rotate", "--augment-free-rotate", "-10", "10", "--augment-hue", "0.1", "--rotated-bbox",
-        "--absolute-angle", "--anchor-ious", "0.3", "0.6", "--norm", "group", "--freeze-at", "2", "--grad-checkpoint",
-        "--dcn", "5", "3", "--dcn-v1", "--resnet", "deep-stem", "norm-eval", "--backbone-weights", "none",
-        "--with-dali", "--logdir", "log", "--post-metrics", "http://x", "--seed", "4", "--clip-grad", "5", "--ema",
-        "0.99", "--val-annotations", "v.json", "--val-images", "v", "--val-iters", "6",
-    )  # fmt: skip
+        images,
+        "--backbone",
+        "ResNet18FPN",
+        "ResNet34FPN",
+        "--classes",
+        "7",
+        "--jitter",
+        "100",
+        "200",
+        "--resize",
+        "150",
+        "--max-size",
+        "300",
+        "--iters",
+        "9",
+        "--milestones",
+        "3",
+        "5",
+        "--schedule",
+        "0.5",
+        "--warmup",
+        "0",
+        "--gamma",
+        "0.2",
+        "--regularization-l2",
+        "0",
+        "--full-precision",
+        "--fine-tune",
+        "a.pth",
+        "--override",
+        "--augment-rotate",
+        "--augment-free-rotate",
+        "-10",
+        "10",
+        "--augment-hue",
+        "0.1",
+        "--rotated-bbox",
+        "--absolute-angle",
+        "--anchor-ious",
+        "0.3",
+        "0.6",
+        "--norm",
+        "group",
+        "--freeze-at",
+        "2",
+        "--grad-checkpoint",
+        "--dcn",
+        "5",
+        "3",
+        "--dcn-v1",
+        "--resnet",
+        "deep-stem",
+        "norm-eval",
+        "--backbone-weights",
+        "none",
+        "--with-dali",
+        "--logdir",
+        "log",
+        "--post-metrics",
+        "http://x",
+        "--seed",
+        "4",
+        "--clip-grad",
+        "5",
+        "--ema",
+        "0.99",
+        "--val-annotations",
+        "v.json",
+        "--val-images",
+        "v",
+        "--val-iters",
+        "6",
+    )
     model, data = config.model, config.data
     assert (model.backbones, model.classes) == (("ResNet18FPN", "ResNet34FPN"), 7)
     assert (model.norm, model.freeze_at) == ("group", 2)
@@ -370,8 +435,9 @@ def test_places_that_cannot_be_written(images: Path, tmp_path: Path, capsys) -> 
     assert "file" in fails(capsys, "infer", model, "--images", images, "--output", f"{inside}.json")
     assert "file" in fails(capsys, "synth", inside, "--images", "2", "--size", "64")
     assert "file" in fails(capsys, *small(images, Path(f"{inside}.pth")))
-    assert "file" in fails(capsys, "visualize", "--annotations", images / "truth.json", "--images", images,
-                           "--output", inside)  # fmt: skip
+    assert "file" in fails(
+        capsys, "visualize", "--annotations", images / "truth.json", "--images", images, "--output", inside
+    )
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
@@ -422,10 +488,12 @@ def test_interruption_system_errors_and_debugging(monkeypatch, capsys) -> None:
 
 def test_a_reader_that_goes_away_is_no_error_to_speak_of() -> None:
     run = subprocess.run(
-        f"{sys.executable} -c \"import sys; from odtk.cli import main; "
+        f'{sys.executable} -c "import sys; from odtk.cli import main; '
         f"import odtk.cli as c; c.run_info = lambda a: print('x' * 10**6); sys.exit(main(['info']))\" | head -c 5",
-        shell=True, capture_output=True, text=True,
-    )  # fmt: skip
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
     assert run.stdout == "xxxxx" and run.stderr == ""
 
 

@@ -118,9 +118,22 @@ def odd_file(kind: str, folder: Path) -> Path:
 
 
 KINDS = [
-    "EXIF 3", "EXIF 6", "EXIF 8", "grayscale JPEG", "grayscale PNG", "CMYK", "palette", "alpha", "16-bit", "GIF",
-    "BMP", "WebP", "TIFF", "bilevel", "progressive",
-]  # fmt: skip
+    "EXIF 3",
+    "EXIF 6",
+    "EXIF 8",
+    "grayscale JPEG",
+    "grayscale PNG",
+    "CMYK",
+    "palette",
+    "alpha",
+    "16-bit",
+    "GIF",
+    "BMP",
+    "WebP",
+    "TIFF",
+    "bilevel",
+    "progressive",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -330,10 +330,17 @@ def test_unmatched_boxes_against_a_direct_search() -> None:
     dataset = Dataset([], ())
     dataset.images = [Image(1, Path("x"), 200, 200, boxes, np.zeros(60, np.int64))]
     anchors = [
-        (stride, np.array([[stride / 2 - w / 2, stride / 2 - h / 2, stride / 2 + w / 2, stride / 2 + h / 2]
-                           for w, h in ((4 * stride, 4 * stride), (6 * stride, 3 * stride))]))
+        (
+            stride,
+            np.array(
+                [
+                    [stride / 2 - w / 2, stride / 2 - h / 2, stride / 2 + w / 2, stride / 2 + h / 2]
+                    for w, h in ((4 * stride, 4 * stride), (6 * stride, 3 * stride))
+                ]
+            ),
+        )
         for stride in (8, 16)
-    ]  # fmt: skip
+    ]
     best = np.zeros(60)
     for stride, base in anchors:
         for x in range(0, 208, stride):

@@ -1,4 +1,5 @@
 """The composition: several backbones, folding, partial weights, what is refused, export."""
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,8 +37,13 @@ def test_levels_of_several_backbones_follow_each_other() -> None:
     assert model.strides == (8, 16, 32, 64, 128, 16) and model.stride == 32
     logits, boxes = model(torch.randn(1, 3, 64, 96))
     assert [tuple(t.shape[1:]) for t in logits] == [
-        (18, 8, 12), (18, 4, 6), (18, 2, 3), (18, 1, 2), (18, 1, 1), (18, 4, 6),
-    ]  # fmt: skip
+        (18, 8, 12),
+        (18, 4, 6),
+        (18, 2, 3),
+        (18, 1, 2),
+        (18, 1, 1),
+        (18, 4, 6),
+    ]
     assert [t.shape[1] for t in boxes] == [36] * 6
     assert [len(a) for a in model.anchors()] == [9] * 6
     sum(t.sum() for t in [*logits, *boxes]).backward()
@@ -188,9 +194,15 @@ def test_onnx_runtime_gives_the_same_levels_for_any_batch(changes: dict, tmp_pat
     model = detector(**changes).fold()
     path = tmp_path / "levels.onnx"
     torch.onnx.export(
-        model, (torch.randn(2, 3, 64, 96),), path, dynamo=True, opset_version=18, verbose=False,
-        input_names=["images"], dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=16)},),
-    )  # fmt: skip
+        model,
+        (torch.randn(2, 3, 64, 96),),
+        path,
+        dynamo=True,
+        opset_version=18,
+        verbose=False,
+        input_names=["images"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=16)},),
+    )
     session = ort.InferenceSession(path)
     for batch in (1, 3):
         images = torch.randn(batch, 3, 64, 96)

@@ -1,4 +1,5 @@
 """Every detector from the command line: odtk train, export to ONNX, infer of both files, the same detections."""
+
 from __future__ import annotations
 
 import json
@@ -76,8 +77,12 @@ def missing(these: list[dict[str, Any]], those: list[dict[str, Any]]) -> list[di
     def key(entry: dict[str, Any]) -> list[float]:
         x, y, w, h = entry["bbox"][:4]
         corners = entry.get("segmentation", [[x, y, x + w, y, x + w, y + h, x, y + h]])[0]
-        return [entry["image_id"] / 1e-9, entry["category_id"] / 1e-9, entry["score"] / SCORES,
-                *(c / PIXELS for c in corners)]  # fmt: skip
+        return [
+            entry["image_id"] / 1e-9,
+            entry["category_id"] / 1e-9,
+            entry["score"] / SCORES,
+            *(c / PIXELS for c in corners),
+        ]
 
     ours, theirs = (torch.tensor([key(d) for d in side], dtype=torch.float64) for side in (these, those))
     distance = torch.cdist(ours, theirs, p=float("inf"))  # [these, those]
@@ -92,10 +97,30 @@ def test_train_export_infer(flags: list[str], drawn: Path, tmp_path: Path) -> No
     trained, exported = tmp_path / "model.pth", tmp_path / "model.onnx"
     limits = ("--score-threshold", 0.02, "--nms-threshold", 0.8)
     odtk(
-        "train", trained, "--annotations", data / "train.json", "--images", data / "train", *flags,
-        "--backbone-weights", "none", "--iters", 2, "--batch", 4, "--jitter", 64, 64, "--max-size", 96,
-        "--full-precision", "--loader", "torch", "--devices", "cpu",
-    )  # fmt: skip
+        "train",
+        trained,
+        "--annotations",
+        data / "train.json",
+        "--images",
+        data / "train",
+        *flags,
+        "--backbone-weights",
+        "none",
+        "--iters",
+        2,
+        "--batch",
+        4,
+        "--jitter",
+        64,
+        64,
+        "--max-size",
+        96,
+        "--full-precision",
+        "--loader",
+        "torch",
+        "--devices",
+        "cpu",
+    )
     stretch(trained)
     odtk("export", trained, exported, "--size", *SIZE, "--full-precision", *limits)
     by_torch = detections(trained, data / "val", "--size", *SIZE, "--full-precision", *limits)

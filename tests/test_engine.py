@@ -1,4 +1,5 @@
 """csrc/engine without a GPU: plan files, and what the user reads where TensorRT or a GPU is missing."""
+
 from __future__ import annotations
 
 import json

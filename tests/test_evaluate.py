@@ -1,4 +1,5 @@
 """Figures of detections: against pycocotools used plainly, against counts by hand, and on bad input."""
+
 import contextlib
 import io
 import json
@@ -26,9 +27,15 @@ def dataset(images: int = 6, seed: int = 0) -> dict:
             w, h = draw.uniform(8, 120), draw.uniform(8, 120)
             box = [draw.uniform(0, 300 - w), draw.uniform(0, 200 - h), w, h]
             truth["annotations"].append(
-                {"id": len(truth["annotations"]), "image_id": image["id"], "category_id": draw.choice([3, 7]),
-                 "bbox": box, "area": w * h, "iscrowd": 0}
-            )  # fmt: skip
+                {
+                    "id": len(truth["annotations"]),
+                    "image_id": image["id"],
+                    "category_id": draw.choice([3, 7]),
+                    "bbox": box,
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
     return truth
 
 
@@ -39,8 +46,14 @@ def results(truth: dict, *, shift: float = 0.0, seed: int = 1) -> list[dict]:
     for entry in truth["annotations"]:
         x, y, *rest = entry["bbox"]
         box = [x + draw.uniform(-shift, shift), y + draw.uniform(-shift, shift), *rest]
-        found.append({"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": box,
-                      "score": draw.uniform(0.3, 1)})  # fmt: skip
+        found.append(
+            {
+                "image_id": entry["image_id"],
+                "category_id": entry["category_id"],
+                "bbox": box,
+                "score": draw.uniform(0.3, 1),
+            }
+        )
         if shift:
             wrong = [draw.uniform(0, 200), draw.uniform(0, 100), 40, 40, *rest[2:]]
             found.append(found[-1] | {"bbox": wrong, "score": draw.uniform(0.1, 0.8)})
@@ -255,11 +268,21 @@ SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
 @pytest.mark.parametrize(
     "mask",
     [
-        "polygon", 7, SQUARE, [SQUARE, None], [SQUARE, [1, 2]], [[*SQUARE, 5]], [["a"] * 6], [[*SQUARE[:-1], math.nan]],
-        {"size": [200, 300]}, {"counts": [60000]}, {"size": [200, 300], "counts": [5]},
-        {"size": [200, 300], "counts": [60001, -1]}, {"size": [200], "counts": "abc"},
+        "polygon",
+        7,
+        SQUARE,
+        [SQUARE, None],
+        [SQUARE, [1, 2]],
+        [[*SQUARE, 5]],
+        [["a"] * 6],
+        [[*SQUARE[:-1], math.nan]],
+        {"size": [200, 300]},
+        {"counts": [60000]},
+        {"size": [200, 300], "counts": [5]},
+        {"size": [200, 300], "counts": [60001, -1]},
+        {"size": [200], "counts": "abc"},
     ],
-)  # fmt: skip
+)
 def test_a_malformed_mask_is_named_where_masks_are_scored(mask) -> None:
     truth = dataset()
     found = results(truth)

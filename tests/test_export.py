@@ -1,4 +1,5 @@
 """The ONNX file against PyTorch: endings in standard operators, FP32 and FP16, metadata, refusals."""
+
 from __future__ import annotations
 
 import copy
@@ -160,14 +161,19 @@ def on_levels(
 ) -> bytes:
     """The ending of a graph whose inputs are the raw levels themselves."""
     detector = Detector(config)
-    shapes = [(f"{kind}_{i}", [None, config.num_anchors * channels, *cell])
-              for kind, channels in (("logits", config.classes), ("boxes", config.box_values))
-              for i, cell in enumerate(cells)]  # fmt: skip
+    shapes = [
+        (f"{kind}_{i}", [None, config.num_anchors * channels, *cell])
+        for kind, channels in (("logits", config.classes), ("boxes", config.box_values))
+        for i, cell in enumerate(cells)
+    ]
     inputs = [helper.make_tensor_value_info(f"in_{name}", TensorProto.FLOAT, shape) for name, shape in shapes]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes]
     nodes = [helper.make_node("Identity", [f"in_{name}"], [name]) for name, _ in shapes]
-    model = helper.make_model(helper.make_graph(nodes, "levels", inputs, outputs),
-                              opset_imports=[helper.make_opsetid("", export.OPSET)], ir_version=10)  # fmt: skip
+    model = helper.make_model(
+        helper.make_graph(nodes, "levels", inputs, outputs),
+        opset_imports=[helper.make_opsetid("", export.OPSET)],
+        ir_version=10,
+    )
     return finished(model, detector, limits, ending)
 
 
@@ -199,9 +205,7 @@ def test_rotated_ending_stops_at_the_candidates_of_decode() -> None:
     config = dataclasses.replace(SMALL, angles=ROTATED_ANGLES)
     logits, boxes = random_levels(config, PYRAMID, 2)
     detector = Detector(config)
-    expected = ops.decode(
-        logits, boxes, detector.anchors(), detector.strides, score_threshold=0.3, top_n=40, values=6
-    )
+    expected = ops.decode(logits, boxes, detector.anchors(), detector.strides, score_threshold=0.3, top_n=40, values=6)
     content = on_levels(config, PYRAMID, PostprocessConfig(score_threshold=0.3, top_n=40))
     assert '"ending":"candidates"' in onnx.load_from_string(content).metadata_props[0].value
     assert (expected[0] > 0).any() and expected[1].shape == (2, 200, 6)
@@ -245,22 +249,33 @@ def test_plugin_ending_has_the_nodes_that_the_plugins_parse(config: ModelConfig)
     decode, nms = (node for node in model.graph.node if node.domain == "odtk")
     assert decode.op_type == "OdtkDecode" and nms.op_type == "OdtkNms"
     casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
-    assert [casts[name].input[0] for name in decode.input[:10]] == [f"{kind}_{i}" for kind in ("logits", "boxes")
-                                                                     for i in range(5)]  # fmt: skip
+    assert [casts[name].input[0] for name in decode.input[:10]] == [
+        f"{kind}_{i}" for kind in ("logits", "boxes") for i in range(5)
+    ]
     assert {casts[name].attribute[0].i for name in decode.input[:10]} == {TensorProto.FLOAT16}
     anchors = next(t for t in model.graph.initializer if t.name == decode.input[10])
     assert anchors.data_type == TensorProto.FLOAT and list(anchors.dims) == [5, config.num_anchors, 4]
     shared = {"plugin_version": b"1", "plugin_namespace": b""}
     found = {attribute.name: helper.get_attribute_value(attribute) for attribute in decode.attribute}
-    assert found == shared | {"strides": [8, 16, 32, 64, 128], "classes": 3, "values": config.box_values,
-                              "score_threshold": pytest.approx(0.05), "top_n": 1000}  # fmt: skip
+    assert found == shared | {
+        "strides": [8, 16, 32, 64, 128],
+        "classes": 3,
+        "values": config.box_values,
+        "score_threshold": pytest.approx(0.05),
+        "top_n": 1000,
+    }
     found = {attribute.name: helper.get_attribute_value(attribute) for attribute in nms.attribute}
     values = 6 if config.rotated else 4
     assert found == shared | {"values": values, "threshold": 0.5, "detections": 100}
-    shapes = {o.name: (o.type.tensor_type.elem_type, [d.dim_value or d.dim_param for d in o.type.tensor_type.shape.dim])
-              for o in model.graph.output}  # fmt: skip
-    assert shapes == {"scores": (TensorProto.FLOAT, ["batch", 100]), "classes": (TensorProto.INT32, ["batch", 100]),
-                      "boxes": (TensorProto.FLOAT, ["batch", 100, values])}  # fmt: skip
+    shapes = {
+        o.name: (o.type.tensor_type.elem_type, [d.dim_value or d.dim_param for d in o.type.tensor_type.shape.dim])
+        for o in model.graph.output
+    }
+    assert shapes == {
+        "scores": (TensorProto.FLOAT, ["batch", 100]),
+        "classes": (TensorProto.INT32, ["batch", 100]),
+        "boxes": (TensorProto.FLOAT, ["batch", 100, values]),
+    }
 
 
 # The command
@@ -268,9 +283,12 @@ def test_plugin_ending_has_the_nodes_that_the_plugins_parse(config: ModelConfig)
 
 def test_file_carries_its_metadata(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ExportConfig(
-        path=save(detector_of(C4), tmp_path), output=str(tmp_path / "model.onnx"), size=(30, 32), precision="fp32",
+        path=save(detector_of(C4), tmp_path),
+        output=str(tmp_path / "model.onnx"),
+        size=(30, 32),
+        precision="fp32",
         postprocess=PostprocessConfig(score_threshold=0.2),
-    )  # fmt: skip
+    )
     report = export.export(config)
     assert "becomes 32 32" in capsys.readouterr().out
     content = Path(config.output).read_bytes()

@@ -1,4 +1,5 @@
 """The pyramid against its definition, level by level."""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,5 @@
 """Anchors against a plain restatement of spec §2; layout, prior and scales of the heads."""
+
 import math
 
 import pytest

@@ -1,4 +1,5 @@
 """Detections of a dataset: coordinates, ids, files, and no image lost or doubled over processes."""
+
 import json
 import math
 import os
@@ -46,10 +47,12 @@ def detections(rows: list[list[tuple]], values: int = 4, columns: int = 3) -> De
 
 
 def test_detections_are_in_original_pixels_with_the_dataset_s_ids() -> None:
-    answers = iter([
-        detections([[(0.9, 1, (10, 20, 19, 59)), (0.5, 0, (0, 0, 1, 3))], []]),
-        detections([[(0.25, 0, (8, 8, 15, 15))]]),
-    ])
+    answers = iter(
+        [
+            detections([[(0.9, 1, (10, 20, 19, 59)), (0.5, 0, (0, 0, 1, 3))], []]),
+            detections([[(0.25, 0, (8, 8, 15, 15))]]),
+        ]
+    )
     seen: list[int] = []
     found = infer.detect(
         lambda images: next(answers), [batch([7, 3], (0.5, 2.0)), batch([5])], CATEGORIES, progress=seen.append

@@ -1,4 +1,5 @@
 """csrc/cuda without a GPU: the kernels run by an emulation (tests/emulation), and the geometry against torch."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -77,26 +78,50 @@ def test_workspace_grows_with_batch_and_size(kernels: ModuleType) -> None:
         level = kernels.DecodeLevel(logits=0, boxes=0, anchors=0, height=height, width=160, stride=8)
         return kernels.decode_workspace(
             kernels.DecodeParams(
-                levels=[level], batch=batch, anchors=9, classes=80, top_n=top_n, anchor_values=4,
-                score_threshold=0.05, kind=kernels.BoxKind.ANCHOR, logits_half=True, boxes_half=True,
+                levels=[level],
+                batch=batch,
+                anchors=9,
+                classes=80,
+                top_n=top_n,
+                anchor_values=4,
+                score_threshold=0.05,
+                kind=kernels.BoxKind.ANCHOR,
+                logits_half=True,
+                boxes_half=True,
             )
-        )  # fmt: skip
+        )
 
     sizes = [needed(1, 50, 500), needed(1, 100, 500), needed(1, 100, 1000), needed(8, 100, 1000), needed(16, 100, 1000)]
     assert sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
     assert sizes[-1] < 100 << 20
 
 
-@pytest.mark.parametrize("change, field", [
-    ({"batch": 0}, "batch"), ({"batch": 70000}, "batch"), ({"top_n": 0}, "top_n"), ({"top_n": 5000}, "top_n"),
-    ({"anchor_values": 3}, "anchor_values"), ({"classes": 0}, "classes"), ({"levels": []}, "levels"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"batch": 0}, "batch"),
+        ({"batch": 70000}, "batch"),
+        ({"top_n": 0}, "top_n"),
+        ({"top_n": 5000}, "top_n"),
+        ({"anchor_values": 3}, "anchor_values"),
+        ({"classes": 0}, "classes"),
+        ({"levels": []}, "levels"),
+    ],
+)
 def test_bad_parameters_are_named(kernels: ModuleType, change: dict[str, int], field: str) -> None:
     level = kernels.DecodeLevel(logits=0, boxes=0, anchors=0, height=1, width=1, stride=8)
     good = {
-        "levels": [level], "batch": 1, "anchors": 1, "classes": 1, "top_n": 1, "anchor_values": 4,
-        "score_threshold": 0.05, "kind": kernels.BoxKind.ANCHOR, "logits_half": False, "boxes_half": False,
-    }  # fmt: skip
+        "levels": [level],
+        "batch": 1,
+        "anchors": 1,
+        "classes": 1,
+        "top_n": 1,
+        "anchor_values": 4,
+        "score_threshold": 0.05,
+        "kind": kernels.BoxKind.ANCHOR,
+        "logits_half": False,
+        "boxes_half": False,
+    }
     kernels.decode_workspace(kernels.DecodeParams(**good))
     with pytest.raises(ValueError, match=field):
         kernels.decode_workspace(kernels.DecodeParams(**good | change))
@@ -114,13 +139,27 @@ def test_padding_of_channels_last_is_not_read_as_classes(kernels: ModuleType) ->
 
     wide_logits, wide_boxes = pad(logits), pad(boxes)
     level = kernels.DecodeLevel(
-        logits=wide_logits.data_ptr(), boxes=wide_boxes.data_ptr(), anchors=anchors.data_ptr(),
-        height=4, width=5, stride=stride, logits_pitch=8, boxes_pitch=8,
-    )  # fmt: skip
+        logits=wide_logits.data_ptr(),
+        boxes=wide_boxes.data_ptr(),
+        anchors=anchors.data_ptr(),
+        height=4,
+        width=5,
+        stride=stride,
+        logits_pitch=8,
+        boxes_pitch=8,
+    )
     params = kernels.DecodeParams(
-        levels=[level], batch=2, anchors=1, classes=3, top_n=20, anchor_values=4, score_threshold=0.05,
-        kind=kernels.BoxKind.ANCHOR, logits_half=True, boxes_half=True,
-    )  # fmt: skip
+        levels=[level],
+        batch=2,
+        anchors=1,
+        classes=3,
+        top_n=20,
+        anchor_values=4,
+        score_threshold=0.05,
+        kind=kernels.BoxKind.ANCHOR,
+        logits_half=True,
+        boxes_half=True,
+    )
     out = torch.empty(2, 20), torch.empty(2, 20, 4), torch.empty(2, 20, dtype=torch.int32)
     size = kernels.decode_workspace(params)
     workspace = torch.empty(size, dtype=torch.uint8)
@@ -193,9 +232,12 @@ def test_rotated_iou_kernel_is_the_hosts(kernels: ModuleType) -> None:
 def test_rotated_iou_takes_any_leading_dimensions(kernels: ModuleType) -> None:
     boxes = cases.random_rotated_boxes(24)
     for a, b in [
-        (boxes[:4], boxes), (boxes.reshape(2, 3, 4, 5), boxes[:7]), (boxes[:5], boxes.reshape(2, 12, 5)),
-        (boxes.reshape(2, 1, 12, 5), boxes.reshape(1, 3, 8, 5)), (boxes[:0], boxes),
-    ]:  # fmt: skip
+        (boxes[:4], boxes),
+        (boxes.reshape(2, 3, 4, 5), boxes[:7]),
+        (boxes[:5], boxes.reshape(2, 12, 5)),
+        (boxes.reshape(2, 1, 12, 5), boxes.reshape(1, 3, 8, 5)),
+        (boxes[:0], boxes),
+    ]:
         found, expected = ops.rotated_iou(a, b), ops.rotated_iou_reference(a, b)
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -1,4 +1,5 @@
 """Processes of a run: they meet, they end together, and the first error is the one that is told."""
+
 import os
 import signal
 import socket
@@ -92,8 +93,12 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [launch.resolve(d) for d in (None, "cpu", "cpu:3", "2", 4)] == [
-        ("cuda", 4), ("cpu", 1), ("cpu", 3), ("cuda", 2), ("cuda", 4),
-    ]  # fmt: skip
+        ("cuda", 4),
+        ("cpu", 1),
+        ("cpu", 3),
+        ("cuda", 2),
+        ("cuda", 4),
+    ]
     with pytest.raises(OdtkError, match="--devices 5: 4 GPUs are visible"):
         launch.world_size(5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -142,13 +147,17 @@ def test_processes_meet(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job, message", [
-    (refuse, r"^The file x\.json is broken: mend it\.$"),
-    (crash, r"^Rank 1 of 2 failed, and the run with it: ZeroDivisionError: by nothing$"),
-    (be_killed, r"^Rank 1 of 2 was ended by SIGKILL"),
-    (hang, r"^Rank 1 has a reason\.$"),
-    (say_much, r"^Rank \d of 2 failed, and the run with it: ValueError: x{1000}"),
-], ids=["refuse", "crash", "killed", "hang", "long"])  # fmt: skip
+@pytest.mark.parametrize(
+    "job, message",
+    [
+        (refuse, r"^The file x\.json is broken: mend it\.$"),
+        (crash, r"^Rank 1 of 2 failed, and the run with it: ZeroDivisionError: by nothing$"),
+        (be_killed, r"^Rank 1 of 2 was ended by SIGKILL"),
+        (hang, r"^Rank 1 has a reason\.$"),
+        (say_much, r"^Rank \d of 2 failed, and the run with it: ValueError: x{1000}"),
+    ],
+    ids=["refuse", "crash", "killed", "hang", "long"],
+)
 def test_a_rank_that_dies_ends_the_run(job, message: str, capfd: pytest.CaptureFixture) -> None:
     start = time.monotonic()
     with pytest.raises(OdtkError, match=message):

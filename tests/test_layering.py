@@ -1,13 +1,27 @@
 """The import order of the house (CONTRIBUTING.md), read from the source, so that it cannot erode."""
+
 import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "odtk"
 ORDER = [
-    {"config"}, {"boxes"}, {"ops"}, {"data", "model"}, {"loss", "postprocess"}, {"checkpoint"}, {"quantize"},
-    {"export"}, {"backends"}, {"infer"}, {"evaluate"}, {"verify"}, {"train"}, {"benchmark", "visualize"},
-    {"launch"}, {"cli"},
-]  # fmt: skip
+    {"config"},
+    {"boxes"},
+    {"ops"},
+    {"data", "model"},
+    {"loss", "postprocess"},
+    {"checkpoint"},
+    {"quantize"},
+    {"export"},
+    {"backends"},
+    {"infer"},
+    {"evaluate"},
+    {"verify"},
+    {"train"},
+    {"benchmark", "visualize"},
+    {"launch"},
+    {"cli"},
+]
 RANK = {room: i for i, rooms in enumerate(ORDER) for room in rooms}
 HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "PIL", "pycocotools", "rich", "requests"}
 

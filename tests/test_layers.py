@@ -1,4 +1,5 @@
 """Normalisation, folding, deformable convolution and checkpointing against their definitions."""
+
 import math
 
 import pytest

@@ -64,9 +64,7 @@ def test_each_image_once_per_epoch_over_all_ranks(count, batch, world) -> None:
     batches = 3 * count
     ranks = [seen(dataset, config(training=True, batch=batch, rank=r, world=world), batches) for r in range(world)]
     assert len({len(ids) for ids in ranks}) == 1  # no rank waits for another
-    stream = [
-        id for number in range(batches) for ids in ranks for id in ids[number * batch : (number + 1) * batch]
-    ]
+    stream = [id for number in range(batches) for ids in ranks for id in ids[number * batch : (number + 1) * batch]]
     for epoch in range(len(stream) // count):
         assert sorted(stream[epoch * count : (epoch + 1) * count]) == [100 + i for i in range(count)]
     assert stream[:count] != stream[count : 2 * count] or count < 4  # shuffled anew
@@ -215,9 +213,14 @@ def test_boxes_follow_the_pixels(tmp_path, name) -> None:
 def test_rotated_boxes_follow_the_pixels(tmp_path, name, absolute) -> None:
     """Pixels well inside the rotated box are white (of those that were in the crop), those outside are black."""
     settings = config(
-        training=True, augment=AUGMENTS[name], jitter=(110, 130), max_size=200, rotated=True,
-        absolute_angle=absolute, **IDENTITY,
-    )  # fmt: skip
+        training=True,
+        augment=AUGMENTS[name],
+        jitter=(110, 130),
+        max_size=200,
+        rotated=True,
+        absolute_angle=absolute,
+        **IDENTITY,
+    )
     checked = 0
     for batch in islice(create_loader(marked(tmp_path, True), settings), 12):
         if batch.labels[0, 0] < 0:

@@ -1,4 +1,5 @@
 """Target assignment and losses against restatements in plain Python, and their gradients against naive autograd."""
+
 import math
 from typing import Any
 
@@ -257,10 +258,16 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], heads: list[Ten
         assert any(a.any() for a in mine)
 
 
-@pytest.mark.parametrize("kind, classes, absolute", [
-    ("retinanet", 3, False), ("retinanet", 1, False), ("retinanet", 90, False), ("rotated", 2, False),
-    ("rotated", 2, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, classes, absolute",
+    [
+        ("retinanet", 3, False),
+        ("retinanet", 1, False),
+        ("retinanet", 90, False),
+        ("rotated", 2, False),
+        ("rotated", 2, True),
+    ],
+)
 def test_retinanet_loss_equals_plain_loops(kind: str, classes: int, absolute: bool) -> None:
     model = model_config(kind, classes)
     logits, boxes = random_heads(model, 2)
@@ -301,9 +308,7 @@ def naive_fcos(model: ModelConfig, logits, boxes, targets, kind: str) -> dict[st
             if label < 0:
                 continue
             foreground += 1
-            weight = math.sqrt(
-                min(left, right) / max(left, right) * (min(top, bottom) / max(top, bottom))
-            )
+            weight = math.sqrt(min(left, right) / max(left, right) * (min(top, bottom) / max(top, bottom)))
             weights += weight
             raw = boxes[level][image, :, y, x]
             pl, pt, pr, pb = raw[:4].relu() * STRIDES[level]
@@ -421,9 +426,7 @@ def test_memory_format_changes_nothing(kind: str) -> None:
 def test_the_loss_never_waits_for_the_device(kind: str) -> None:
     """On the meta device there are no values: whatever would fetch one, or list places, raises."""
     model = model_config(kind)
-    logits, boxes = (
-        [level.detach().to("meta").requires_grad_() for level in part] for part in random_heads(model, 2)
-    )
+    logits, boxes = ([level.detach().to("meta").requires_grad_() for level in part] for part in random_heads(model, 2))
     targets = [part.to("meta") for part in random_targets(model, 2, 5)]
     found = compute(model, logits, boxes, targets)
     total = sum(value / normalizer.clamp(min=1) for value, normalizer in found.values())

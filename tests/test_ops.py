@@ -1,4 +1,5 @@
 """Decode and NMS against restatements in plain Python: one image, one candidate at a time."""
+
 import math
 
 import numpy as np

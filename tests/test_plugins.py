@@ -5,6 +5,7 @@ by tests/plugins_probe.cpp as TensorRT drives them. Found where they are: header
 /opt/tensorrt-*/include, libraries in the Python package tensorrt_lean_libs (pip install tensorrt-lean-cu13-libs) or in
 the folders of $ODTK_TENSORRT_LIBS.
 """
+
 from __future__ import annotations
 
 import hashlib

@@ -1,4 +1,5 @@
 """From raw levels to detections: planted objects come out, and the settings reach the right place."""
+
 import dataclasses
 import math
 

@@ -1,4 +1,5 @@
 """INT8: ranges, placement of Q/DQ, the calibration table and its rules, sensitivity."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -29,9 +30,16 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name, shape in {"stem": (8, 3, 3), "conv1": (8, 8, 3), "conv2": (8, 8, 3), "down": (8, 8, 3),
-                            "top": (8, 8, 1), "lateral": (8, 8, 1), "cls_head": (4, 8, 3), "box_head": (4, 8, 3)
-                            }.items():  # fmt: skip
+        for name, shape in {
+            "stem": (8, 3, 3),
+            "conv1": (8, 8, 3),
+            "conv2": (8, 8, 3),
+            "down": (8, 8, 3),
+            "top": (8, 8, 1),
+            "lateral": (8, 8, 1),
+            "cls_head": (4, 8, 3),
+            "box_head": (4, 8, 3),
+        }.items():
             out, channels, k = shape
             self.add_module(name, nn.Conv2d(channels, out, k, 2 if name == "down" else 1, k // 2))
 
@@ -345,11 +353,15 @@ def raw_files(backbone: str, head: str) -> Iterator[tuple[str, bytes, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone, head", [
-    ("ResNet18FPN", "retinanet"), ("ResNet50FPN", "retinanet"),
-    ("ResNet18FPN", "fcos"),  # GroupNorm, in float32
-    ("GhostNetFPN", "retinanet"),  # means over whole maps
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "backbone, head",
+    [
+        ("ResNet18FPN", "retinanet"),
+        ("ResNet50FPN", "retinanet"),
+        ("ResNet18FPN", "fcos"),  # GroupNorm, in float32
+        ("GhostNetFPN", "retinanet"),  # means over whole maps
+    ],
+)
 def test_tensorrt_compiles_both_and_runs_every_convolution_in_int8(backbone: str, head: str) -> None:
     pytest.importorskip("tensorrt_rtx_libs", reason="needs tensorrt-rtx-cu13-{libs,bindings}==1.7.1.116")
     for precision, content, count in raw_files(backbone, head):

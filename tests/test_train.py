@@ -1,4 +1,5 @@
 """The loop: what it writes, that it resumes exactly, stops well, and is one run over several processes."""
+
 import dataclasses
 import http.server
 import json
@@ -64,14 +65,28 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(path: Path, dataset: Path, **changes: Any) -> TrainConfig:
     """A run of four iterations on the smallest model, fp32, no validation."""
     data = LoaderConfig(
-        images=str(dataset), annotations=str(dataset / "data.json"), batch=2, training=True,
-        resize=64, max_size=64, jitter=(64, 64), loader="torch", workers=1,
-    )  # fmt: skip
+        images=str(dataset),
+        annotations=str(dataset / "data.json"),
+        batch=2,
+        training=True,
+        resize=64,
+        max_size=64,
+        jitter=(64, 64),
+        loader="torch",
+        workers=1,
+    )
     model = ModelConfig(backbones=("ResNet18C4",), classes=2, norm="batch")
     config = TrainConfig(
-        path=str(path), model=model, data=data, iters=4, milestones=(3,), warmup=2, backbone_weights="none",
-        precision="fp32", logdir=str(path.parent / "log"),
-    )  # fmt: skip
+        path=str(path),
+        model=model,
+        data=data,
+        iters=4,
+        milestones=(3,),
+        warmup=2,
+        backbone_weights="none",
+        precision="fp32",
+        logdir=str(path.parent / "log"),
+    )
     return dataclasses.replace(config, **changes)
 
 
@@ -272,8 +287,10 @@ def test_a_new_run_keeps_the_log_of_another(tmp_path: Path, dataset: Path) -> No
     for _ in range(3):
         train(dataclasses.replace(config, override=True))
     assert sorted(path.name for path in (tmp_path / "log").glob("metrics*")) == [
-        "metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl",
-    ]  # fmt: skip
+        "metrics.1.jsonl",
+        "metrics.2.jsonl",
+        "metrics.jsonl",
+    ]
     assert list(losses(config)) == [1]
 
 
@@ -392,9 +409,7 @@ def start_weights(config: TrainConfig) -> dict[str, Tensor]:
     return files.load(config.path).state_dict
 
 
-def test_fine_tuning_takes_what_fits_and_says_so(
-    tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_fine_tuning_takes_what_fits_and_says_so(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture) -> None:
     model = ModelConfig(backbones=("ResNet18C4",), classes=5, norm="frozen")
     source = Detector(model)
     files.save(tmp_path / "source.pth", files.Checkpoint(model, None, source.state_dict()))
@@ -520,8 +535,14 @@ def pretrained(path: Path, model: ModelConfig) -> str:
 def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, dataset: Path, norm: str) -> None:
     """The same losses, and after two steps the same weights, to rounding; what only rank 0 read reaches both."""
     model = ModelConfig(backbones=("ResNet18C4",), classes=2, norm=norm)
-    one = settings(tmp_path / "one.pth", dataset, iters=2, logdir=str(tmp_path / "a"), model=model,
-                   fine_tune=pretrained(tmp_path / "start.pth", model))  # fmt: skip
+    one = settings(
+        tmp_path / "one.pth",
+        dataset,
+        iters=2,
+        logdir=str(tmp_path / "a"),
+        model=model,
+        fine_tune=pretrained(tmp_path / "start.pth", model),
+    )
     one = dataclasses.replace(one, data=dataclasses.replace(one.data, batch=4))
     two = dataclasses.replace(one, path=str(tmp_path / "two.pth"), logdir=str(tmp_path / "b"))
     two = with_validation(dataclasses.replace(two, data=dataclasses.replace(two.data, batch=2)))
@@ -540,6 +561,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, dataset: Pat
 
 def note_statistics(config: TrainConfig, rank: int, world: int) -> None:
     """A job: writes what the validated model of each rank has as statistics."""
+
     def note(self: odtk.train.Validation, detector: Detector, autocast: object) -> None:
         total = sum(b.double().sum().item() for b in detector.buffers())
         Path(config.path).with_name(f"rank{rank}").write_text(str(total))

@@ -1,4 +1,5 @@
 """Verification of the written file: the whole path on a small set, the search for FP16 layers, the reports."""
+
 from __future__ import annotations
 
 import base64
@@ -46,16 +47,35 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportConfig, str, st
     found = detect(backend, loader, CATEGORIES)
     assert len(found) > 20
     annotations = folder / "truth.json"
-    annotations.write_text(json.dumps({
-        "images": [{"id": image.id, "file_name": image.path.name, "width": image.width, "height": image.height}
-                   for image in dataset.images],
-        "categories": [{"id": c.id, "name": c.name} for c in CATEGORIES],
-        "annotations": [{"id": i, "iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3],
-                         **{key: entry[key] for key in ("image_id", "category_id", "bbox")}}
-                        for i, entry in enumerate(found, start=1)],
-    }))  # fmt: skip
-    config = ExportConfig(path=path, output=str(folder / "model.onnx"), size=(64, 64), precision="int8",
-                          postprocess=LIMITS, calibration_images=str(images), calibration_method="minmax")  # fmt: skip
+    annotations.write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": image.id, "file_name": image.path.name, "width": image.width, "height": image.height}
+                    for image in dataset.images
+                ],
+                "categories": [{"id": c.id, "name": c.name} for c in CATEGORIES],
+                "annotations": [
+                    {
+                        "id": i,
+                        "iscrowd": 0,
+                        "area": entry["bbox"][2] * entry["bbox"][3],
+                        **{key: entry[key] for key in ("image_id", "category_id", "bbox")},
+                    }
+                    for i, entry in enumerate(found, start=1)
+                ],
+            }
+        )
+    )
+    config = ExportConfig(
+        path=path,
+        output=str(folder / "model.onnx"),
+        size=(64, 64),
+        precision="int8",
+        postprocess=LIMITS,
+        calibration_images=str(images),
+        calibration_method="minmax",
+    )
     export.export(config)
     return config, str(annotations), str(images)
 
@@ -87,8 +107,9 @@ def test_a_wrong_file_is_found_out(job, tmp_path: Path) -> None:
     torch.manual_seed(1)
     other = Detector(CONFIG)
     other.initialize()
-    wrong = dataclasses.replace(config, path=str(tmp_path / "other.pth"), output=str(tmp_path / "fp32.onnx"),
-                                precision="fp32")  # fmt: skip
+    wrong = dataclasses.replace(
+        config, path=str(tmp_path / "other.pth"), output=str(tmp_path / "fp32.onnx"), precision="fp32"
+    )
     checkpoint.save(wrong.path, checkpoint.Checkpoint(CONFIG, CATEGORIES, other.state_dict()))
     export.export(wrong)
     mixed = dataclasses.replace(wrong, path=config.path)
@@ -111,11 +132,15 @@ class FakeBackend:
 def test_a_set_may_lack_categories_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in inference: detections of those are not scored."""
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    (tmp_path / "truth.json").write_text(json.dumps({
-        "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 64}],
-        "categories": [{"id": 5, "name": "dog"}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 5, "bbox": [8, 8, 16, 16]}],
-    }))  # fmt: skip
+    (tmp_path / "truth.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 64}],
+                "categories": [{"id": 5, "name": "dog"}],
+                "annotations": [{"id": 1, "image_id": 1, "category_id": 5, "bbox": [8, 8, 16, 16]}],
+            }
+        )
+    )
     monkeypatch.setattr(verify, "open_backend", lambda *_, **__: FakeBackend())
     config = ExportConfig(path="", output=str(tmp_path / "a.png"))
     run = verify.Bench(config, str(tmp_path / "truth.json"), str(tmp_path), "cpu").run(config.output)
@@ -130,7 +155,7 @@ def test_pictures_are_turned_only_where_the_boxes_are(tmp_path: Path, stated: tu
     entry = {"id": 1, "file_name": "a.jpg", "width": stated[0], "height": stated[1]}
     (tmp_path / "truth.json").write_text(json.dumps({"images": [entry]}))
     bench = SimpleNamespace(dataset=Dataset.load(tmp_path / "truth.json", tmp_path))
-    figure, = verify.pictures(run_of(0.5), run_of(0.5), bench)  # type: ignore[arg-type]
+    (figure,) = verify.pictures(run_of(0.5), run_of(0.5), bench)  # type: ignore[arg-type]
     encoded = figure.partition("base64,")[2].partition('"')[0]
     assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == stated
 

@@ -1,4 +1,5 @@
 """Pictures are written, hold what they should where they should, and refuse what cannot be drawn."""
+
 import json
 import math
 import re
@@ -270,13 +271,21 @@ def test_no_picture_replaces_an_image_that_the_annotations_name(images: Path, tm
     for name, draw in (
         ("1_1.jpg", lambda: visualize.draw_truth(data(images), str(folder))),
         ("1_1.jpg", lambda: visualize.draw_detections([], visualize.open_album(data(images), str(folder)))),
-        ("1_1.jpg", lambda: visualize.draw_results(str(tmp_path / "found.json"), data(images), str(folder),
-                                                   score_threshold=0.5)),
-        ("1_1_anchors.png", lambda: visualize.draw_anchors(model, data(images, resize=64), LossConfig(), str(folder),
-                                                           count=1)),
-        ("1_1_backbones.ResNet18FPN.features.layer2_0.png",
-         lambda: visualize.draw_features(model, "layer2", data(images, resize=64), str(folder), count=1)),
-    ):  # fmt: skip
+        (
+            "1_1.jpg",
+            lambda: visualize.draw_results(
+                str(tmp_path / "found.json"), data(images), str(folder), score_threshold=0.5
+            ),
+        ),
+        (
+            "1_1_anchors.png",
+            lambda: visualize.draw_anchors(model, data(images, resize=64), LossConfig(), str(folder), count=1),
+        ),
+        (
+            "1_1_backbones.ResNet18FPN.features.layer2_0.png",
+            lambda: visualize.draw_features(model, "layer2", data(images, resize=64), str(folder), count=1),
+        ),
+    ):
         file = folder / name
         Image.new("RGB", (480, 400), GREY).save(file)
         before = file.read_bytes()

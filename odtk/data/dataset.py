@@ -196,13 +196,13 @@ def load_json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise OdtkError(f"The annotation file {path} cannot be read: {error}.") from None
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise OdtkError(f"{path} is not a COCO annotation file: it has no list \"images\".")
+        raise OdtkError(f'{path} is not a COCO annotation file: it has no list "images".')
     for name in ("annotations", "categories"):
         if not isinstance(content.get(name, []), list):
-            raise OdtkError(f"{path} is not a COCO annotation file: \"{name}\" is not a list.")
+            raise OdtkError(f'{path} is not a COCO annotation file: "{name}" is not a list.')
     for name in ("images", "annotations", "categories"):
         if not all(isinstance(entry, dict) for entry in content.get(name, [])):
-            raise OdtkError(f"{path} is not a COCO annotation file: \"{name}\" has an entry that is not an object.")
+            raise OdtkError(f'{path} is not a COCO annotation file: "{name}" has an entry that is not an object.')
     return content
 
 
@@ -233,7 +233,7 @@ class _CocoReader:
     def read_categories(self) -> tuple[Category, ...]:
         entries = categories_of(self.content)
         if entries and not self.content.get("categories"):
-            self.fix("", "no \"categories\": made from the annotations' category ids")
+            self.fix("", 'no "categories": made from the annotations\' category ids')
         categories: dict[int, Category] = {}
         for entry in entries:
             id = entry.get("id")

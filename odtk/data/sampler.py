@@ -173,9 +173,17 @@ class Sampler:
         if config.training:
             boxes, labels = _keep(boxes, labels, canvas)
         return Sample(
-            image, crop, size, flip, _normalised(colour, config), turn, canvas,
-            _corners(boxes, config.absolute_angle), labels, (sx, sy),
-        )  # fmt: skip
+            image,
+            crop,
+            size,
+            flip,
+            _normalised(colour, config),
+            turn,
+            canvas,
+            _corners(boxes, config.absolute_angle),
+            labels,
+            (sx, sy),
+        )
 
 
 def _check(dataset: Dataset, config: LoaderConfig) -> None:

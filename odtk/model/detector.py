@@ -1,4 +1,5 @@
 """The composition: images → raw levels, nothing else. Loss and postprocessing are functions outside it."""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,5 @@
 """Feature pyramid: https://arxiv.org/abs/1612.03144, with RetinaNet's P6 and P7, 1708.02002 §4."""
+
 from __future__ import annotations
 
 import torch.nn.functional as F

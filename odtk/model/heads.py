@@ -5,6 +5,7 @@ Both take a list of feature maps [N, 256, h, w] and give two lists of raw maps p
     boxes:  [N, A·V, h, w], channel a·V + v; V = 4 (dx, dy, dw, dh), 6 when rotated (… sin θ, cos θ),
             5 for FCOS (l, t, r, b, centre-ness logit).
 """
+
 from __future__ import annotations
 
 import math

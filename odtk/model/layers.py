@@ -2,6 +2,7 @@
 
 Feature maps are [N, C, h, w] throughout, in either memory format.
 """
+
 from __future__ import annotations
 
 import math

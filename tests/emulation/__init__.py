@@ -1,4 +1,5 @@
 """Builds odtk._C for the CPU: the kernels and bindings of csrc, compiled by g++ against an emulation of CUDA."""
+
 from __future__ import annotations
 
 import hashlib
@@ -18,8 +19,17 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 SOURCES = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "engine" / "bindings.cpp"]
 BUILD = HERE.parents[1] / "build" / "emulation"
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-x", "c++",
-         '-DPYBIND11_STDLIB="_emulated"', '-DODTK_ARCHITECTURES="emulated"']  # fmt: skip; the first: beside the real _C
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-x",
+    "c++",
+    '-DPYBIND11_STDLIB="_emulated"',
+    '-DODTK_ARCHITECTURES="emulated"',
+]  # fmt: skip; the first: beside the real _C
 
 
 def build() -> ModuleType:

@@ -1,4 +1,5 @@
 """Every test of this folder is marked gpu, and skipped with the reason where no kernel can run."""
+
 import pytest
 import torch
 

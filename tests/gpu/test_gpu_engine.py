@@ -1,4 +1,5 @@
 """A whole engine on a GPU: odtk export model.plan, loaded and run, against PyTorch in fp32 on the same images."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -58,8 +59,17 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
         if (model, precision) not in made:
             folder = tmp_path_factory.mktemp(f"{model}_{precision}")
             source, plan = save(detector_of(MODELS[model]), folder), str(folder / "model.plan")
-            export.export(ExportConfig(path=source, output=plan, size=SIZE, batch=BATCH, precision=precision,
-                                       workspace=1 << 30, timing_cache=str(folder / "timing.cache")))  # fmt: skip
+            export.export(
+                ExportConfig(
+                    path=source,
+                    output=plan,
+                    size=SIZE,
+                    batch=BATCH,
+                    precision=precision,
+                    workspace=1 << 30,
+                    timing_cache=str(folder / "timing.cache"),
+                )
+            )
             made[model, precision] = (
                 backends.open_backend(plan, device="cuda", precision="mixed", postprocess=None),
                 backends.open_backend(source, device="cuda", precision="fp32", postprocess=None),

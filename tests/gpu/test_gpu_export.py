@@ -1,4 +1,5 @@
 """Engines against PyTorch on a GPU with TensorRT: fp32, FP16 and INT8, batches up to the profile's, metadata."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -36,8 +37,15 @@ def config_of(folder: Path, model: ModelConfig, precision: str) -> ExportConfig:
     for i in range(8):
         pixels = np.random.default_rng(i).integers(0, 255, (*SIZE, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(images / f"{i}.png")
-    return ExportConfig(path=path, output=str(folder / "engine.plan"), size=SIZE, batch=(1, 2, 4), precision=precision,
-                        postprocess=LIMITS, calibration_images=str(images))  # fmt: skip
+    return ExportConfig(
+        path=path,
+        output=str(folder / "engine.plan"),
+        size=SIZE,
+        batch=(1, 2, 4),
+        precision=precision,
+        postprocess=LIMITS,
+        calibration_images=str(images),
+    )
 
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["", "rotated"])

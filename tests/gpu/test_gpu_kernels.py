@@ -1,4 +1,5 @@
 """The kernels on a GPU against the torch reference: `pytest tests/gpu`."""
+
 from __future__ import annotations
 
 from dataclasses import replace

@@ -3,6 +3,7 @@
 A backbone has `channels` and `strides` (one per level), `stride` (its input's height and width must be multiples
 of it), `initialize()`, and maps images [N, 3, H, W] to a list of levels [N, 256, ⌈H/s⌉, ⌈W/s⌉].
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

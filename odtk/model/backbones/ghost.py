@@ -1,4 +1,5 @@
 """GhostNet 1.0×: https://arxiv.org/abs/1911.11907, table 1. Parameter names equal the authors' and timm's."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """MobileNetV2: https://arxiv.org/abs/1801.04381, table 2. Parameter names equal torchvision's (features.N…)."""
+
 from __future__ import annotations
 
 from torch import Tensor, nn

@@ -2,6 +2,7 @@
 
 Parameter names equal the authors' (stage1.0.rbr_dense.conv …).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ A stage is a row of a table and a block is built from its row; what differs betw
 options (strides, widths, groups, pooled shortcuts, deformable convolutions, norm) is data in that table.
 Parameter names equal torchvision's.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -130,10 +131,14 @@ def plain(channels_in: int, channels: int, size: int, stride: int = 1, groups: i
 def deep_stem(norm: str) -> ConvNorm:
     """ResNet-D's three 3×3 convolutions (32, 32, 64 channels) for the 7×7; bn1 follows the last."""
     return ConvNorm(
-        plain(3, 32, 3, stride=2), create_norm(norm, 32), nn.ReLU(inplace=True),
-        plain(32, 32, 3), create_norm(norm, 32), nn.ReLU(inplace=True),
+        plain(3, 32, 3, stride=2),
+        create_norm(norm, 32),
+        nn.ReLU(inplace=True),
+        plain(32, 32, 3),
+        create_norm(norm, 32),
+        nn.ReLU(inplace=True),
         plain(32, 64, 3),
-    )  # fmt: skip
+    )
 
 
 class ResNet(Trunk):
