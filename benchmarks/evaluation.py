@@ -1,4 +1,4 @@
-"""Time of the COCO evaluation: odtk.evaluate beside bare pycocotools on the same detections.
+"""Time of the COCO evaluation: odtk.evaluation.evaluate beside bare pycocotools on the same detections.
 
 python benchmarks/evaluation.py DETECTIONS.json --annotations JSON
 """
@@ -31,7 +31,7 @@ def variant(args: argparse.Namespace) -> None:
             return images
 
     else:
-        from odtk.evaluate import evaluate
+        from odtk.evaluation.evaluate import evaluate
 
         def step() -> int:
             evaluate(detections, args.annotations)

@@ -16,10 +16,10 @@ from harness import again, arguments, compare, serve
 def variant(args: argparse.Namespace) -> None:
     import torch
 
-    from odtk.backends import OnnxBackend, open_backend
     from odtk.config import LoaderConfig
     from odtk.data.dataset import Dataset
     from odtk.data.loader import create_loader
+    from odtk.inference.backends import OnnxBackend, open_backend
 
     torch.set_num_threads(2)
     size = OnnxBackend(args.models[1], device="cpu").size

@@ -19,9 +19,9 @@ def variant(args: argparse.Namespace) -> None:
     import torch
 
     from odtk.config import LossConfig, ModelConfig
-    from odtk.loss import detection_loss
     from odtk.model.detector import Detector
-    from odtk.train import normalize
+    from odtk.training.loss import detection_loss
+    from odtk.training.train import normalize
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -21,9 +21,9 @@ def variant(args: argparse.Namespace) -> None:
     from odtk.config import AugmentConfig, LoaderConfig, LossConfig, ModelConfig
     from odtk.data.dataset import Dataset
     from odtk.data.loader import create_loader
-    from odtk.loss import detection_loss
     from odtk.model.detector import Detector
-    from odtk.train import autocast_type, normalize
+    from odtk.training.loss import detection_loss
+    from odtk.training.train import autocast_type, normalize
 
     torch.set_num_threads(2)
     torch.manual_seed(0)

@@ -4,6 +4,7 @@
 
 The outlines come from odtk's own geometry (boxes.corners), so the picture shows what the program does.
 """
+
 from __future__ import annotations
 
 import math
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from odtk.config import LoaderConfig
 from odtk.data.synthetic import synthesize
-from odtk.visualize import draw_truth, outline
+from odtk.evaluation.visualize import draw_truth, outline
 
 SIDE = 480
 BOX = (120.0, 190.0, 240.0, 120.0)  # x, y, w, h

@@ -469,7 +469,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def run_train(args: argparse.Namespace) -> int:
     from . import launch
-    from .train import train
+    from .training.train import train
 
     world = launch.world_size(args.devices)
     config = train_config(args, world)
@@ -666,11 +666,11 @@ def infer_config(args: argparse.Namespace, world: int) -> InferConfig:
 
 def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> None:
     """What each process of `odtk infer` does; rank 0 has all detections, scores and draws them."""
-    from .infer import infer
+    from .inference.infer import infer
 
     album = None
     if config.draw and not rank:
-        from .visualize import draw_detections, open_album
+        from .evaluation.visualize import draw_detections, open_album
 
         album = open_album(config.data, config.draw)  # before the work: what comes later would shift a folder's ids
 
@@ -681,7 +681,7 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> None:
         from pathlib import Path
 
         from .data.dataset import load_json
-        from .evaluate import evaluate, known, report
+        from .evaluation.evaluate import evaluate, known, report
 
         truth = load_json(Path(config.data.annotations))
         report(evaluate(known(detections, truth), truth))
@@ -771,8 +771,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from .checkpoint import load
-    from .export import export
+    from .export.export import export
+    from .model.checkpoint import load
 
     config = export_config(args)
     need_file(args.model, "model")
@@ -781,7 +781,7 @@ def run_export(args: argparse.Namespace) -> int:
     export(config)
     if not args.verify:
         return 0
-    from .verify import verify
+    from .evaluation.verify import verify
 
     within = verify(config, annotations=args.annotations, images=args.images, max_ap_drop=args.max_ap_drop)
     return 0 if within else 2
@@ -834,8 +834,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from .evaluate import evaluate, report
-    from .infer import write_json
+    from .evaluation.evaluate import evaluate, report
+    from .inference.infer import write_json
 
     metrics = evaluate(args.detections, args.annotations, segmentation=args.segmentation)
     report(metrics)
@@ -867,7 +867,7 @@ def add_benchmark(parser: argparse.ArgumentParser) -> None:
 
 def run_benchmark(args: argparse.Namespace) -> int:
     from . import launch
-    from .benchmark import benchmark
+    from .evaluation.benchmark import benchmark
 
     need_file(args.model, "model")
     world = launch.world_size(args.devices)
@@ -896,7 +896,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    from .benchmark import environment, report_environment
+    from .evaluation.benchmark import environment, report_environment
 
     found = environment()
     if args.json:
@@ -942,7 +942,7 @@ def add_visualize(parser: argparse.ArgumentParser) -> None:
 
 
 def run_visualize(args: argparse.Namespace) -> int:
-    from . import visualize
+    from .evaluation import visualize
 
     if (args.features or args.anchors) and not args.model:
         raise OdtkError("--features and --anchors need MODEL.pth.")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from odtk import checkpoint
 from odtk.config import ModelConfig
 from odtk.data.dataset import Category
+from odtk.model import checkpoint
 from odtk.model.detector import Detector
 
 

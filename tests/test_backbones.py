@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from odtk.config import ModelConfig, OdtkError
-from odtk.model.backbones import BACKBONES, TORCHVISION_URLS, TRUNKS
+from odtk.model.backbones.catalog import BACKBONES, TORCHVISION_URLS, TRUNKS
 from odtk.model.backbones.repvgg import RepVGGBlock
 from odtk.model.backbones.resnet import DESIGNS, Block, ResNet, stage_table
 from odtk.model.detector import Detector, classification_parameters, count

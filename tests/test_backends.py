@@ -12,9 +12,10 @@ import torch
 from random_models import detector_of, save
 from torch import Tensor
 
-from odtk import backends, export
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.data.dataset import Category
+from odtk.export import export
+from odtk.inference import backends
 
 CONFIG = ModelConfig(backbones=("ResNet18C4",), classes=2)
 LIMITS = PostprocessConfig(score_threshold=0.3, detections=20)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from odtk import benchmark, checkpoint
 from odtk.config import BenchmarkConfig, LoaderConfig, ModelConfig
+from odtk.evaluation import benchmark
+from odtk.model import checkpoint
 from odtk.model.detector import Detector
 
 

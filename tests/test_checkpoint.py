@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odtk import checkpoint as files
-from odtk.checkpoint import Checkpoint
 from odtk.config import ModelConfig, OdtkError, PostprocessConfig
 from odtk.data.dataset import Category
+from odtk.model import checkpoint as files
+from odtk.model.checkpoint import Checkpoint
 from odtk.model.detector import Detector
 from odtk.postprocess import postprocess
 

@@ -14,10 +14,10 @@ import torch
 from onnx import TensorProto, helper, save
 from PIL import Image
 
-from odtk import checkpoint
 from odtk.cli import build_parser, export_config, infer_config, main, train_config
 from odtk.config import ModelConfig, OdtkError, TrainConfig
 from odtk.data.dataset import Category
+from odtk.model import checkpoint
 from odtk.model.detector import Detector
 
 torch.set_num_threads(1)
@@ -464,7 +464,7 @@ def torch_error() -> Exception:
 
 
 def test_interruption_system_errors_and_debugging(monkeypatch, capsys) -> None:
-    import odtk.benchmark
+    import odtk.evaluation.benchmark
 
     for error, sentence in (
         (KeyboardInterrupt(), "Interrupted."),
@@ -479,7 +479,7 @@ def test_interruption_system_errors_and_debugging(monkeypatch, capsys) -> None:
         def fail(error=error) -> None:
             raise error
 
-        monkeypatch.setattr(odtk.benchmark, "environment", fail)
+        monkeypatch.setattr(odtk.evaluation.benchmark, "environment", fail)
         assert sentence in fails(capsys, "info")
     monkeypatch.setenv("ODTK_DEBUG", "1")
     assert main(["info"]) == 1
@@ -533,7 +533,7 @@ def test_a_file_that_arrives_during_inference_is_not_drawn_on(images: Path, tmp_
         (images / "0.jpg").write_bytes((images / "1.jpg").read_bytes())
         return []
 
-    monkeypatch.setattr("odtk.infer.infer", infer)
+    monkeypatch.setattr("odtk.inference.infer.infer", infer)
     argv = ["infer", str(tiny(tmp_path / "m.pth")), "--images", str(images), "--devices", "cpu"]
     assert main([*argv, "--draw", str(tmp_path / "d")]) == 0
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["1_1.jpg", "2_2.jpg"]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from odtk.config import ROTATED_ANGLES, ModelConfig, OdtkError
-from odtk.model.backbones import BACKBONES
+from odtk.model.backbones.catalog import BACKBONES
 from odtk.model.detector import Detector, load_matching, summary
 
 SMALL = ModelConfig(backbones=("ResNet18FPN",), classes=2)

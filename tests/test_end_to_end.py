@@ -10,14 +10,15 @@ import pytest
 import torch
 from test_quantize import compile_for
 
-from odtk import checkpoint, export
 from odtk.cli import main
 from odtk.config import ModelConfig
 from odtk.data.synthetic import synthesize
-from odtk.model.backbones import BACKBONES
+from odtk.export import export
+from odtk.export.precision import to_fp16
+from odtk.model import checkpoint
+from odtk.model.backbones.catalog import BACKBONES
 from odtk.model.detector import Detector
 from odtk.model.layers import DeformConv2d
-from odtk.quantize import to_fp16
 
 SIZE = (64, 96)
 SCORES, PIXELS = 1e-4, 0.1  # how far fp32 may be apart (spec §5)

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from odtk.config import OdtkError
-from odtk.evaluate import STATS, evaluate, known, report, usable
+from odtk.evaluation.evaluate import STATS, evaluate, known, report, usable
 
 
 def dataset(images: int = 6, seed: int = 0) -> dict:

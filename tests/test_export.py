@@ -17,11 +17,14 @@ from onnx import TensorProto, helper
 from random_models import detector_of, save
 from torch import Tensor
 
-from odtk import checkpoint, export, ops, quantize
+from odtk import ops
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
+from odtk.export import export
+from odtk.export import precision as quantize
+from odtk.export.precision import to_fp16
+from odtk.model import checkpoint
 from odtk.model.detector import Detector
 from odtk.postprocess import postprocess
-from odtk.quantize import to_fp16
 
 SMALL = ModelConfig(backbones=("ResNet18FPN",), classes=3)
 C4 = ModelConfig(backbones=("ResNet18C4",), classes=2)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from odtk.config import ModelConfig
-from odtk.model.backbones import TRUNKS
-from odtk.model.fpn import FPN, halve
+from odtk.model.backbones.catalog import TRUNKS
+from odtk.model.neck import FPN, halve
 
 
 def test_levels_follow_the_paper() -> None:

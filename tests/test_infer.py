@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from odtk import checkpoint, infer
 from odtk.config import ROTATED_ANGLES, InferConfig, LoaderConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.data.dataset import Category
 from odtk.data.loader import Batch
+from odtk.inference import infer
 from odtk.launch import launch
+from odtk.model import checkpoint
 from odtk.model.detector import Detector
 from odtk.postprocess import Detections
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odtk import boxes as geometry
-from odtk import loss as losses
 from odtk.config import LossConfig, ModelConfig
-from odtk.loss import BACKGROUND, IGNORED
+from odtk.training import loss as losses
+from odtk.training.loss import BACKGROUND, IGNORED
 
 STRIDES = (8, 16)
 SHAPES = ((4, 5), (2, 3))  # odd sizes: 40 × 32 px, and more at the right of the second

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from odtk import boxes as geometry
 from odtk.config import LossConfig, ModelConfig, PostprocessConfig
-from odtk.loss import detection_loss
 from odtk.postprocess import Detections, postprocess
+from odtk.training.loss import detection_loss
 
 STRIDES = (8, 16)
 SHAPES = ((8, 10), (4, 5))  # 80 × 64 px

@@ -16,10 +16,13 @@ from onnx import TensorProto
 from PIL import Image
 from torch import Tensor, nn
 
-from odtk import checkpoint, export, infer, quantize
 from odtk.config import ExportConfig, LoaderConfig, ModelConfig, OdtkError
 from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
+from odtk.export import export
+from odtk.export import precision as quantize
+from odtk.inference import infer
+from odtk.model import checkpoint
 from odtk.model.detector import Detector
 
 C4 = ModelConfig(backbones=("ResNet18C4",), classes=2)

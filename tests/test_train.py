@@ -22,14 +22,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-import odtk.train
-from odtk import checkpoint as files
+import odtk.training.train
 from odtk.config import AugmentConfig, LoaderConfig, ModelConfig, OdtkError, TrainConfig
 from odtk.data.images import ImageError
 from odtk.launch import launch
-from odtk.loss import detection_loss
+from odtk.model import checkpoint as files
 from odtk.model.detector import Detector
-from odtk.train import Average, Poster, learning_rate, normalize, train
+from odtk.training.loss import detection_loss
+from odtk.training.train import Average, Poster, learning_rate, normalize, train
 
 COLOURS = {3: ("red", (220, 40, 40)), 7: ("green", (40, 220, 40))}
 
@@ -199,7 +199,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: int) -> Non
             os.kill(os.getpid(), number)
         return detection_loss(*args, **kwargs)
 
-    monkeypatch.setattr(odtk.train, "detection_loss", interrupted)
+    monkeypatch.setattr(odtk.training.train, "detection_loss", interrupted)
 
 
 def test_interrupting_saves(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +260,7 @@ def test_a_validation_that_fails_costs_no_iteration(
 
     config = with_validation(settings(tmp_path / "m.pth", dataset, val_iters=2))
     with monkeypatch.context() as patch, pytest.raises(OdtkError, match="Out of memory"):
-        patch.setattr(odtk.train.Validation, "run", fail)
+        patch.setattr(odtk.training.train.Validation, "run", fail)
         train(config)
     assert files.load(config.path).training["iteration"] == 2  # type: ignore[index]
     train(config)
@@ -276,7 +276,7 @@ def test_a_damaged_validation_image_is_not_drawn(
             raise ImageError("broken data stream")
         return np.zeros((64, 64, 3), np.uint8)
 
-    monkeypatch.setattr(odtk.train, "decode", decode)
+    monkeypatch.setattr(odtk.training.train, "decode", decode)
     train(with_validation(settings(tmp_path / "m.pth", dataset, iters=1)))
     events = b"".join(path.read_bytes() for path in (tmp_path / "log").glob("events.*"))
     assert b"validation/2" in events and b"validation/3" not in events
@@ -297,7 +297,9 @@ def test_a_new_run_keeps_the_log_of_another(tmp_path: Path, dataset: Path) -> No
 def test_saving_by_the_clock(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(tmp_path / "m.pth", dataset, save_seconds=0.0)
     saved: list[int] = []
-    monkeypatch.setattr(odtk.train, "save", lambda path, checkpoint: saved.append(checkpoint.training["iteration"]))
+    monkeypatch.setattr(
+        odtk.training.train, "save", lambda path, checkpoint: saved.append(checkpoint.training["iteration"])
+    )
     train(config)
     assert saved == [1, 2, 3, 4]
 
@@ -321,9 +323,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         built.append(Detector(model))
         return built[-1]
 
-    monkeypatch.setattr(odtk.train, "READ_EVERY", {"cpu": 100})
-    monkeypatch.setattr(odtk.train, "detection_loss", poisoned)
-    monkeypatch.setattr(odtk.train, "Detector", recorded)
+    monkeypatch.setattr(odtk.training.train, "READ_EVERY", {"cpu": 100})
+    monkeypatch.setattr(odtk.training.train, "detection_loss", poisoned)
+    monkeypatch.setattr(odtk.training.train, "Detector", recorded)
     with pytest.raises(OdtkError, match="not finite at iteration 3 .*: lower --lr, lengthen --warmup.*of iteration 2"):
         train(config)
     assert calls == 4
@@ -478,7 +480,7 @@ def test_metrics_are_posted() -> None:
 def test_a_failing_server_never_stops_a_run(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(odtk.train, "POST_SECONDS", 0.2)
+    monkeypatch.setattr(odtk.training.train, "POST_SECONDS", 0.2)
     said = ""
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection and never answers
         port = server.getsockname()[1]
@@ -515,7 +517,7 @@ def poison_rank_1(config: TrainConfig, rank: int, world: int) -> None:
         scale = float("inf") if rank == 1 and calls == 2 else 1.0
         return {name: (total * scale, normalizer) for name, (total, normalizer) in terms.items()}
 
-    odtk.train.detection_loss = poisoned
+    odtk.training.train.detection_loss = poisoned
     train(config, rank, world)
 
 
@@ -562,11 +564,11 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, dataset: Pat
 def note_statistics(config: TrainConfig, rank: int, world: int) -> None:
     """A job: writes what the validated model of each rank has as statistics."""
 
-    def note(self: odtk.train.Validation, detector: Detector, autocast: object) -> None:
+    def note(self: odtk.training.train.Validation, detector: Detector, autocast: object) -> None:
         total = sum(b.double().sum().item() for b in detector.buffers())
         Path(config.path).with_name(f"rank{rank}").write_text(str(total))
 
-    odtk.train.Validation.run = note  # type: ignore[assignment, method-assign]
+    odtk.training.train.Validation.run = note  # type: ignore[assignment, method-assign]
     train(config, rank, world)
 
 
@@ -590,7 +592,7 @@ def test_all_ranks_stop_at_a_loss_that_is_not_finite(tmp_path: Path, dataset: Pa
 RUN = """
 import pickle, sys
 from odtk.launch import launch
-from odtk.train import train
+from odtk.training.train import train
 if __name__ == "__main__":
     launch(train, pickle.load(open(sys.argv[1], "rb")), devices=sys.argv[2])
 """

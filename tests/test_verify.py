@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 from random_models import detector_of, save
 
-from odtk import checkpoint, export, quantize, verify
-from odtk.backends import open_backend
 from odtk.config import ExportConfig, LoaderConfig, ModelConfig, PostprocessConfig
 from odtk.data.dataset import Category, Dataset
 from odtk.data.loader import create_loader
-from odtk.evaluate import ClassMetrics, Metrics
-from odtk.infer import detect
+from odtk.evaluation import verify
+from odtk.evaluation.evaluate import ClassMetrics, Metrics
+from odtk.export import export, precision
+from odtk.inference.backends import open_backend
+from odtk.inference.infer import detect
+from odtk.model import checkpoint
 from odtk.model.detector import Detector
 from odtk.postprocess import Detections
 
@@ -91,7 +93,7 @@ def test_int8_is_verified_and_reported(job, capsys: pytest.CaptureFixture[str]) 
     assert report["drop_points"] == pytest.approx(100 * (ap[0] - ap[3]), abs=1e-3)
     assert report["runs"][2]["bytes"] < 0.6 * report["runs"][1]["bytes"]
     assert report["runs"][3]["bytes"] < 0.4 * report["runs"][1]["bytes"]
-    table = quantize.load_table(quantize.table_path(config))
+    table = precision.load_table(precision.table_path(config))
     assert report["sensitivity_db"] == table.sensitivity and len(table.sensitivity) > 20
     page = Path(config.output + ".verify.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 2 * verify.PICTURES
@@ -172,7 +174,7 @@ class FakeBench:
         self.table, self.needed = table, needed
 
     def run(self, path: str) -> verify.Run:
-        return run_of(0.5 if self.needed <= set(quantize.load_table(self.table).fp16_layers) else 0.4)
+        return run_of(0.5 if self.needed <= set(precision.load_table(self.table).fp16_layers) else 0.4)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,7 @@ def test_the_worst_layers_stay_in_fp16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: str, kept: str, good: bool
 ) -> None:
     path = str(tmp_path / "table.json")
-    quantize.save_table(path, quantize.Table("m", (32, 32), "entropy", (), {}, ("z",)))
+    precision.save_table(path, precision.Table("m", (32, 32), "entropy", (), {}, ("z",)))
     written = []
     monkeypatch.setattr(verify, "export", written.append)
     config = ExportConfig(path="", output=str(tmp_path / "x.onnx"), precision="int8", calibration_table=path)
@@ -191,7 +193,7 @@ def test_the_worst_layers_stay_in_fp16(
     first = bench.run("")
     run, layers = verify.rescue(config, bench, run_of(0.5), first, list("abcdef"), 0.3)  # type: ignore[arg-type]
     assert "".join(layers) == kept and (verify.drop(run_of(0.5), run) <= 0.3) == good
-    assert quantize.load_table(path).fp16_layers == tuple(kept)
+    assert precision.load_table(path).fp16_layers == tuple(kept)
     assert all(config.calibration_table == path for config in written) and bool(written) == (kept != "z")
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from odtk import checkpoint, visualize
 from odtk.cli import build_parser
 from odtk.config import LoaderConfig, LossConfig, ModelConfig, OdtkError
 from odtk.data.dataset import Category, Dataset
-from odtk.evaluate import STATS
+from odtk.evaluation import visualize
+from odtk.evaluation.evaluate import STATS
+from odtk.model import checkpoint
 from odtk.model.detector import Detector
 
 torch.set_num_threads(1)

@@ -1,1 +1,0 @@
-"""From files to Batches: annotations, images, the sampler, and two loaders with the same result."""

@@ -1,1 +1,0 @@
-"""The network: backbones, pyramid, heads, and the Detector they make."""

@@ -12,11 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ModelConfig, OdtkError
-from .backbones import BACKBONES, TRUNKS
+from .backbones.catalog import BACKBONES, TRUNKS
 from .backbones.repvgg import RepVGGBlock
-from .fpn import FPN
 from .heads import base_anchors, create_head
 from .layers import Trunk, fold_norms
+from .neck import FPN
 
 RESNET_OPTIONS = ("dcn", "caffe_stride", "deep_stem", "avg_down", "zero_init")
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig, OdtkError
-from .fpn import CHANNELS
 from .layers import GROUPS
+from .neck import CHANNELS
 
 PRIOR = 0.01  # π: the score of every class at the start, https://arxiv.org/abs/1708.02002 §3.3
 

@@ -29,7 +29,7 @@ FLAGS = [
     "c++",
     '-DPYBIND11_STDLIB="_emulated"',
     '-DODTK_ARCHITECTURES="emulated"',
-]  # fmt: skip; the first: beside the real _C
+]  # the first: beside the real _C
 
 
 def build() -> ModuleType:

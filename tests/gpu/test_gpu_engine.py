@@ -9,8 +9,9 @@ import torch
 from random_models import detector_of, save
 from torch import Tensor
 
-from odtk import backends, export
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError
+from odtk.export import export
+from odtk.inference import backends
 from odtk.postprocess import Detections
 
 SIZE = (192, 256)

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from random_models import detector_of, save
 
-from odtk import export
-from odtk.backends import open_backend
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.data.dataset import Category
+from odtk.export import export
+from odtk.inference.backends import open_backend
 
 MODEL = ModelConfig(backbones=("ResNet18FPN",), classes=2)
 LIMITS = PostprocessConfig(score_threshold=0.3)

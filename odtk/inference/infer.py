@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .boxes import coco_to_corners, corners, corners_to_coco
-from .checkpoint import first_os_error, replacing
-from .config import InferConfig, LoaderConfig, OdtkError
-from .data.dataset import Category, Dataset
-from .data.loader import Batch, create_loader
-from .data.sampler import round_up
-from .postprocess import Detections
+from ..boxes import coco_to_corners, corners, corners_to_coco
+from ..config import InferConfig, LoaderConfig, OdtkError
+from ..data.dataset import Category, Dataset
+from ..data.loader import Batch, create_loader
+from ..data.sampler import round_up
+from ..model.checkpoint import first_os_error, replacing
+from ..postprocess import Detections
 
 if TYPE_CHECKING:
     from .backends import Backend

@@ -28,12 +28,13 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from . import __version__, quantize
-from .checkpoint import Checkpoint, build, fingerprint, load, replacing
-from .config import IMAGENET_MEAN, IMAGENET_STD, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
-from .data.sampler import round_up
-from .model.detector import Detector
-from .ops import to_logit
+from .. import __version__
+from ..config import IMAGENET_MEAN, IMAGENET_STD, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
+from ..data.sampler import round_up
+from ..model.checkpoint import Checkpoint, build, fingerprint, load, replacing
+from ..model.detector import Detector
+from ..ops import to_logit
+from . import precision
 
 FORMAT = 1  # of the metadata
 OPSET = 18  # what torch.onnx writes natively, and the least that is accepted
@@ -150,19 +151,19 @@ def export(config: ExportConfig) -> Report:
     fp16_layers = table.fp16_layers if table else ()
     print(f"Wrote {config.output}: {config.precision}, {height}×{width}, {len(content) / 2**20:.1f} MiB.")
     return Report(
-        config.output, len(content), config.precision, quantize.table_path(config) if table else None, fp16_layers
+        config.output, len(content), config.precision, precision.table_path(config) if table else None, fp16_layers
     )
 
 
-def body(detector: Detector, checkpoint: Checkpoint, config: ExportConfig) -> tuple[ModelProto, quantize.Table | None]:
+def body(detector: Detector, checkpoint: Checkpoint, config: ExportConfig) -> tuple[ModelProto, precision.Table | None]:
     """The raw graph of a folded detector in the precision asked for, and INT8's calibration table."""
     model = trace(detector, config.size, config.opset)
     table = None
     if config.precision == "int8":
-        table = quantize.table_for(model, config, fingerprint(checkpoint.state_dict), detector.stride)
-        quantize.insert_qdq(model, table)
+        table = precision.table_for(model, config, fingerprint(checkpoint.state_dict), detector.stride)
+        precision.insert_qdq(model, table)
     if config.precision != "fp32":
-        quantize.to_fp16(model)
+        precision.to_fp16(model)
     return model, table
 
 
@@ -655,7 +656,7 @@ def spell_out_norms(model: ModelProto) -> None:
             helper.make_node("Div", [centred, deviation], list(node.output), node.name),
         ]
     used = {name for node in nodes for name in node.input}
-    quantize.replace_graph(model, model.graph, nodes, [tensor for name, tensor in constants.items() if name in used])
+    precision.replace_graph(model, model.graph, nodes, [tensor for name, tensor in constants.items() if name in used])
 
 
 def layers_in_float(model: ModelProto) -> list[str]:
@@ -667,7 +668,7 @@ def layers_in_float(model: ModelProto) -> list[str]:
     types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     if TensorProto.FLOAT16 not in types.values():
         return []
-    islands = {node.name for node in quantize.island_nodes(graph)}
+    islands = {node.name for node in precision.island_nodes(graph)}
     return [
         node.name
         for node in graph.node

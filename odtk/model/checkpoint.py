@@ -24,9 +24,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, OdtkError, from_dict, to_dict
-from .data.dataset import Category
-from .model.detector import Detector
+from ..config import ModelConfig, OdtkError, from_dict, to_dict
+from ..data.dataset import Category
+from .detector import Detector
 
 FORMAT = "odtk"
 VERSION = 1

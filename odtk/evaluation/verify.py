@@ -28,17 +28,18 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor
 
-from . import __version__, quantize
-from .backends import Backend, open_backend, silent
-from .checkpoint import build, load, replacing
-from .config import ExportConfig, LoaderConfig
-from .data.dataset import Dataset, load_json
-from .data.images import ImageError, decode
-from .data.loader import create_loader
+from .. import __version__
+from ..config import ExportConfig, LoaderConfig
+from ..data.dataset import Dataset, load_json
+from ..data.images import ImageError, decode
+from ..data.loader import create_loader
+from ..export import precision
+from ..export.export import ENGINES, export, trace
+from ..inference.backends import Backend, open_backend, silent
+from ..inference.infer import detect, loader_config, resolve_categories
+from ..model.checkpoint import build, load, replacing
+from ..postprocess import Detections
 from .evaluate import Metrics, evaluate, known, usable
-from .export import ENGINES, export, trace
-from .infer import detect, loader_config, resolve_categories
-from .postprocess import Detections
 
 PRECISIONS = ("fp32", "fp16", "int8")
 SENSITIVITY_IMAGES = 4
@@ -182,13 +183,13 @@ class Timed:
 
 def measure_sensitivity(config: ExportConfig, bench: Bench) -> dict[str, float]:
     """Decibels per layer, the worst first (quantize.sensitivity), on a few images; also put into the table."""
-    table = quantize.load_table(quantize.table_path(config))
+    table = precision.load_table(precision.table_path(config))
     if not table.sensitivity:
         model = trace(build(load(config.path)).fold(), bench.size)
-        print(f"Quantising each of {len(quantize.layers(model))} layers alone, to see what it costs", flush=True)
-        found = quantize.sensitivity(model, table, bench.images(SENSITIVITY_IMAGES))
+        print(f"Quantising each of {len(precision.layers(model))} layers alone, to see what it costs", flush=True)
+        found = precision.sensitivity(model, table, bench.images(SENSITIVITY_IMAGES))
         table = dataclasses.replace(table, sensitivity=found)
-        quantize.save_table(quantize.table_path(config), table)
+        precision.save_table(precision.table_path(config), table)
     return table.sensitivity
 
 
@@ -203,14 +204,14 @@ def rescue(
     Returns:
         The run of the last file written, and the layers it has in FP16.
     """
-    path = quantize.table_path(config)
-    table = quantize.load_table(path)
+    path = precision.table_path(config)
+    table = precision.load_table(path)
     own = tuple(dict.fromkeys([*table.fp16_layers, *config.fp16_layers]))
     kept, count = own, 1
     while drop(reference, run) > allowed and not set(ranked) <= set(kept):
         kept = tuple(dict.fromkeys([*own, *ranked[:count]]))
         print(f"INT8 loses {drop(reference, run):.2f} points of AP, {allowed:g} allowed. FP16 for {', '.join(kept)}.")
-        quantize.save_table(path, dataclasses.replace(table, fp16_layers=kept))
+        precision.save_table(path, dataclasses.replace(table, fp16_layers=kept))
         export(dataclasses.replace(config, calibration_table=path))
         run = bench.run(config.output)
         count *= 2

@@ -18,17 +18,17 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
-from . import checkpoint
-from .boxes import coco_to_corners, corners, iou
-from .config import LoaderConfig, LossConfig, OdtkError
-from .data.dataset import Dataset, Image, is_degenerate, is_id, load_json
-from .data.images import ImageError, decode
-from .data.loader import Batch, create_loader
-from .data.sampler import round_up
+from ..boxes import coco_to_corners, corners, iou
+from ..config import LoaderConfig, LossConfig, OdtkError
+from ..data.dataset import Dataset, Image, is_degenerate, is_id, load_json
+from ..data.images import ImageError, decode
+from ..data.loader import Batch, create_loader
+from ..data.sampler import round_up
+from ..model import checkpoint
+from ..model.detector import Detector
+from ..ops import rotated_iou
+from ..training.loss import assign, place_anchors
 from .evaluate import STATS, check_detections, read_detections
-from .loss import assign, place_anchors
-from .model.detector import Detector
-from .ops import rotated_iou
 
 LEGIBLE = 400  # pixels: smaller pictures are enlarged until their shorter side has as many
 LARGEST = 32000  # pixels of a picture's longer side: two stand side by side in a JPEG, which holds 65500

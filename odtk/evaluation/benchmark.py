@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import __version__, ops
-from .backends import Backend, open_backend, silent
-from .config import BenchmarkConfig, OdtkError
-from .data.dataset import Dataset
-from .data.loader import create_loader
-from .data.sampler import round_up
-from .export import need_engine
-from .infer import gather, loader_config, write_json
+from .. import __version__, ops
+from ..config import BenchmarkConfig, OdtkError
+from ..data.dataset import Dataset
+from ..data.loader import create_loader
+from ..data.sampler import round_up
+from ..export.export import need_engine
+from ..inference.backends import Backend, open_backend, silent
+from ..inference.infer import gather, loader_config, write_json
 
 SIZE = (800, 1280)  # H, W of a model that takes any size
 PERCENTILES = (50, 90, 99)

@@ -23,10 +23,10 @@ import onnx
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from .checkpoint import replacing
-from .config import ExportConfig, LoaderConfig, OdtkError
-from .data.dataset import Dataset
-from .data.loader import create_loader
+from ..config import ExportConfig, LoaderConfig, OdtkError
+from ..data.dataset import Dataset
+from ..data.loader import create_loader
+from ..model.checkpoint import replacing
 
 HALF_MAX = 65504.0  # float16
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)

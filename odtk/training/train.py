@@ -40,17 +40,17 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import Checkpoint, load, load_weights, read, save
-from .config import ModelConfig, OdtkError, TrainConfig
-from .data.dataset import Category, Dataset, load_json
-from .data.images import ImageError, decode
-from .data.loader import create_loader
-from .evaluate import STATS, Metrics, evaluate, usable
-from .infer import check_folder, detect, patient_group
+from ..config import ModelConfig, OdtkError, TrainConfig
+from ..data.dataset import Category, Dataset, load_json
+from ..data.images import ImageError, decode
+from ..data.loader import create_loader
+from ..evaluation.evaluate import STATS, Metrics, evaluate, usable
+from ..inference.infer import check_folder, detect, patient_group
+from ..model.backbones.catalog import TORCHVISION_URLS
+from ..model.checkpoint import Checkpoint, load, load_weights, read, save
+from ..model.detector import Detector, load_matching
+from ..postprocess import Detections, postprocess
 from .loss import detection_loss
-from .model.backbones import TORCHVISION_URLS
-from .model.detector import Detector, load_matching
-from .postprocess import Detections, postprocess
 
 READ_EVERY = {"cuda": 20, "cpu": 1}  # iterations between readings of the losses, for which the host waits
 POST_SECONDS = 3.0  # until a server of --post-metrics counts as failing

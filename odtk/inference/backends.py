@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint, ops
-from .config import IMAGENET_MEAN, IMAGENET_STD, OdtkError, PostprocessConfig
-from .data.dataset import Category
-from .export import ENGINES, Metadata, need_engine
-from .postprocess import Detections, postprocess
-from .quantize import open_session
+from .. import ops
+from ..config import IMAGENET_MEAN, IMAGENET_STD, OdtkError, PostprocessConfig
+from ..data.dataset import Category
+from ..export.export import ENGINES, Metadata, need_engine
+from ..export.precision import open_session
+from ..model import checkpoint
+from ..postprocess import Detections, postprocess
 
 
 class Backend:

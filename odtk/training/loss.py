@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import boxes as geometry
-from . import ops
-from .config import LossConfig, ModelConfig
+from .. import boxes as geometry
+from .. import ops
+from ..config import LossConfig, ModelConfig
 
 BACKGROUND = -1  # labels of places; a foreground place has its class index, 0 or more
 IGNORED = -2
