@@ -20,8 +20,7 @@ def variant(args: argparse.Namespace) -> None:
 
     from odtk.config import LossConfig, ModelConfig
     from odtk.model.detector import Detector
-    from odtk.training.loss import detection_loss
-    from odtk.training.train import normalize
+    from odtk.training.loss import detection_loss, normalize
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -22,8 +22,8 @@ def variant(args: argparse.Namespace) -> None:
     from odtk.data.dataset import Dataset
     from odtk.data.loader import create_loader
     from odtk.model.detector import Detector
-    from odtk.training.loss import detection_loss
-    from odtk.training.train import autocast_type, normalize
+    from odtk.training.loss import detection_loss, normalize
+    from odtk.training.optimizer import autocast_type
 
     torch.set_num_threads(2)
     torch.manual_seed(0)

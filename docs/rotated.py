@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from odtk.config import LoaderConfig
 from odtk.data.synthetic import synthesize
-from odtk.evaluation.visualize import draw_truth, outline
+from odtk.evaluation.drawing import outline
+from odtk.evaluation.visualize import draw_truth
 
 SIDE = 480
 BOX = (120.0, 190.0, 240.0, 120.0)  # x, y, w, h

@@ -593,7 +593,7 @@ def count_categories(annotations: str) -> int:
     """Number of categories in a COCO file: those listed, or those that its annotations name (data/dataset.py)."""
     from pathlib import Path
 
-    from .data.dataset import categories_of, load_json
+    from .data.coco import categories_of, load_json
 
     categories = categories_of(load_json(Path(annotations)))
     if not categories:
@@ -680,7 +680,7 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> None:
     if config.data.annotations:
         from pathlib import Path
 
-        from .data.dataset import load_json
+        from .data.coco import load_json
         from .evaluation.evaluate import evaluate, known, report
 
         truth = load_json(Path(config.data.annotations))
@@ -835,7 +835,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     from .evaluation.evaluate import evaluate, report
-    from .inference.infer import write_json
+    from .files import write_json
 
     metrics = evaluate(args.detections, args.annotations, segmentation=args.segmentation)
     report(metrics)
@@ -896,7 +896,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    from .evaluation.benchmark import environment, report_environment
+    from .info import environment, report_environment
 
     found = environment()
     if args.json:
@@ -962,8 +962,11 @@ def run_visualize(args: argparse.Namespace) -> int:
     if args.features:
         written += visualize.draw_features(args.model, args.features, data, args.output, count=args.count)
     if args.anchors:
-        loss = LossConfig(background_iou=args.anchor_ious[0], foreground_iou=args.anchor_ious[1])
-        written += visualize.draw_anchors(args.model, data, loss, args.output, count=args.count)
+        from .training.assign import assign
+
+        background, foreground = args.anchor_ious
+        rule = functools.partial(assign, background_iou=background, foreground_iou=foreground)
+        written += visualize.draw_anchors(args.model, data, rule, args.output, count=args.count)
     if args.detections:
         written += visualize.draw_results(
             args.detections, data, args.output, score_threshold=args.score_threshold, count=args.count
@@ -993,7 +996,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from .data.dataset import check, unmatched_boxes
+    from .data.check import check, unmatched_boxes
     from .model.detector import Detector
 
     report = check(args.annotations, args.images, rotated=args.rotated_bbox, pixels=not args.headers_only)

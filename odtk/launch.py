@@ -297,3 +297,53 @@ def forward_signals(children: list[Any]) -> Iterator[list[int]]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+PATIENCE = timedelta(hours=6)  # that ranks which are done wait for the others
+
+
+def patient_group(world: int) -> dist.ProcessGroup | None:
+    """All ranks of several, over CPU tensors, for waits as long as PATIENCE; each rank calls this at the same point."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
+
+
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value on rank 0, in order of rank; nothing on the others; [value] outside of torch.distributed.
+
+    Args:
+        group: all ranks, to gather over; None: the default group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=group)
+    return values or []
+
+
+class Peers:
+    """The ranks of the run, and what all have to decide alike: over CPU tensors, so that no device is waited for."""
+
+    def __init__(self, world: int) -> None:
+        self.group = patient_group(world)
+
+    def agree(self, *wishes: int) -> list[int]:
+        """The greatest wish of any rank, for each of the wishes."""
+        if self.group is None:
+            return list(wishes)
+        tensor = torch.tensor(wishes, dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor.tolist()
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.agree(0)
+
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Rank 0's buffers to all: pretrained statistics at the start, and later those that each rank gathered."""
+        if self.group is not None:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+
+def silent(*_: object) -> None:
+    """What ranks other than 0 say."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from odtk.categories import Category
 from odtk.config import ModelConfig
-from odtk.data.dataset import Category
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
 

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from odtk.config import ModelConfig, OdtkError
-from odtk.model.backbones.catalog import BACKBONES, TORCHVISION_URLS, TRUNKS
+from odtk.model.backbones.catalog import BACKBONES, TRUNKS
 from odtk.model.backbones.repvgg import RepVGGBlock
 from odtk.model.backbones.resnet import DESIGNS, Block, ResNet, stage_table
 from odtk.model.detector import Detector, classification_parameters, count
 from odtk.model.layers import DeformConv2d, FrozenBatchNorm2d
+from odtk.model.weights import TORCHVISION_URLS
 
 QUICK = ("ResNet18FPN", "ResNet18C4", "MobileNetV2FPN", "RepVGGA0FPN", "GhostNetFPN")
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in BACKBONES]

@@ -12,8 +12,8 @@ import torch
 from random_models import detector_of, save
 from torch import Tensor
 
+from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
-from odtk.data.dataset import Category
 from odtk.export import export
 from odtk.inference import backends
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from odtk.categories import Category
 from odtk.config import ModelConfig, OdtkError, PostprocessConfig
-from odtk.data.dataset import Category
 from odtk.model import checkpoint as files
 from odtk.model.checkpoint import Checkpoint
 from odtk.model.detector import Detector

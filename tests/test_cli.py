@@ -14,9 +14,9 @@ import torch
 from onnx import TensorProto, helper, save
 from PIL import Image
 
+from odtk.categories import Category
 from odtk.cli import build_parser, export_config, infer_config, main, train_config
 from odtk.config import ModelConfig, OdtkError, TrainConfig
-from odtk.data.dataset import Category
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
 
@@ -464,7 +464,7 @@ def torch_error() -> Exception:
 
 
 def test_interruption_system_errors_and_debugging(monkeypatch, capsys) -> None:
-    import odtk.evaluation.benchmark
+    import odtk.info
 
     for error, sentence in (
         (KeyboardInterrupt(), "Interrupted."),
@@ -479,7 +479,7 @@ def test_interruption_system_errors_and_debugging(monkeypatch, capsys) -> None:
         def fail(error=error) -> None:
             raise error
 
-        monkeypatch.setattr(odtk.evaluation.benchmark, "environment", fail)
+        monkeypatch.setattr(odtk.info, "environment", fail)
         assert sentence in fails(capsys, "info")
     monkeypatch.setenv("ODTK_DEBUG", "1")
     assert main(["info"]) == 1

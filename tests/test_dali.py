@@ -10,9 +10,13 @@ import torch
 from PIL import Image as PILImage
 from PIL import ImageFilter
 
+from odtk.categories import Category
 from odtk.config import AugmentConfig, LoaderConfig
-from odtk.data.dataset import Category, Dataset, Image, check
-from odtk.data.loader import Batch, create_loader
+from odtk.data.batch import Batch
+from odtk.data.check import check
+from odtk.data.dataset import Dataset
+from odtk.data.loader import create_loader
+from odtk.data.records import Image
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 dali = pytest.importorskip("odtk.data.dali")

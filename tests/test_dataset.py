@@ -11,9 +11,12 @@ import pytest
 from PIL import Image as PILImage
 from PIL import ImageOps
 
+from odtk.categories import Category
 from odtk.config import OdtkError
-from odtk.data.dataset import Category, Dataset, Image, check, read, unmatched_boxes
+from odtk.data.check import check, unmatched_boxes
+from odtk.data.dataset import Dataset, read
 from odtk.data.images import ImageError, decode, read_header
+from odtk.data.records import Image
 
 SIZE = (40, 30)  # width, height
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from odtk.config import ROTATED_ANGLES, ModelConfig, OdtkError
 from odtk.model.backbones.catalog import BACKBONES
-from odtk.model.detector import Detector, load_matching, summary
+from odtk.model.detector import Detector, summary
+from odtk.model.weights import load_matching
 
 SMALL = ModelConfig(backbones=("ResNet18FPN",), classes=2)
 

@@ -13,7 +13,7 @@ from test_quantize import compile_for
 from odtk.cli import main
 from odtk.config import ModelConfig
 from odtk.data.synthetic import synthesize
-from odtk.export import export
+from odtk.export.graph import serialize, trace
 from odtk.export.precision import to_fp16
 from odtk.model import checkpoint
 from odtk.model.backbones.catalog import BACKBONES
@@ -137,8 +137,8 @@ def test_tensorrt_compiles_deformable_convolution(modulated: bool) -> None:
     pytest.importorskip("tensorrt_rtx_libs", reason="needs tensorrt-rtx-cu13-{libs,bindings}==1.7.1.116")
     detector = Detector(ModelConfig(backbones=("ResNet18FPN",), classes=3, dcn=(4, 5), dcn_modulated=modulated))
     detector.initialize()
-    graph = export.trace(detector.fold(), SIZE)
+    graph = trace(detector.fold(), SIZE)
     assert sum(node.op_type == "GridSample" for node in graph.graph.node) == 4  # two blocks in each stage
-    compile_for(export.serialize(graph), "SM89")
+    compile_for(serialize(graph), "SM89")
     to_fp16(graph)
-    compile_for(export.serialize(graph), "SM89")
+    compile_for(serialize(graph), "SM89")

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from odtk import ops
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
-from odtk.export import export
+from odtk.export import calibration, calibration_table, export, tensorrt8
 from odtk.export import precision as quantize
+from odtk.export.graph import OPSET, serialize, trace
+from odtk.export.metadata import Metadata
 from odtk.export.precision import to_fp16
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
@@ -40,7 +42,7 @@ def finished(graph: onnx.ModelProto, detector: Detector, limits: PostprocessConf
     config = ExportConfig(path="", output="", size=SIZE, postprocess=limits)
     source = checkpoint.Checkpoint(detector.config, None, {})
     ending = ending or ("candidates" if detector.config.rotated else "detections")
-    return export.serialize(export.finish(graph, detector, export.describe(detector, source, config, ending)))
+    return serialize(export.finish(graph, detector, export.describe(detector, source, config, ending)))
 
 
 def run(content: bytes, feed: dict[str, Tensor]) -> list[Tensor]:
@@ -72,7 +74,7 @@ def detector() -> Detector:
 
 @pytest.fixture(scope="module")
 def traced(detector: Detector) -> onnx.ModelProto:
-    return export.trace(detector, SIZE)
+    return trace(detector, SIZE)
 
 
 def test_detections_are_those_of_pytorch_for_any_batch(detector: Detector, traced: onnx.ModelProto) -> None:
@@ -110,12 +112,12 @@ class Reshaped(torch.nn.Module):
 
 def test_what_depends_on_constants_alone_is_worked_out() -> None:
     module = Reshaped()
-    model = export.trace(module, (8, 8))  # type: ignore[arg-type]
+    model = trace(module, (8, 8))  # type: ignore[arg-type]
     constants = {tensor.name for tensor in model.graph.initializer}
     assert [node.op_type for node in model.graph.node] == ["Conv", "Conv"] and "weight" in constants
     assert all(node.input[1] in constants for node in model.graph.node) and len(constants) == 2
     images = images_of(1, (8, 8))
-    found = run(export.serialize(model), {"images": images})
+    found = run(serialize(model), {"images": images})
     for actual, (expected,) in zip(found, module(images), strict=True):
         torch.testing.assert_close(actual, expected.detach(), atol=1e-4, rtol=1e-4)
 
@@ -174,7 +176,7 @@ def on_levels(
     nodes = [helper.make_node("Identity", [f"in_{name}"], [name]) for name, _ in shapes]
     model = helper.make_model(
         helper.make_graph(nodes, "levels", inputs, outputs),
-        opset_imports=[helper.make_opsetid("", export.OPSET)],
+        opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=10,
     )
     return finished(model, detector, limits, ending)
@@ -296,7 +298,7 @@ def test_file_carries_its_metadata(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "becomes 32 32" in capsys.readouterr().out
     content = Path(config.output).read_bytes()
     assert report.bytes == len(content)
-    metadata = export.Metadata.from_json(onnx.load_from_string(content).metadata_props[0].value, config.output)
+    metadata = Metadata.from_json(onnx.load_from_string(content).metadata_props[0].value, config.output)
     assert metadata.size == (32, 32) and metadata.stride == 16 and metadata.precision == "fp32"
     assert metadata.categories == ((0, "thing 0"), (10, "thing 1"))
     assert metadata.postprocess == config.postprocess
@@ -329,23 +331,23 @@ def test_refusals_are_sentences(tmp_path: Path, changes: dict, sentence: str, ca
 def test_group_norms_are_spelled_out_for_tensorrt_8() -> None:
     """The same levels from plain operators, which stay in float32 in a half-precision graph."""
     detector = detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2, head="fcos")).fold()
-    model = export.trace(detector, (64, 96))
+    model = trace(detector, (64, 96))
     images = {"images": images_of(3, (64, 96))}
     expected = run(model.SerializeToString(), images)
     spelled = copy.deepcopy(model)
-    export.spell_out_norms(spelled)
+    tensorrt8.spell_out_norms(spelled)
     assert "InstanceNormalization" not in {node.op_type for node in spelled.graph.node}
     onnx.checker.check_model(spelled, full_check=True)
     for found, wanted in zip(run(spelled.SerializeToString(), images), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    assert export.layers_in_float(spelled) == []  # nothing is in half precision
+    assert tensorrt8.layers_in_float(spelled) == []  # nothing is in half precision
 
     to_fp16(model)
     norms = [node for node in model.graph.node if node.op_type == "InstanceNormalization"]
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert norms and all(types[name] == TensorProto.FLOAT for node in norms for name in node.input[1:])
-    export.spell_out_norms(model)
-    inside = export.layers_in_float(model)
+    tensorrt8.spell_out_norms(model)
+    inside = tensorrt8.layers_in_float(model)
     kinds = [node.op_type for node in model.graph.node if node.name in inside]
     assert sorted(set(kinds)) == ["Add", "Div", "GlobalAveragePool", "Mul", "Reshape", "Sqrt", "Sub"]
     assert len(kinds) == 8 * len(norms)
@@ -356,18 +358,20 @@ def test_group_norms_are_spelled_out_for_tensorrt_8() -> None:
 def test_layers_in_float_leave_islands_of_int8_out() -> None:
     """Sampling positions of a deformable convolution stay in float32; what INT8 fuses has no type of its own."""
     detector = detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2, dcn=(4,))).fold()
-    model = export.trace(detector, (64, 64))
+    model = trace(detector, (64, 64))
     images = [image.numpy() for image in images_of(2, (64, 64)).split(1)]
-    scales = quantize.shared_scales(quantize.scale_groups(model.graph), quantize.calibrate(model, images, "minmax", 2))
-    quantize.insert_qdq(model, quantize.Table("m", (64, 64), "minmax", (), scales))
+    scales = calibration.shared_scales(
+        quantize.scale_groups(model.graph), calibration.calibrate(model, images, "minmax", 2)
+    )
+    quantize.insert_qdq(model, calibration_table.Table("m", (64, 64), "minmax", (), scales))
     to_fp16(model)
-    kinds = {node.op_type for node in model.graph.node if node.name in export.layers_in_float(model)}
+    kinds = {node.op_type for node in model.graph.node if node.name in tensorrt8.layers_in_float(model)}
     assert "GridSample" in kinds and not kinds & {"QuantizeLinear", "DequantizeLinear", "Relu", "Conv"}
 
 
 def test_a_mean_over_a_map_is_a_global_pooling() -> None:
     """GhostNet's squeeze: TensorRT 8 overlooks the axes that ReduceMean has as an input since operator set 18."""
     detector = detector_of(ModelConfig(backbones=("GhostNetFPN",), classes=2)).fold()
-    model = export.trace(detector, (64, 64))
+    model = trace(detector, (64, 64))
     kinds = [node.op_type for node in model.graph.node]
     assert "ReduceMean" not in kinds and "GlobalAveragePool" in kinds

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from odtk.config import ROTATED_ANGLES, ModelConfig, OdtkError
-from odtk.model.heads import FCOSHead, RetinaNetHead, base_anchors, create_head
+from odtk.model.anchors import base_anchors
+from odtk.model.heads import FCOSHead, RetinaNetHead, create_head
 
 STRIDES = (8, 16, 32, 64, 128)
 

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from odtk import files
+from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, InferConfig, LoaderConfig, ModelConfig, OdtkError, PostprocessConfig
-from odtk.data.dataset import Category
-from odtk.data.loader import Batch
-from odtk.inference import infer
-from odtk.launch import launch
+from odtk.data.batch import Batch
+from odtk.inference import detect, infer
+from odtk.launch import gather, launch
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
 from odtk.postprocess import Detections
@@ -55,7 +56,7 @@ def test_detections_are_in_original_pixels_with_the_dataset_s_ids() -> None:
         ]
     )
     seen: list[int] = []
-    found = infer.detect(
+    found = detect.detect(
         lambda images: next(answers), [batch([7, 3], (0.5, 2.0)), batch([5])], CATEGORIES, progress=seen.append
     )
     assert found == [
@@ -69,7 +70,7 @@ def test_detections_are_in_original_pixels_with_the_dataset_s_ids() -> None:
 
 def test_rotated_detections_have_an_angle_and_corners() -> None:
     box = (10.0, 10.0, 29.0, 19.0, 0.5, 0.5)  # 20×10 about (20, 15), sin = cos: 45 degrees, whatever their length
-    found = infer.detect(lambda images: detections([[(0.5, 0, box)]], 6), [batch([1], (0.5, 0.5))], CATEGORIES)
+    found = detect.detect(lambda images: detections([[(0.5, 0, box)]], 6), [batch([1], (0.5, 0.5))], CATEGORIES)
     assert found[0]["bbox"] == pytest.approx([20, 20, 40, 20, math.pi / 4], abs=1e-4)
     # Turned anticlockwise about (40, 30), the upper left corner (-20, -10) goes to ((-20 - 10), (20 - 10)) / √2.
     assert found[0]["segmentation"][0][:2] == pytest.approx([40 - 30 / math.sqrt(2), 30 + 10 / math.sqrt(2)], abs=0.01)
@@ -79,18 +80,18 @@ def test_rotated_detections_have_an_angle_and_corners() -> None:
 def test_ids_of_64_bits_are_kept_to_the_last_digit() -> None:
     ids = [2**63 - 1, 10**18 + 3, 10**18 + 2, -(2**63)]
     row = [(0.5, 0, (0, 0, 1, 1))]
-    found = infer.detect(lambda images: detections([row] * len(images)), [batch(ids[:3]), batch(ids[3:])], CATEGORIES)
+    found = detect.detect(lambda images: detections([row] * len(images)), [batch(ids[:3]), batch(ids[3:])], CATEGORIES)
     assert [d["image_id"] for d in found] == sorted(ids)
 
 
 @pytest.mark.parametrize("loader", [[], [batch([1]), batch([2, 3])]])
 def test_nothing_found_gives_an_empty_list(loader: list[Batch]) -> None:
-    assert infer.detect(lambda images: detections([[]] * len(images)), loader, CATEGORIES) == []
+    assert detect.detect(lambda images: detections([[]] * len(images)), loader, CATEGORIES) == []
 
 
 def test_an_image_that_comes_twice_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="twice"):
-        infer.detect(lambda images: detections([[]] * len(images)), [batch([1, 2]), batch([2])], CATEGORIES)
+        detect.detect(lambda images: detections([[]] * len(images)), [batch([1, 2]), batch([2])], CATEGORIES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,16 +201,16 @@ def test_a_device_needs_no_folder_to_write_in(tmp_path: Path, monkeypatch) -> No
     (tmp_path / "link.json").symlink_to(tmp_path / "other" / "out.json")
     writable = {str(tmp_path / "pipe"), str(tmp_path / "other")}  # root may write anywhere
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) in writable)
-    infer.check_folder(str(tmp_path / "pipe"))
+    files.check_folder(str(tmp_path / "pipe"))
     with pytest.raises(OdtkError, match="no permission to write in"):
-        infer.check_folder(str(tmp_path / "out.json"))
+        files.check_folder(str(tmp_path / "out.json"))
     with pytest.raises(OdtkError, match=r"other does not exist"):
-        infer.check_folder(str(tmp_path / "link.json"))
+        files.check_folder(str(tmp_path / "link.json"))
     (tmp_path / "other").mkdir()
-    infer.check_folder(str(tmp_path / "link.json"))  # what is replaced is where the link leads
+    files.check_folder(str(tmp_path / "link.json"))  # what is replaced is where the link leads
     writable.clear()
     with pytest.raises(OdtkError, match="pipe: no permission"):
-        infer.check_folder(str(tmp_path / "pipe"))
+        files.check_folder(str(tmp_path / "pipe"))
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
@@ -220,14 +221,14 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
     path.write_text("[1]")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OdtkError, match="No space left on device"):
-        infer.write_json([2], str(path))
+        files.write_json([2], str(path))
     assert path.read_text() == "[1]" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 def test_a_device_is_written_to_and_not_replaced() -> None:
     with pytest.raises(OdtkError, match="/dev/full: No space left on device"):
-        infer.write_json([1], "/dev/full")
+        files.write_json([1], "/dev/full")
     assert not os.path.isfile("/dev/full")
 
 
@@ -286,4 +287,4 @@ def test_categories_of_the_model_and_of_the_annotations() -> None:
 
 def test_gather_outside_of_torch_distributed() -> None:
     assert not dist.is_initialized()
-    assert infer.gather(5) == [5]
+    assert gather(5) == [5]

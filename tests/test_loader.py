@@ -13,11 +13,16 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
+from odtk.categories import Category
 from odtk.config import AugmentConfig, LoaderConfig, OdtkError
-from odtk.data import loader as loader_module
-from odtk.data.dataset import Category, Dataset, Fault, Image
-from odtk.data.loader import Batch, TorchLoader, create_loader, render
+from odtk.data import batch as batch_module
+from odtk.data.batch import PREFETCH, Batch
+from odtk.data.dataset import Dataset
+from odtk.data.loader import create_loader
+from odtk.data.records import Fault, Image
+from odtk.data.render import render
 from odtk.data.sampler import Sampler, colour_matrix, random_crop
+from odtk.data.torch_loader import TorchLoader
 
 STILL = AugmentConfig(flip=0, crop=0, brightness=0, contrast=0, hue=0, saturation=0)
 IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -302,12 +307,12 @@ def test_rank_zero_prints_the_counted_warnings(files, capsys) -> None:
 
 def test_loading_goes_on_ahead_of_its_use(files, monkeypatch) -> None:
     rendered = []
-    monkeypatch.setattr(loader_module, "render", lambda sample: rendered.append(sample) or render(sample))
+    monkeypatch.setattr(batch_module, "render", lambda sample: rendered.append(sample) or render(sample))
     batches = iter(create_loader(files, config(training=True, batch=1, workers=1)))
     next(batches)
     for _ in range(200):
-        if len(rendered) == 1 + loader_module.PREFETCH:
+        if len(rendered) == 1 + PREFETCH:
             break
         time.sleep(0.01)
-    assert len(rendered) == 1 + loader_module.PREFETCH
+    assert len(rendered) == 1 + PREFETCH
     batches.close()

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from odtk import boxes as geometry
 from odtk.config import LossConfig, ModelConfig
+from odtk.model.anchors import place_anchors
+from odtk.training import assign
 from odtk.training import loss as losses
-from odtk.training.loss import BACKGROUND, IGNORED
+from odtk.training.assign import BACKGROUND, IGNORED
 
 STRIDES = (8, 16)
 SHAPES = ((4, 5), (2, 3))  # odd sizes: 40 × 32 px, and more at the right of the second
@@ -152,15 +154,15 @@ def plain_assign(anchors: list[list[float]], boxes: list[list[float]], labels: l
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "rotated"])
-@pytest.mark.parametrize("chunk", [losses.CHUNK, 1000])
+@pytest.mark.parametrize("chunk", [assign.CHUNK, 1000])
 def test_assign_equals_plain_loops(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(assign, "CHUNK", chunk)
     model = model_config(kind)
     bases = [base_anchors(model, s) for s in STRIDES]
-    anchors = losses.place_anchors(bases, STRIDES, SHAPES, torch.device("cpu"))
+    anchors = place_anchors(bases, STRIDES, SHAPES, torch.device("cpu"))
     boxes, labels = random_targets(model, 5, 6)
     boxes[0, 1] = boxes[0, 0]  # a tie: the first wins
-    found, index = losses.assign(anchors, boxes, labels, **BOUNDS)
+    found, index = assign.assign(anchors, boxes, labels, **BOUNDS)
     kinds = set()
     for image in range(5):
         expected = plain_assign(anchors.tolist(), boxes[image].tolist(), labels[image].tolist())
@@ -175,7 +177,7 @@ def test_assign_equals_plain_loops(kind: str, chunk: int, monkeypatch: pytest.Mo
 def test_anchors_are_placed_by_row_then_column_then_anchor() -> None:
     model = model_config("rotated")
     bases = [base_anchors(model, s) for s in STRIDES]
-    placed = losses.place_anchors(bases, STRIDES, SHAPES, torch.device("cpu"))
+    placed = place_anchors(bases, STRIDES, SHAPES, torch.device("cpu"))
     expected = []
     for base, s, (h, w) in zip(bases, STRIDES, SHAPES, strict=True):
         for y, x, a in np.ndindex(h, w, len(base)):
@@ -191,13 +193,13 @@ def test_an_iou_at_a_bound(rotated: bool) -> None:
     box = torch.tensor([[[0.0, 0, 9, 9]]])
     if rotated:
         anchors, box = F.pad(anchors, (0, 1)), F.pad(box, (0, 1))
-    labels, _ = losses.assign(anchors, box, torch.tensor([[2]]), **BOUNDS)
+    labels, _ = assign.assign(anchors, box, torch.tensor([[2]]), **BOUNDS)
     assert labels.tolist() == [[2, IGNORED, IGNORED, BACKGROUND]]
 
 
 def test_a_box_that_no_anchor_reaches_stays_unmatched() -> None:
     anchor, box = torch.tensor([[0.0, 0, 99, 99]]), torch.tensor([[[0.0, 0, 9, 9]]])
-    labels, _ = losses.assign(anchor, box, torch.tensor([[0]]), **BOUNDS)
+    labels, _ = assign.assign(anchor, box, torch.tensor([[0]]), **BOUNDS)
     assert labels.tolist() == [[BACKGROUND]]
 
 
@@ -332,10 +334,10 @@ def test_fcos_loss_equals_plain_loops(kind: str) -> None:
     assert_same(compute(model, logits, boxes, targets, fcos_box_loss=kind), expected, logits + boxes)
 
 
-@pytest.mark.parametrize("chunk", [losses.CHUNK, 4000])
+@pytest.mark.parametrize("chunk", [assign.CHUNK, 4000])
 def test_assign_points_equals_plain_loops(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All five levels, boxes of 4 to 900 px, some equal: of equal areas the first wins."""
-    monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(assign, "CHUNK", chunk)
     strides, shapes = (8, 16, 32, 64, 128), ((32, 24), (16, 12), (8, 6), (4, 3), (2, 2))
     size = torch.exp(torch.empty(3, 12, 2).uniform_(math.log(4), math.log(900)))
     centre = torch.rand(3, 12, 2) * torch.tensor([192.0, 256.0])
@@ -343,12 +345,12 @@ def test_assign_points_equals_plain_loops(chunk: int, monkeypatch: pytest.Monkey
     boxes[0, 1] = boxes[0, 0]
     labels = torch.randint(-1, 9, (3, 12))
     bases = [torch.tensor([[0.0, 0.0, s - 1.0, s - 1.0]]) for s in strides]
-    points = geometry.centre_and_size(losses.place_anchors(bases, strides, shapes, torch.device("cpu")))[0]
+    points = geometry.centre_and_size(place_anchors(bases, strides, shapes, torch.device("cpu")))[0]
     counts = torch.tensor([h * w for h, w in shapes])
-    limits = torch.tensor(losses.level_limits(strides)).repeat_interleave(counts, 0)
+    limits = torch.tensor(assign.level_limits(strides)).repeat_interleave(counts, 0)
     assert limits.unique(dim=0).tolist() == [[0, 64], [64, 128], [128, 256], [256, 512], [512, math.inf]]
     stride = torch.tensor(strides).repeat_interleave(counts)
-    found, index = losses.assign_points(points, stride, limits, boxes, labels)
+    found, index = assign.assign_points(points, stride, limits, boxes, labels)
     for image in range(3):
         expected = list(plain_points(boxes[image].tolist(), labels[image].tolist(), strides, shapes))
         assert found[image].tolist() == [label for *_, label, _, _ in expected]
@@ -357,8 +359,8 @@ def test_assign_points_equals_plain_loops(chunk: int, monkeypatch: pytest.Monkey
 
 
 def test_levels_of_one_stride_and_of_several_backbones_have_limits() -> None:
-    assert losses.level_limits([16]) == [(0, math.inf)]
-    assert losses.level_limits([8, 16, 8, 16]) == [(0, 64), (64, math.inf)] * 2
+    assert assign.level_limits([16]) == [(0, math.inf)]
+    assert assign.level_limits([8, 16, 8, 16]) == [(0, 64), (64, math.inf)] * 2
 
 
 def test_losses_of_a_perfect_box_are_zero() -> None:

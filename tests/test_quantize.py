@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from odtk.config import ExportConfig, LoaderConfig, ModelConfig, OdtkError
 from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
-from odtk.export import export
+from odtk.evaluation import sensitivity
+from odtk.export import calibration, calibration_table, export
 from odtk.export import precision as quantize
+from odtk.export.graph import makers_of, serialize, trace
+from odtk.export.session import open_session
 from odtk.inference import infer
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
@@ -57,7 +60,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def net() -> onnx.ModelProto:
     torch.manual_seed(0)
-    return export.trace(Net(), (16, 16))  # type: ignore[arg-type]
+    return trace(Net(), (16, 16))  # type: ignore[arg-type]
 
 
 def noise(count: int) -> list[np.ndarray]:
@@ -65,13 +68,13 @@ def noise(count: int) -> list[np.ndarray]:
     return [generator.standard_normal((1, 3, 16, 16)).astype(np.float32) for _ in range(count)]
 
 
-def table_of(model: onnx.ModelProto, **changes) -> quantize.Table:
-    ranges = quantize.calibrate(model, noise(4), "minmax", 4)
-    scales = quantize.shared_scales(quantize.scale_groups(model.graph), ranges)
-    return dataclasses.replace(quantize.Table("m", (16, 16), "minmax", (), scales), **changes)
+def table_of(model: onnx.ModelProto, **changes) -> calibration_table.Table:
+    ranges = calibration.calibrate(model, noise(4), "minmax", 4)
+    scales = calibration.shared_scales(quantize.scale_groups(model.graph), ranges)
+    return dataclasses.replace(calibration_table.Table("m", (16, 16), "minmax", (), scales), **changes)
 
 
-def quantised(model: onnx.ModelProto, table: quantize.Table) -> onnx.ModelProto:
+def quantised(model: onnx.ModelProto, table: calibration_table.Table) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     quantize.insert_qdq(copy, table)
@@ -83,21 +86,21 @@ def quantised(model: onnx.ModelProto, table: quantize.Table) -> onnx.ModelProto:
 
 def test_histogram_is_the_same_in_parts_as_at_once() -> None:
     values = np.random.default_rng(0).exponential(1.0, 20_000).astype(np.float32)
-    whole, parts = quantize.Histogram(), quantize.Histogram()
+    whole, parts = calibration.Histogram(), calibration.Histogram()
     whole.add(np.concatenate([values[:10], values]))
     for part in np.split(np.concatenate([values[:10], values])[:20_000], 10):
         parts.add(-part)
     parts.add(values[-10:])
     assert parts.counts.sum() == whole.counts.sum() == 20_010
-    for method in quantize.METHODS:
+    for method in calibration.METHODS:
         assert parts.range(method) == pytest.approx(whole.range(method), rel=0.03)
     assert whole.range("minmax") == values.max()
-    assert whole.range("percentile") == pytest.approx(np.quantile(values, quantize.PERCENTILE), rel=0.01)
+    assert whole.range("percentile") == pytest.approx(np.quantile(values, calibration.PERCENTILE), rel=0.01)
 
 
 def test_entropy_cuts_a_rare_outlier_and_keeps_a_full_range() -> None:
     generator = np.random.default_rng(0)
-    outlier, full = quantize.Histogram(), quantize.Histogram()
+    outlier, full = calibration.Histogram(), calibration.Histogram()
     outlier.add(np.append(generator.standard_normal(100_000), 1000).astype(np.float32))
     full.add(generator.uniform(-1, 1, 100_000).astype(np.float32))
     assert 2 < outlier.range("entropy") < 100 < outlier.range("minmax")
@@ -105,7 +108,7 @@ def test_entropy_cuts_a_rare_outlier_and_keeps_a_full_range() -> None:
 
 
 def test_zeros_say_nothing_of_a_range() -> None:
-    histogram = quantize.Histogram()
+    histogram = calibration.Histogram()
     histogram.add(np.zeros(1000, np.float32))
     assert histogram.range("entropy") == 1.0
     histogram.add(np.append(np.zeros(10**6), np.arange(1, 101)).astype(np.float32))
@@ -114,7 +117,7 @@ def test_zeros_say_nothing_of_a_range() -> None:
 
 def test_values_that_are_not_finite_are_refused() -> None:
     with pytest.raises(OdtkError, match="not finite"):
-        quantize.Histogram().add(np.array([1, np.nan], np.float32))
+        calibration.Histogram().add(np.array([1, np.nan], np.float32))
 
 
 def test_weights_are_symmetric_and_nothing_is_clipped() -> None:
@@ -134,7 +137,7 @@ def test_weights_are_symmetric_and_nothing_is_clipped() -> None:
 def test_qdq_stand_at_convolutions_and_additions_only(net: onnx.ModelProto) -> None:
     model = quantised(net, table_of(net))
     onnx.checker.check_model(model, full_check=True)
-    makers = quantize.makers_of(model.graph)
+    makers = makers_of(model.graph)
     for node in model.graph.node:
         if node.op_type == "Conv":
             assert [makers[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
@@ -156,7 +159,7 @@ def test_both_inputs_of_an_addition_share_a_scale(net: onnx.ModelProto) -> None:
 
 def test_a_layer_in_fp16_reads_what_was_not_rounded(net: onnx.ModelProto) -> None:
     model = quantised(net, table_of(net, fp16_layers=("cls_head", "conv2")))
-    makers = quantize.makers_of(model.graph)
+    makers = makers_of(model.graph)
     nodes = {node.name: node for node in model.graph.node}
     assert list(nodes["cls_head"].input) == ["lateral/add", "cls_head.weight", "cls_head.bias"]
     assert makers[nodes["box_head"].input[0]].op_type == "DequantizeLinear"  # beside it, on the same map
@@ -169,7 +172,7 @@ def test_int8_with_an_fp16_remainder_is_the_same_however_optimised(net: onnx.Mod
     """ONNX Runtime 1.31 spoils float16 Q/DQ nodes: they and what INT8 kernels fuse stay float32, the rest does not."""
     table = table_of(net, fp16_layers=("cls_head",))
     model = quantised(net, table)
-    floats = quantize.open_session(model).run(None, {"images": noise(1)[0]})
+    floats = open_session(model).run(None, {"images": noise(1)[0]})
     quantize.to_fp16(model)
     onnx.checker.check_model(model, full_check=True)
     types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
@@ -177,19 +180,19 @@ def test_int8_with_an_fp16_remainder_is_the_same_however_optimised(net: onnx.Mod
     for node in model.graph.node:
         half = node.output[0] == "logits_0" or (node.op_type == "Cast" and node.output[0].endswith("/fp16"))
         assert (types[node.output[0]] == TensorProto.FLOAT16) == half or node.op_type == "QuantizeLinear", node.name
-    expected = quantize.open_session(net).run(None, {"images": noise(1)[0]})
-    assert 15 < quantize.decibels([expected], [floats]) < 60  # quantised, and not badly
+    expected = open_session(net).run(None, {"images": noise(1)[0]})
+    assert 15 < sensitivity.decibels([expected], [floats]) < 60  # quantised, and not badly
     for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"):
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
         found = onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, {"images": noise(1)[0]})
-        assert quantize.decibels([floats], [found]) > 35, level
+        assert sensitivity.decibels([floats], [found]) > 35, level
 
 
 def test_sensitivity_finds_the_layer_with_the_wrong_range(net: onnx.ModelProto) -> None:
     table = table_of(net)
     table.scales["down/relu"] *= 60  # read by "top" alone
-    found = quantize.sensitivity(net, table, noise(2))
+    found = sensitivity.sensitivity(net, table, noise(2))
     assert set(found) == set(quantize.layers(net)) and list(found.values()) == sorted(found.values())
     assert list(found)[0] == "top" and found["top"] < 20 < found["stem"]
 
@@ -227,7 +230,7 @@ def test_a_table_gives_the_same_bytes_without_images(model_path: str, pictures: 
     config = int8_config(model_path, tmp_path, calibration_images=str(pictures), calibration_method="percentile")
     report = export.export(config)
     assert report.table == str(tmp_path / "int8.calibration.json")
-    table = quantize.load_table(report.table)
+    table = calibration_table.load_table(report.table)
     assert sorted(table.images) == sorted(path.name for path in pictures.iterdir())
     assert table.images != tuple(sorted(table.images)) and table.method == "percentile"
     assert len(table.scales) > 15 and all(scale > 0 for scale in table.scales.values())
@@ -243,19 +246,19 @@ def refuse_other_tables(config: ExportConfig, path: str, folder: Path) -> None:
     given = dataclasses.replace(config, calibration_table=path)
     graph = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
     with pytest.raises(OdtkError, match="is the calibration table of another model"):
-        quantize.table_for(graph, given, "another", 16)
-    own = quantize.load_table(path)
+        calibration.table_for(graph, given, "another", 16)
+    own = calibration_table.load_table(path)
     with pytest.raises(OdtkError, match="calibrated at 32×32, not 64×64"):
-        quantize.table_for(graph, dataclasses.replace(given, size=(64, 64)), own.model, 16)
+        calibration.table_for(graph, dataclasses.replace(given, size=(64, 64)), own.model, 16)
     (folder / "no.json").write_text("{}")
     with pytest.raises(OdtkError, match="is not a calibration table"):
-        quantize.table_for(graph, dataclasses.replace(given, calibration_table=str(folder / "no.json")), "", 16)
+        calibration.table_for(graph, dataclasses.replace(given, calibration_table=str(folder / "no.json")), "", 16)
 
 
 def test_calibration_sees_the_tensors_of_inference(pictures: Path, tmp_path: Path) -> None:
     config = int8_config("", tmp_path, calibration_images=str(pictures))
-    dataset = quantize.sample(str(pictures), 500, seed=0)
-    seen = list(quantize.images_of(dataset, config, 16))
+    dataset = calibration.sample(str(pictures), 500, seed=0)
+    seen = list(calibration.images_of(dataset, config, 16))
 
     class Asking:
         size, stride, max_batch, rotated, name = (32, 32), 16, None, False, "a model"
@@ -271,7 +274,7 @@ def test_calibration_sees_the_tensors_of_inference(pictures: Path, tmp_path: Pat
 
 def test_the_sample_is_shuffled_before_it_is_cut(pictures: Path) -> None:
     def names(limit: int, seed: int) -> list[str]:
-        return [image.path.name for image in quantize.sample(str(pictures), limit, seed).images]
+        return [image.path.name for image in calibration.sample(str(pictures), limit, seed).images]
 
     assert names(8, 0) == names(8, 0) == names(12, 0)[:8] != sorted(names(8, 0))
     assert set(names(8, 0)) != set(names(8, 1))
@@ -279,22 +282,22 @@ def test_the_sample_is_shuffled_before_it_is_cut(pictures: Path) -> None:
 
 def test_too_few_images_and_empty_folders_are_refused(pictures: Path, tmp_path: Path, capsys) -> None:
     with pytest.raises(OdtkError, match="has no images"):
-        quantize.sample(str(tmp_path), 500, 0)
+        calibration.sample(str(tmp_path), 500, 0)
     with pytest.raises(OdtkError, match="does not exist"):
-        quantize.sample(str(tmp_path / "nowhere"), 500, 0)
+        calibration.sample(str(tmp_path / "nowhere"), 500, 0)
     for path in sorted(pictures.iterdir())[:7]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(OdtkError, match="has 7 images: calibration needs 8"):
-        quantize.sample(str(tmp_path), 500, 0)
-    quantize.sample(str(pictures), 500, 0)
+        calibration.sample(str(tmp_path), 500, 0)
+    calibration.sample(str(pictures), 500, 0)
     assert "Warning: calibration on 12 images" in capsys.readouterr().out
 
 
 def test_int8_without_images_or_table_is_refused(net: onnx.ModelProto, tmp_path: Path) -> None:
     with pytest.raises(OdtkError, match="needs --calibration-images DIR, or a --calibration-table"):
-        quantize.table_for(net, int8_config("", tmp_path), "m", 16)
+        calibration.table_for(net, int8_config("", tmp_path), "m", 16)
     with pytest.raises(OdtkError, match="method 'best' does not exist"):
-        quantize.calibrate(net, noise(1), "best", 1)
+        calibration.calibrate(net, noise(1), "best", 1)
 
 
 # TensorRT for RTX, ahead of time and with no GPU
@@ -345,14 +348,16 @@ def raw_files(backbone: str, head: str) -> Iterator[tuple[str, bytes, int]]:
     for parameter in folded.parameters():
         if parameter.ndim == 1:  # biases, which a trained network has and torch.onnx drops where they are zero
             parameter.data = 0.1 * torch.randn_like(parameter)
-    model = export.trace(folded, (128, 160))
+    model = trace(folded, (128, 160))
     count = sum(node.op_type == "Conv" for node in model.graph.node)
     images = [np.random.default_rng(i).standard_normal((1, 3, 128, 160)).astype(np.float32) for i in range(2)]
-    scales = quantize.shared_scales(quantize.scale_groups(model.graph), quantize.calibrate(model, images, "minmax", 2))
-    int8 = quantised(model, quantize.Table("m", (128, 160), "minmax", (), scales))
+    scales = calibration.shared_scales(
+        quantize.scale_groups(model.graph), calibration.calibrate(model, images, "minmax", 2)
+    )
+    int8 = quantised(model, calibration_table.Table("m", (128, 160), "minmax", (), scales))
     for precision, graph in (("fp16", model), ("int8", int8)):
         quantize.to_fp16(graph)
-        yield precision, export.serialize(graph), count
+        yield precision, serialize(graph), count
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from odtk.config import OdtkError
-from odtk.data.dataset import check
+from odtk.data.check import check
 from odtk.data.images import decode
 from odtk.data.synthetic import ROTATED_SHAPES, SHAPES, draw, synthesize
 

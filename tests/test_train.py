@@ -28,8 +28,10 @@ from odtk.data.images import ImageError
 from odtk.launch import launch
 from odtk.model import checkpoint as files
 from odtk.model.detector import Detector
-from odtk.training.loss import detection_loss
-from odtk.training.train import Average, Poster, learning_rate, normalize, train
+from odtk.training.log import Poster
+from odtk.training.loss import detection_loss, normalize
+from odtk.training.optimizer import Average, learning_rate
+from odtk.training.train import train
 
 COLOURS = {3: ("red", (220, 40, 40)), 7: ("green", (40, 220, 40))}
 
@@ -276,7 +278,7 @@ def test_a_damaged_validation_image_is_not_drawn(
             raise ImageError("broken data stream")
         return np.zeros((64, 64, 3), np.uint8)
 
-    monkeypatch.setattr(odtk.training.train, "decode", decode)
+    monkeypatch.setattr("odtk.training.validation.decode", decode)
     train(with_validation(settings(tmp_path / "m.pth", dataset, iters=1)))
     events = b"".join(path.read_bytes() for path in (tmp_path / "log").glob("events.*"))
     assert b"validation/2" in events and b"validation/3" not in events
@@ -480,7 +482,7 @@ def test_metrics_are_posted() -> None:
 def test_a_failing_server_never_stops_a_run(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(odtk.training.train, "POST_SECONDS", 0.2)
+    monkeypatch.setattr("odtk.training.log.POST_SECONDS", 0.2)
     said = ""
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection and never answers
         port = server.getsockname()[1]

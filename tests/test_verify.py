@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +14,16 @@ import torch
 from PIL import Image
 from random_models import detector_of, save
 
+from odtk.categories import Category
 from odtk.config import ExportConfig, LoaderConfig, ModelConfig, PostprocessConfig
-from odtk.data.dataset import Category, Dataset
+from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
 from odtk.evaluation import verify
 from odtk.evaluation.evaluate import ClassMetrics, Metrics
-from odtk.export import export, precision
+from odtk.evaluation.report import PICTURES, Run, Verdict, drop, pictures, sentence
+from odtk.export import calibration_table, export
 from odtk.inference.backends import open_backend
-from odtk.inference.infer import detect
+from odtk.inference.detect import detect
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
 from odtk.postprocess import Detections
@@ -93,10 +94,10 @@ def test_int8_is_verified_and_reported(job, capsys: pytest.CaptureFixture[str]) 
     assert report["drop_points"] == pytest.approx(100 * (ap[0] - ap[3]), abs=1e-3)
     assert report["runs"][2]["bytes"] < 0.6 * report["runs"][1]["bytes"]
     assert report["runs"][3]["bytes"] < 0.4 * report["runs"][1]["bytes"]
-    table = precision.load_table(precision.table_path(config))
+    table = calibration_table.load_table(calibration_table.table_path(config))
     assert report["sensitivity_db"] == table.sensitivity and len(table.sensitivity) > 20
     page = Path(config.output + ".verify.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 2 * verify.PICTURES
+    assert page.count("data:image/jpeg;base64,") == 2 * PICTURES
     assert "cat &amp; co" in page and "http" not in page
     out = capsys.readouterr().out
     assert "Most costly layers in INT8" in out and "inside the 100 allowed" in out
@@ -156,15 +157,15 @@ def test_pictures_are_turned_only_where_the_boxes_are(tmp_path: Path, stated: tu
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
     entry = {"id": 1, "file_name": "a.jpg", "width": stated[0], "height": stated[1]}
     (tmp_path / "truth.json").write_text(json.dumps({"images": [entry]}))
-    bench = SimpleNamespace(dataset=Dataset.load(tmp_path / "truth.json", tmp_path))
-    (figure,) = verify.pictures(run_of(0.5), run_of(0.5), bench)  # type: ignore[arg-type]
+    images = Dataset.load(tmp_path / "truth.json", tmp_path).images
+    (figure,) = pictures(run_of(0.5), run_of(0.5), images)
     encoded = figure.partition("base64,")[2].partition('"')[0]
     assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == stated
 
 
-def run_of(ap: float) -> verify.Run:
+def run_of(ap: float) -> Run:
     classes = (ClassMetrics(1, "cat", ap, ap, 1, 1),)
-    return verify.Run("x", 1, Metrics((ap, ap, *[0.0] * 10), classes), 1.0, [])
+    return Run("x", 1, Metrics((ap, ap, *[0.0] * 10), classes), 1.0, [])
 
 
 class FakeBench:
@@ -173,8 +174,8 @@ class FakeBench:
     def __init__(self, table: str, needed: set[str]) -> None:
         self.table, self.needed = table, needed
 
-    def run(self, path: str) -> verify.Run:
-        return run_of(0.5 if self.needed <= set(precision.load_table(self.table).fp16_layers) else 0.4)
+    def run(self, path: str) -> Run:
+        return run_of(0.5 if self.needed <= set(calibration_table.load_table(self.table).fp16_layers) else 0.4)
 
 
 @pytest.mark.parametrize(
@@ -185,20 +186,20 @@ def test_the_worst_layers_stay_in_fp16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: str, kept: str, good: bool
 ) -> None:
     path = str(tmp_path / "table.json")
-    precision.save_table(path, precision.Table("m", (32, 32), "entropy", (), {}, ("z",)))
+    calibration_table.save_table(path, calibration_table.Table("m", (32, 32), "entropy", (), {}, ("z",)))
     written = []
     monkeypatch.setattr(verify, "export", written.append)
     config = ExportConfig(path="", output=str(tmp_path / "x.onnx"), precision="int8", calibration_table=path)
     bench = FakeBench(path, set(needed))
     first = bench.run("")
     run, layers = verify.rescue(config, bench, run_of(0.5), first, list("abcdef"), 0.3)  # type: ignore[arg-type]
-    assert "".join(layers) == kept and (verify.drop(run_of(0.5), run) <= 0.3) == good
-    assert precision.load_table(path).fp16_layers == tuple(kept)
+    assert "".join(layers) == kept and (drop(run_of(0.5), run) <= 0.3) == good
+    assert calibration_table.load_table(path).fp16_layers == tuple(kept)
     assert all(config.calibration_table == path for config in written) and bool(written) == (kept != "z")
 
 
 def test_a_verdict_counts_points_of_the_last_run() -> None:
     runs = (run_of(0.5), run_of(0.1), run_of(0.4975))
-    assert verify.Verdict(runs, 0.3, {}, ()).within
-    assert not verify.Verdict(runs, 0.2, {}, ()).within
-    assert "loses 0.25 points of AP: beyond the 0.2 allowed" in verify.sentence(verify.Verdict(runs, 0.2, {}, ()))
+    assert Verdict(runs, 0.3, {}, ()).within
+    assert not Verdict(runs, 0.2, {}, ()).within
+    assert "loses 0.25 points of AP: beyond the 0.2 allowed" in sentence(Verdict(runs, 0.2, {}, ()))

@@ -1,5 +1,6 @@
 """Pictures are written, hold what they should where they should, and refuse what cannot be drawn."""
 
+import functools
 import json
 import math
 import re
@@ -11,13 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+from odtk.categories import Category
 from odtk.cli import build_parser
-from odtk.config import LoaderConfig, LossConfig, ModelConfig, OdtkError
-from odtk.data.dataset import Category, Dataset
-from odtk.evaluation import visualize
+from odtk.config import LoaderConfig, ModelConfig, OdtkError
+from odtk.data.dataset import Dataset
+from odtk.evaluation import drawing, visualize
 from odtk.evaluation.evaluate import STATS
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
+from odtk.training.assign import assign
 
 torch.set_num_threads(1)
 GREY = (128, 128, 128)
@@ -37,6 +40,9 @@ def images(tmp_path: Path) -> Path:
     content["annotations"] = [box | {"bbox": [100, 200, 120, 80, 0.5]} for box in boxes]
     (folder / "rotated.json").write_text(json.dumps(content))
     return folder
+
+
+RULE = functools.partial(assign, background_iou=0.4, foreground_iou=0.5)
 
 
 def data(images: Path, annotations: str | None = "truth.json", **changes) -> LoaderConfig:
@@ -66,7 +72,7 @@ def test_a_rotated_box_is_drawn_turned(images: Path, tmp_path: Path) -> None:
     assert (left, right) == pytest.approx((160 - half, 160 + half), abs=3)
     assert bottom == pytest.approx(240 + 60 * math.sin(0.5) + 40 * math.cos(0.5), abs=3)
     # Anticlockwise on the screen: the right end is up.
-    corners = visualize.outline([100, 200, 120, 80, 0.5])
+    corners = drawing.outline([100, 200, 120, 80, 0.5])
     assert corners[1][1] < corners[0][1]
 
 
@@ -122,15 +128,15 @@ def test_a_file_of_annotations_is_no_file_of_detections(images: Path, tmp_path: 
 
 def test_labels_stay_inside_and_apart() -> None:
     image = Image.new("RGB", (400, 400), GREY)
-    corner = visualize.Shape([(0, 0), (30, 0), (30, 30), (0, 30)], (255, 0, 0), "a rather long name 0.99")
-    one, two = (np.asarray(visualize.annotate(image, [corner] * n)) for n in (1, 2))
+    corner = drawing.Shape([(0, 0), (30, 0), (30, 30), (0, 30)], (255, 0, 0), "a rather long name 0.99")
+    one, two = (np.asarray(drawing.annotate(image, [corner] * n)) for n in (1, 2))
     red = [(picture == (255, 0, 0)).all(axis=2).sum() for picture in (one, two)]
     assert red[1] > 1.7 * red[0] - 200  # the second label is not on top of the first
     assert (np.asarray(image) == 128).all()  # a copy was drawn on
 
 
 def test_small_images_are_enlarged() -> None:
-    assert visualize.annotate(Image.new("RGB", (60, 50)), []).size == (480, 400)
+    assert drawing.annotate(Image.new("RGB", (60, 50)), []).size == (480, 400)
 
 
 def test_a_picture_that_no_jpeg_would_hold_is_enlarged_less(images: Path, tmp_path: Path) -> None:
@@ -139,11 +145,11 @@ def test_a_picture_that_no_jpeg_would_hold_is_enlarged_less(images: Path, tmp_pa
     (tmp_path / "found.json").write_text("[]")
     [path] = visualize.draw_results(str(tmp_path / "found.json"), data(images), str(tmp_path), score_threshold=0.5)
     assert Image.open(path).width == 2 * 32000 + 8  # the truth beside the detections
-    assert visualize.annotate(Image.new("RGB", (1, 70000)), []).size == (1, 32000)
+    assert drawing.annotate(Image.new("RGB", (1, 70000)), []).size == (1, 32000)
 
 
 def test_colours_of_neighbours_differ() -> None:
-    colours = [np.array(visualize.colour(i)) for i in range(40)]
+    colours = [np.array(drawing.colour(i)) for i in range(40)]
     assert min(np.abs(a - b).sum() for a, b in zip(colours, colours[1:], strict=False)) > 150
     assert len({tuple(c) for c in colours}) == 40
 
@@ -203,15 +209,15 @@ def test_anchors_that_match_and_a_box_that_none_reaches(images: Path, tmp_path: 
     detector = checkpoint.build(checkpoint.load(model))
     dataset = Dataset.load(settings.annotations, settings.images)
     batches = [batch for _, batch in visualize.inputs(detector, dataset, settings, 2)]
-    reached, missed = (visualize.anchor_shapes(detector, batch, LossConfig()) for batch in batches)
+    reached, missed = (visualize.anchor_shapes(detector, batch, RULE) for batch in batches)
     assert int(reached[-1].label.split()[0]) >= len(reached) - 1 > 1 and reached[-1].colour != (255, 0, 0)
     assert missed[-1].label.startswith("0 anchors, stride 8") and missed[-1].colour == (255, 0, 0) and len(missed) == 2
-    assert len(visualize.draw_anchors(model, settings, LossConfig(), str(tmp_path / "out"), count=2)) == 2
+    assert len(visualize.draw_anchors(model, settings, RULE, str(tmp_path / "out"), count=2)) == 2
 
 
 def test_anchors_of_fcos_are_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(OdtkError, match="points, not anchors"):
-        visualize.draw_anchors(make_model(tmp_path, head="fcos"), data(images), LossConfig(), str(tmp_path), count=1)
+        visualize.draw_anchors(make_model(tmp_path, head="fcos"), data(images), RULE, str(tmp_path), count=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +286,7 @@ def test_no_picture_replaces_an_image_that_the_annotations_name(images: Path, tm
         ),
         (
             "1_1_anchors.png",
-            lambda: visualize.draw_anchors(model, data(images, resize=64), LossConfig(), str(folder), count=1),
+            lambda: visualize.draw_anchors(model, data(images, resize=64), RULE, str(folder), count=1),
         ),
         (
             "1_1_backbones.ResNet18FPN.features.layer2_0.png",

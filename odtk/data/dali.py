@@ -21,9 +21,9 @@ from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 from torch import Tensor
 
 from ..config import LoaderConfig
+from .batch import PREFETCH, Loader
 from .dataset import Dataset
 from .images import ImageError, decode
-from .loader import PREFETCH, Loader
 from .sampler import BatchPlan, Sample
 
 fn: Any = dali.fn  # DALI makes operators and types while it is imported, unseen by type checkers

@@ -15,6 +15,8 @@ Every kind of image becomes RGB of 8 bits by one of these rules (spec §3):
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,3 +173,17 @@ def _reason(error: Exception) -> str:
     if isinstance(error, PILImage.UnidentifiedImageError):
         text = "not an image of a known format"
     return f"the image cannot be read ({text or type(error).__name__})"
+
+
+SCAN_THREADS = 16  # headers are read from disk, not computed
+
+
+def read_headers(paths: Sequence[Path]) -> list[Header | ImageError]:
+    def header(path: Path) -> Header | ImageError:
+        try:
+            return read_header(path)
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        return list(pool.map(header, paths))

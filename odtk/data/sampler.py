@@ -23,7 +23,8 @@ import torch
 
 from ..boxes import coco_to_corners, normalize_angle
 from ..config import AugmentConfig, LoaderConfig, OdtkError
-from .dataset import Dataset, Image
+from .dataset import Dataset
+from .records import Image
 
 # Streams of random numbers that must not meet: the second word of each generator's seed.
 ORDER, BATCH, IMAGE = range(3)

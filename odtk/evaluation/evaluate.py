@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ..boxes import area, coco_to_corners, corners
 from ..config import OdtkError
-from ..data.dataset import categories_of, is_degenerate, is_id, is_number, load_json
+from ..data.coco import categories_of, is_degenerate, is_id, is_number, load_json
 from ..ops import rotated_iou
 
 STATS = (

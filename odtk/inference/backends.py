@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from ..categories import Category
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OdtkError, PostprocessConfig
-from ..data.dataset import Category
-from ..export.export import ENGINES, Metadata, need_engine
-from ..export.precision import open_session
+from ..export.engine import need_engine
+from ..export.metadata import ENGINES, Metadata
+from ..export.session import open_session
+from ..launch import silent
 from ..model import checkpoint
 from ..postprocess import Detections, postprocess
 
@@ -230,10 +232,6 @@ def check_thresholds(path: str, *, baked: PostprocessConfig, asked: PostprocessC
         if wish != own and wish != field.default:
             flag = "--" + field.name.replace("_", "-")
             raise OdtkError(f"{flag} {wish:g} contradicts the {own:g} baked into {path}: leave it out.")
-
-
-def silent(*_: object) -> None:
-    """What ranks other than 0 say."""
 
 
 def first_line(error: BaseException) -> str:

@@ -12,20 +12,20 @@ A file holds plain values and tensors only, so that it loads with ``weights_only
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..categories import Category
 from ..config import ModelConfig, OdtkError, from_dict, to_dict
-from ..data.dataset import Category
+from ..files import replacing
 from .detector import Detector
 
 FORMAT = "odtk"
@@ -62,52 +62,6 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     }
     with replacing(path) as file:
         torch.save(content, file)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write that becomes ``path`` when the block ends: at any moment ``path`` is whole, old or new.
-
-    It is written beside ``path``, flushed to the disk and renamed; if anything fails, it is removed.
-
-    Raises:
-        OdtkError: the disk is full, the folder does not exist or may not be written to.
-    """
-    target = os.path.realpath(path)  # through a symbolic link, not over it
-    temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        message = f"{path} could not be written ({first_os_error(error)}); an earlier one is untouched."
-        raise OdtkError(message) from error
-    finally:  # a KeyboardInterrupt comes by here too
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-    sync_folder(os.path.dirname(target))
-
-
-def first_os_error(error: BaseException) -> str:
-    """The operating system's reason behind an error, or the first line of the error itself."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(error).splitlines()[0]
-
-
-def sync_folder(folder: str) -> None:
-    """Makes a rename survive a power cut, where the file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:

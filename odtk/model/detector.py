@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ModelConfig, OdtkError
+from .anchors import base_anchors
 from .backbones.catalog import BACKBONES, TRUNKS
 from .backbones.repvgg import RepVGGBlock
-from .heads import base_anchors, create_head
+from .heads import create_head
 from .layers import Trunk, fold_norms
 from .neck import FPN
 
@@ -105,30 +105,6 @@ def check(config: ModelConfig) -> None:
         raise OdtkError(f"Deformable stages are 2 to 5, not {', '.join(map(str, config.dcn))}.")
     if not 0 <= config.freeze_at <= 5:
         raise OdtkError(f"--freeze-at is a stage from 0 (none) to 5, not {config.freeze_at}.")
-
-
-@torch.no_grad()
-def load_matching(module: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Copy every tensor of ``state_dict`` whose name and shape the module has too; ignore the rest.
-
-    For --fine-tune (a Detector and a detector's file) and --backbone-weights (one of Detector.trunks() and
-    torchvision's file, whose classifier ``fc.*`` matches nothing).
-
-    Returns:
-        (taken, left): names of the module's own parameters and buffers that were copied, and that were not
-        and so keep their value. BatchNorm's counter of batches, which nothing reads, is in neither list.
-    """
-    taken: list[str] = []
-    left: list[str] = []
-    for name, tensor in module.state_dict().items():
-        source = state_dict.get(name)
-        if source is not None and source.shape == tensor.shape:
-            tensor.copy_(source)
-            taken.append(name)
-        else:
-            left.append(name)
-    counter = "num_batches_tracked"
-    return [n for n in taken if not n.endswith(counter)], [n for n in left if not n.endswith(counter)]
 
 
 def classification_parameters(name: str) -> int:

@@ -14,18 +14,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import boxes as geometry
-from .. import ops
 from ..config import LossConfig, ModelConfig
+from ..model.anchors import place_anchors
+from .assign import IGNORED, assign, assign_points, level_limits
 
-BACKGROUND = -1  # labels of places; a foreground place has its class index, 0 or more
-IGNORED = -2
-CHUNK = 1 << 21  # (image, box, place) triples looked at in one step of the assignment: bounds its memory
-CENTRE_RADIUS = 1.5  # strides; FCOS with centre sampling, https://arxiv.org/abs/1904.01355 and its code
 SMALLEST = 1e-6  # keeps the logarithm and the quotients of the IoU loss finite
 
 
@@ -57,51 +55,6 @@ def detection_loss(
     shapes = [tuple(level.shape[-2:]) for level in logits]
     places = place_anchors(anchors, strides, shapes, target_boxes.device)
     return compute(logits, boxes, target_boxes.float(), target_labels, places, strides, model, loss)
-
-
-def place_anchors(
-    anchors: Sequence[Tensor], strides: Sequence[int], shapes: Sequence[tuple[int, ...]], device: torch.device
-) -> Tensor:
-    """The anchors of every cell of every level: [P, 4 or 5] px, order (y, x, a) within a level of shape (h, w)."""
-    placed = []
-    for base, stride, (height, width) in zip(anchors, strides, shapes, strict=True):
-        y, x = torch.meshgrid(
-            torch.arange(height, device=device) * stride, torch.arange(width, device=device) * stride, indexing="ij"
-        )
-        base = base.to(device=device, dtype=torch.float32)
-        shift = torch.stack([x, y, x, y, *[torch.zeros_like(x)] * (base.shape[-1] - 4)], -1)  # [h, w, 4 or 5]
-        placed.append((shift[:, :, None] + base).flatten(0, 2))  # [h, w, A, 4 or 5] → [h·w·A, 4 or 5]
-    return torch.cat(placed)
-
-
-def assign(
-    anchors: Tensor, boxes: Tensor, labels: Tensor, *, background_iou: float, foreground_iou: float
-) -> tuple[Tensor, Tensor]:
-    """Each anchor's box: that of the greatest IoU, the first of equals.
-
-    Below background_iou the anchor is background, at or above foreground_iou it is foreground, between it is ignored
-    (https://arxiv.org/abs/1708.02002 §4). A box that no anchor reaches stays unmatched, as in ODTK 0.2.
-
-    Args:
-        anchors: [P, 4 or 5] px. boxes: [N, M, 4 or 5] px. labels: [N, M] class indices, −1 padding.
-
-    Returns:
-        labels [N, P] int64: a class index, BACKGROUND or IGNORED; and the index [N, P] of each anchor's box, in
-        0…M − 1, which means something where the label is a class.
-    """
-    nothing = boxes.new_zeros(boxes.shape[-1])
-    nothing[2:4] = -1  # width and height 0: overlaps no box
-    boxes = torch.where((labels >= 0)[..., None], boxes, nothing)
-    best = []
-    for some in anchors.split(max(1, CHUNK // max(1, labels.numel()))):
-        if boxes.shape[-1] == 5:
-            overlap = ops.rotated_iou(boxes, some, minimum=background_iou)
-        else:
-            overlap = geometry.iou(boxes, some)
-        best.append(overlap.max(1))  # [N, M, p] → [N, p]
-    iou, index = (torch.cat(part, 1) for part in zip(*best, strict=True))
-    assigned = torch.where(iou >= foreground_iou, labels.gather(1, index), IGNORED)
-    return torch.where(iou < background_iou, BACKGROUND, assigned), index
 
 
 def _retinanet_loss(
@@ -214,46 +167,6 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
     return _FocalLoss.apply(logits, labels, alpha, gamma)
 
 
-def assign_points(
-    points: Tensor, strides: Tensor, limits: Tensor, boxes: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Each point's box by FCOS (https://arxiv.org/abs/1904.01355 §3.1, §3.2, and centre sampling of its later version).
-
-    A box is a point's candidate if the point lies inside it, at most 1.5 strides from its centre on both axes, and the
-    greatest of the four distances is within the limits of the point's level. Of several the smallest box wins, of
-    equals the first.
-
-    Args:
-        points: [P, 2] px. strides: [P] px. limits: [P, 2] px, both inclusive.
-        boxes: [N, M, 4] px. labels: [N, M] class indices, −1 padding.
-
-    Returns:
-        labels [N, P] int64: a class index or BACKGROUND; and the index [N, P] of each point's box.
-    """
-    centre, size = geometry.centre_and_size(boxes)
-    area = geometry.area(boxes)[..., None]  # [N, M, 1]
-    best = []
-    for some, stride, limit in zip(
-        *(part.split(max(1, CHUNK // max(1, labels.numel()))) for part in (points, strides, limits)), strict=True
-    ):
-        offset = (some - centre[:, :, None]).abs()  # [N, M, p, 2]
-        half = 0.5 * size[:, :, None]
-        inside = (offset < torch.minimum(half, CENTRE_RADIUS * stride[:, None])).all(-1)
-        furthest = (offset + half).amax(-1)  # of left, top, right, bottom
-        candidate = inside & (furthest >= limit[:, 0]) & (furthest <= limit[:, 1]) & (labels >= 0)[..., None]
-        best.append(torch.where(candidate, area, math.inf).min(1))  # [N, M, p] → [N, p]
-    smallest, index = (torch.cat(part, 1) for part in zip(*best, strict=True))
-    return torch.where(smallest < math.inf, labels.gather(1, index), BACKGROUND), index
-
-
-def level_limits(strides: Sequence[int]) -> list[tuple[float, float]]:
-    """(least, greatest) distance in px that each level regresses: 64, 128, 256, 512 between strides 8 … 128.
-
-    In general from 4 to 8 strides, and open at the finest and at the coarsest level.
-    """
-    return [(0.0 if s == min(strides) else 4.0 * s, math.inf if s == max(strides) else 8.0 * s) for s in strides]
-
-
 def _fcos_loss(
     logits: Sequence[Tensor],
     boxes: Sequence[Tensor],
@@ -320,3 +233,22 @@ def iou_loss(predicted: Tensor, target: Tensor, *, kind: str) -> Tensor:
     around = torch.maximum(predicted, target)
     hull = ((around[..., 0] + around[..., 2]) * (around[..., 1] + around[..., 3])).clamp(min=SMALLEST)
     return 1 - iou + (hull - union) / hull
+
+
+def normalize(terms: dict[str, tuple[Tensor, Tensor]], world: int) -> tuple[Tensor, Tensor]:
+    """The loss to differentiate, and the value of each term over all ranks.
+
+    A term is the sum over all ranks by the normalizers of all ranks. DistributedDataParallel averages gradients over
+    the ranks, hence the factor ``world``: several processes give the gradients of one with the whole batch.
+
+    Returns:
+        loss: scalar of this rank; values: [terms], detached, equal on all ranks.
+    """
+    sums = torch.stack([total for total, _ in terms.values()])  # [terms]
+    normalizers = torch.stack([normalizer for _, normalizer in terms.values()])  # [terms]
+    everywhere = torch.cat([sums.detach(), normalizers])
+    if world > 1:
+        dist.all_reduce(everywhere)
+    totals, normalizers = everywhere.chunk(2)
+    normalizers = normalizers.clamp(min=1)
+    return (sums / normalizers).sum() * world, totals / normalizers

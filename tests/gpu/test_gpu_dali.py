@@ -10,9 +10,11 @@ import torch
 from PIL import Image as PILImage
 from PIL import ImageFilter
 
+from odtk.categories import Category
 from odtk.config import AugmentConfig, LoaderConfig
-from odtk.data.dataset import Category, Dataset, Image
+from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
+from odtk.data.records import Image
 
 pytestmark = [
     pytest.mark.gpu,

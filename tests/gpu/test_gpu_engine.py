@@ -11,6 +11,7 @@ from torch import Tensor
 
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError
 from odtk.export import export
+from odtk.export.engine import need_engine
 from odtk.inference import backends
 from odtk.postprocess import Detections
 
@@ -51,7 +52,7 @@ Open = Callable[[str, str], tuple[backends.Backend, backends.Backend]]
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
     """(model, precision) -> the engine and PyTorch in fp32; each engine is built once."""
     try:
-        export.need_engine()
+        need_engine()
     except OdtkError as error:
         pytest.skip(str(error))
     made: dict[tuple[str, str], tuple[backends.Backend, backends.Backend]] = {}

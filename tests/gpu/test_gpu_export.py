@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from random_models import detector_of, save
 
+from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
-from odtk.data.dataset import Category
 from odtk.export import export
+from odtk.export.engine import need_engine
 from odtk.inference.backends import open_backend
 
 MODEL = ModelConfig(backbones=("ResNet18FPN",), classes=2)
@@ -24,7 +25,7 @@ SIZE = (128, 160)
 @pytest.fixture(autouse=True)
 def tensorrt(kernels) -> None:
     try:
-        export.need_engine()
+        need_engine()
     except OdtkError as error:
         pytest.skip(str(error))
 

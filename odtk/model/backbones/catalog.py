@@ -19,18 +19,6 @@ from .repvgg import RepVGG
 from .resnet import DESIGNS as RESNETS
 from .resnet import Design, ResNet
 
-# ImageNet weights of pytorch/vision (IMAGENET1K_V1), whose names are the trunks' own
-TORCHVISION_URLS = {
-    "ResNet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
-    "ResNet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
-    "ResNet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
-    "ResNet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
-    "ResNet152": "https://download.pytorch.org/models/resnet152-394f9c45.pth",
-    "ResNeXt50_32x4d": "https://download.pytorch.org/models/resnext50_32x4d-7cdf4587.pth",
-    "ResNeXt101_32x8d": "https://download.pytorch.org/models/resnext101_32x8d-8ba56ff5.pth",
-    "MobileNetV2": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
-}
-
 
 def pyramid(trunk: Callable[[ModelConfig], Trunk], config: ModelConfig) -> FPN:
     """P3…P7 over a trunk."""

@@ -1,0 +1,142 @@
+"""Batch, and the Loader that works ahead."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import LoaderConfig
+from .dataset import Dataset
+from .images import ImageError
+from .render import render
+from .sampler import BatchPlan, Sample, Sampler
+
+PREFETCH = 2  # batches prepared ahead of the one in use
+
+
+@dataclass
+class Batch:
+    """Images, boxes and labels of one step.
+
+    Attributes:
+        images: float32 [N, 3, H, W], normalised RGB, zero-padded right and bottom; on ``LoaderConfig.device``.
+        boxes: float32 [N, M, 4] (x1, y1, x2, y2) or [N, M, 5] (… theta), pixels of ``images``, inclusive corners,
+            zero where there is no box, M ≥ 1; on the same device.
+        labels: int64 [N, M], index of the category, −1 where there is no box; on the same device.
+        ids: int64 [N], the dataset's image ids; on the CPU.
+        scales: float32 [N, 2], network pixels per image pixel (sx, sy); on the CPU.
+    """
+
+    images: Tensor
+    boxes: Tensor
+    labels: Tensor
+    ids: Tensor
+    scales: Tensor
+
+
+class Loader:
+    """Iterates over Batches: endlessly in training, one pass over this rank's share in inference.
+
+    Order, geometry and boxes are the sampler's; a subclass makes the pixels of one batch (``_render``) on threads of
+    ``_pool``, ahead of their use. An image that turns out to be damaged while it is decoded (the scan before the run
+    cannot see every damage) becomes zeros without boxes, and its file is named once.
+    """
+
+    def __init__(self, dataset: Dataset, config: LoaderConfig, threads: int) -> None:
+        self.config = config
+        self.sampler = Sampler(dataset, config)
+        self._threads = threads
+        self._next = 0  # number of the batch that comes next in training
+        self._damaged: set[Path] = set()
+
+    def __len__(self) -> int:
+        """Batches per pass (training: per epoch, rounded up)."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="odtk-loader")
+        ahead: deque[tuple[int, Future[tuple[BatchPlan, Tensor]]]] = deque()
+        numbers = count(self._next) if self.config.training else iter(range(len(self)))
+        try:
+            while True:
+                for number in islice(numbers, 1 + PREFETCH - len(ahead)):
+                    ahead.append((number, pool.submit(self._prepare, number)))
+                if not ahead:
+                    return
+                number, prepared = ahead.popleft()
+                batch = self._batch(*prepared.result())
+                if self.config.training:
+                    self._next = number + 1
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def state(self) -> dict[str, int]:
+        """The position after the batch last given, in images over all ranks, for a checkpoint."""
+        return {"seen": self._next * self.config.batch * self.config.world}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue behind ``state``; with another batch or number of devices, from the last whole batch before it."""
+        self._next = int(state["seen"]) // (self.config.batch * self.config.world)
+
+    def _prepare(self, number: int) -> tuple[BatchPlan, Tensor]:
+        plan = self.sampler.plan(number)
+        return plan, self._render(plan)
+
+    def _render(self, plan: BatchPlan) -> Tensor:
+        """The normalised images of a plan, float32 [N, 3, H, W], complete, on the device or the CPU."""
+        raise NotImplementedError
+
+    def _batch(self, plan: BatchPlan, images: Tensor) -> Batch:
+        samples = plan.samples
+        rows = max(1, *(len(sample.labels) for sample in samples))
+        boxes = np.zeros((len(samples), rows, 5 if self.config.rotated else 4), dtype=np.float32)
+        labels = np.full((len(samples), rows), -1, dtype=np.int64)
+        for i, sample in enumerate(samples):
+            if sample.image.path not in self._damaged:
+                boxes[i, : len(sample.labels)] = sample.boxes
+                labels[i, : len(sample.labels)] = sample.labels
+        return Batch(
+            self._to_device(images),
+            self._to_device(torch.from_numpy(boxes)),
+            self._to_device(torch.from_numpy(labels)),
+            torch.tensor([sample.image.id for sample in samples], dtype=torch.int64),
+            torch.tensor([sample.scale for sample in samples], dtype=torch.float32),
+        )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.config.device == "cpu" or tensor.is_cuda:
+            return tensor
+        return tensor.pin_memory().to(self.config.device, non_blocking=True)
+
+    def _render_with_torch(self, plan: BatchPlan) -> Tensor:
+        """The images of a plan by Pillow and PyTorch, on the CPU."""
+        # NumPy, not torch: several of these run at once, and torch would spread each over all cores.
+        images = np.zeros((len(plan.samples), 3, plan.height, plan.width), dtype=np.float32)
+        for i, sample in enumerate(plan.samples):
+            try:
+                pixels = render(sample)
+            except ImageError as error:
+                self._report_damage(sample, error)
+                continue
+            images[i, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+        return torch.from_numpy(images)
+
+    def _report_damage(self, sample: Sample, error: ImageError) -> None:
+        if sample.image.path not in self._damaged:
+            self._damaged.add(sample.image.path)
+            print(
+                f"Warning: {sample.image.path} (image {sample.image.id}) is replaced by zeros without boxes: {error} "
+                f"({len(self._damaged)} so far).",
+                file=sys.stderr,
+            )

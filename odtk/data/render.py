@@ -1,0 +1,39 @@
+"""The pixels of one image as the sampler decided them, by Pillow and torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image as PILImage
+
+from .images import decode
+from .sampler import Sample
+
+
+def render(sample: Sample) -> np.ndarray:
+    """The normalised pixels of a sample, float32 [3, height, width] of its canvas.
+
+    Raises:
+        ImageError: the file cannot be decoded.
+    """
+    x1, y1, x2, y2 = sample.crop
+    pixels = decode(sample.image.path, sample.image.orientation)[y1:y2, x1:x2]
+    if sample.size != (x2 - x1, y2 - y1):
+        pixels = np.asarray(PILImage.fromarray(pixels).resize(sample.size, PILImage.Resampling.BILINEAR))
+    if sample.flip:
+        pixels = pixels[:, ::-1]
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)  # [H, W, 3] → [3, H, W]
+    # einsum and not @, whose BLAS threads would wait for each other
+    image = np.einsum("ij,jhw->ihw", sample.colour[:, :3], planes) + sample.colour[:, 3:, None]
+    return image if sample.turn is None else _turn(image, sample.turn, sample.canvas)
+
+
+def _turn(image: np.ndarray, matrix: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
+    """Bilinear sampling of image [3, h, w] at matrix [2, 3] · (x, y, 1) for each pixel centre of the canvas."""
+    size = torch.tensor([image.shape[2], image.shape[1]])
+    x, y = torch.arange(canvas[0]) + 0.5, torch.arange(canvas[1]) + 0.5
+    points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(canvas[1], canvas[0])], dim=-1)
+    source = points @ torch.from_numpy(matrix).T  # [H, W, 3] · [3, 2] → [H, W, 2]
+    batch = torch.from_numpy(np.ascontiguousarray(image))[None]
+    return F.grid_sample(batch, (2 * source / size - 1)[None], align_corners=False)[0].numpy()

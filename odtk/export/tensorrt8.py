@@ -1,0 +1,63 @@
+"""What TensorRT 8 needs of a graph that 10 and 11 do not."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from . import precision
+from .graph import replace_graph
+
+
+def spell_out_norms(model: ModelProto) -> None:
+    """GroupNorm's InstanceNormalization [N, G, L] in plain operators, in place: (x − mean) / √(variance + ε).
+
+    TensorRT 8 makes a plugin of it that needs cuDNN, and that an engine then looks for in vain where only odtk's own
+    plugins are registered. torch.onnx gives it no scale and bias: those of GroupNorm are nodes behind it.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type != "InstanceNormalization":
+            nodes.append(node)
+            continue
+        x, scale, bias = node.input
+        assert (numpy_helper.to_array(constants[scale]) == 1).all(), node.name
+        assert (numpy_helper.to_array(constants[bias]) == 0).all(), node.name
+        map_, mean, centred, square, variance, sum_, deviation, shape, epsilon = (
+            f"{node.name}/{part}"
+            for part in ("map", "mean", "centred", "square", "variance", "sum", "deviation", "shape", "epsilon")
+        )
+        least = np.array([helper.get_node_attr_value(node, "epsilon")], np.float32)
+        constants[shape] = numpy_helper.from_array(np.array([0, 0, -1, 1]), shape)
+        constants[epsilon] = numpy_helper.from_array(least, epsilon)
+        nodes += [
+            helper.make_node("Reshape", [x, shape], [map_], map_),  # [N, G, L] → [N, G, L, 1]
+            helper.make_node("GlobalAveragePool", [map_], [mean], mean),
+            helper.make_node("Sub", [map_, mean], [centred], centred),
+            helper.make_node("Mul", [centred, centred], [square], square),
+            helper.make_node("GlobalAveragePool", [square], [variance], variance),
+            helper.make_node("Add", [variance, epsilon], [sum_], sum_),
+            helper.make_node("Sqrt", [sum_], [deviation], deviation),
+            helper.make_node("Div", [centred, deviation], list(node.output), node.name),
+        ]
+    used = {name for node in nodes for name in node.input}
+    replace_graph(model, model.graph, nodes, [tensor for name, tensor in constants.items() if name in used])
+
+
+def layers_in_float(model: ModelProto) -> list[str]:
+    """Names of the nodes that compute in float32 in a half-precision graph, INT8's islands left out.
+
+    TensorRT 8 gives its layers types of its own choice unless it is told; 10 and 11 take those of the graph.
+    """
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    if TensorProto.FLOAT16 not in types.values():
+        return []
+    islands = {node.name for node in precision.island_nodes(graph)}
+    return [
+        node.name
+        for node in graph.node
+        if types.get(node.output[0]) == TensorProto.FLOAT and node.name not in islands and node.op_type != "Cast"
+    ]
