@@ -5,7 +5,7 @@
 Raw heads of a five-level pyramid with 9 anchors, fp16; logits drawn so that a few thousand candidates per image pass
 the threshold, as of a trained model. "read" is the time to read the bytes of all heads once at the bandwidth that the
 copy reached: a copy reads and writes, so it is half of the copy's time. The goal (spec §6) is decode ≤ 3 × read. Times
-are the median of CUDA-graph replays, so that they are the GPU's; torch's path synchronises and is timed as called. Its
+are the median of CUDA-graph replays, so that they are the GPU's; torch's path synchronizes and is timed as called. Its
 NMS is torchvision's where that is installed, else the reference of odtk/ops.py.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py MODEL.pth MODEL.onnx [OTHER.onnx …] --images DIR
 
-The images are loaded once, at the size of the first .onnx; a step is one batch, from normalised images to detections.
+The images are loaded once, at the size of the first .onnx; a step is one batch, from normalized images to detections.
 """
 
 from __future__ import annotations

@@ -23,53 +23,53 @@ SIDE = 480
 BOX = (120.0, 190.0, 240.0, 120.0)  # x, y, w, h
 THETA = math.pi / 6
 SEED = 0  # of an image with several kinds of shapes
-GREY, BLUE, RED = (150, 150, 150), (30, 90, 200), (200, 40, 40)
+GRAY, BLUE, RED = (150, 150, 150), (30, 90, 200), (200, 40, 40)
 
 
-def closed(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], colour: tuple[int, int, int]) -> None:
-    draw.line([*points, points[0], points[1]], fill=colour, width=3, joint="curve")
+def closed(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], color: tuple[int, int, int]) -> None:
+    draw.line([*points, points[0], points[1]], fill=color, width=3, joint="curve")
 
 
 def arrow(
-    draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], colour: tuple[int, int, int]
+    draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], color: tuple[int, int, int]
 ) -> None:
-    draw.line([start, end], fill=colour, width=2)
+    draw.line([start, end], fill=color, width=2)
     angle = math.atan2(end[1] - start[1], end[0] - start[0])
     wings = [(end[0] - 12 * math.cos(angle + s), end[1] - 12 * math.sin(angle + s)) for s in (-0.4, 0.4)]
-    draw.polygon([end, *wings], fill=colour)
+    draw.polygon([end, *wings], fill=color)
 
 
 def convention(font: Any, small: Any) -> Image.Image:
     picture = Image.new("RGB", (SIDE, SIDE), "white")
     draw = ImageDraw.Draw(picture)
     x, y, w, h = BOX
-    centre = (x + w / 2, y + h / 2)
+    center = (x + w / 2, y + h / 2)
     arrow(draw, (20, 20), (110, 20), (0, 0, 0))
     arrow(draw, (20, 20), (20, 110), (0, 0, 0))
     draw.text((115, 10), "x", fill="black", font=font)
     draw.text((14, 114), "y", fill="black", font=font)
 
-    closed(draw, outline((*BOX, 0.0)), GREY)
+    closed(draw, outline((*BOX, 0.0)), GRAY)
     turned = outline((*BOX, THETA))
     closed(draw, turned, BLUE)
-    draw.line([centre, (centre[0] + w / 2 + 60, centre[1])], fill=GREY, width=1)
+    draw.line([center, (center[0] + w / 2 + 60, center[1])], fill=GRAY, width=1)
     far = (w / 2 + 60) * math.cos(THETA), -(w / 2 + 60) * math.sin(THETA)
-    draw.line([centre, (centre[0] + far[0], centre[1] + far[1])], fill=BLUE, width=1)
+    draw.line([center, (center[0] + far[0], center[1] + far[1])], fill=BLUE, width=1)
     radius = w / 2 + 45
-    arc = [(centre[0] + radius * math.cos(THETA * t / 20), centre[1] - radius * math.sin(THETA * t / 20))
+    arc = [(center[0] + radius * math.cos(THETA * t / 20), center[1] - radius * math.sin(THETA * t / 20))
            for t in range(20)]  # fmt: skip
     draw.line(arc, fill=RED, width=2)
     arrow(draw, arc[-2], arc[-1], RED)
-    draw.text((centre[0] + radius + 12, centre[1] - 48), "theta", fill=RED, font=font)
+    draw.text((center[0] + radius + 12, center[1] - 48), "theta", fill=RED, font=font)
 
     for name, corner in zip("0123", turned, strict=True):
         draw.ellipse([corner[0] - 5, corner[1] - 5, corner[0] + 5, corner[1] + 5], fill=BLUE)
         draw.text((corner[0] + 8, corner[1] - 26), name, fill=BLUE, font=small)
-    draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=GREY)
-    draw.text((x - 50, y - 26), "(x, y)", fill=GREY, font=small)
-    draw.text((x + w / 2 - 6, y + h + 4), "w", fill=GREY, font=font)
-    draw.text((x + w + 8, y + h * 0.7), "h", fill=GREY, font=font)
-    draw.text((20, SIDE - 56), "grey: [x, y, w, h], the box before its turn", fill=GREY, font=small)
+    draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=GRAY)
+    draw.text((x - 50, y - 26), "(x, y)", fill=GRAY, font=small)
+    draw.text((x + w / 2 - 6, y + h + 4), "w", fill=GRAY, font=font)
+    draw.text((x + w + 8, y + h * 0.7), "h", fill=GRAY, font=font)
+    draw.text((20, SIDE - 56), "gray: [x, y, w, h], the box before its turn", fill=GRAY, font=small)
     draw.text((20, SIDE - 32), f"blue: [x, y, w, h, theta = {THETA:.3f}], corners 0 to 3", fill=BLUE, font=small)
     return picture
 

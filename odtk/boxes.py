@@ -1,11 +1,11 @@
 """THE coordinate convention, and the geometry of boxes: coding against anchors, IoU, COCO's form. Pure torch.
 
 A box is ``[x1, y1, x2, y2]`` in pixels of the network's input (x right, y down) with INCLUSIVE corners: its width is
-``x2 − x1 + 1``. As a continuous shape it covers ``[x1, x2 + 1) × [y1, y2 + 1)``, so its centre is
+``x2 − x1 + 1``. As a continuous shape it covers ``[x1, x2 + 1) × [y1, y2 + 1)``, so its center is
 ``x1 + 0.5·width``. This is the convention of NVIDIA's published ODTK 0.2 checkpoints.
 
 A rotated box is ``[x1, y1, x2, y2, theta]``: an un-rotated box, and the angle in radians by which it is turned about
-its centre, anticlockwise as seen on the screen. A point ``(dx, dy)`` from the centre goes to
+its center, anticlockwise as seen on the screen. A point ``(dx, dy)`` from the center goes to
 ``(cosθ·dx + sinθ·dy, −sinθ·dx + cosθ·dy)``. Detections carry ``(sinθ, cosθ)`` in place of the angle: 6 numbers.
 
 Deltas (what a head regresses against an anchor) are ``(dx, dy, dw, dh)``, in units of the anchor's size and its
@@ -22,23 +22,23 @@ from torch import Tensor
 SMALLEST = 1e-9  # px², keeps 0 / 0 out of the IoU of boxes without area
 
 
-def centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre [..., 2] and size (w, h) [..., 2], both px, of boxes [..., 4 or more]; an angle is not looked at."""
+def center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Center [..., 2] and size (w, h) [..., 2], both px, of boxes [..., 4 or more]; an angle is not looked at."""
     size = boxes[..., 2:4] - boxes[..., :2] + 1
     return boxes[..., :2] + 0.5 * size, size
 
 
 def area(boxes: Tensor) -> Tensor:
     """Area [...] in px² of boxes [..., 4 or more]; 0 where a side is not positive."""
-    size = centre_and_size(boxes)[1].clamp(min=0)
+    size = center_and_size(boxes)[1].clamp(min=0)
     return size[..., 0] * size[..., 1]
 
 
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
     """Deltas [..., 4] that take the anchors [..., 4] to the boxes [..., 4]."""
-    centre, size = centre_and_size(boxes)
-    anchor_centre, anchor_size = centre_and_size(anchors)
-    return torch.cat([(centre - anchor_centre) / anchor_size, torch.log(size / anchor_size)], -1)
+    center, size = center_and_size(boxes)
+    anchor_center, anchor_size = center_and_size(anchors)
+    return torch.cat([(center - anchor_center) / anchor_size, torch.log(size / anchor_size)], -1)
 
 
 def decode(deltas: Tensor, anchors: Tensor, size: tuple[int, int]) -> Tensor:
@@ -49,16 +49,16 @@ def decode(deltas: Tensor, anchors: Tensor, size: tuple[int, int]) -> Tensor:
 
     A delta that is not a number gives 0, an infinite one a clamped corner: no box poisons the NMS.
     """
-    anchor_centre, anchor_size = centre_and_size(anchors)
-    centre = deltas[..., :2] * anchor_size + anchor_centre
+    anchor_center, anchor_size = center_and_size(anchors)
+    center = deltas[..., :2] * anchor_size + anchor_center
     half = 0.5 * (torch.exp(deltas[..., 2:4]) * anchor_size)
-    return clamp(torch.cat([centre - half, centre + half - 1], -1), size)
+    return clamp(torch.cat([center - half, center + half - 1], -1), size)
 
 
 def encode_rotated(boxes: Tensor, anchors: Tensor) -> Tensor:
     """(dx, dy, dw, dh, sinθ, cosθ) [..., 6] of rotated boxes [..., 5] against rotated anchors [..., 5].
 
-    Centre and size are coded against the un-rotated anchor; θ is the box's own angle, not relative to the anchor's.
+    Center and size are coded against the un-rotated anchor; θ is the box's own angle, not relative to the anchor's.
     """
     angle = boxes[..., 4:5]
     return torch.cat([encode(boxes[..., :4], anchors[..., :4]), torch.sin(angle), torch.cos(angle)], -1)
@@ -105,7 +105,7 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rotation(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """(sinθ, cosθ), each [...], of rotated boxes [..., 5 or 6]; the two numbers of a detection are normalised."""
+    """(sinθ, cosθ), each [...], of rotated boxes [..., 5 or 6]; the two numbers of a detection are normalized."""
     angle = boxes[..., 4] if boxes.shape[-1] == 5 else torch.atan2(boxes[..., 4], boxes[..., 5])
     return torch.sin(angle), torch.cos(angle)
 
@@ -115,20 +115,20 @@ def corners(boxes: Tensor) -> Tensor:
 
     From the un-rotated top left they go along the top edge first: clockwise on the screen.
     """
-    centre, size = centre_and_size(boxes)
+    center, size = center_and_size(boxes)
     half = 0.5 * size.clamp(min=0)
     dx = torch.stack([-half[..., 0], half[..., 0], half[..., 0], -half[..., 0]], -1)  # [..., 4]
     dy = torch.stack([-half[..., 1], -half[..., 1], half[..., 1], half[..., 1]], -1)
     sin, cos = (value[..., None] for value in rotation(boxes))
-    return torch.stack([cos * dx + sin * dy, cos * dy - sin * dx], -1) + centre[..., None, :]
+    return torch.stack([cos * dx + sin * dy, cos * dy - sin * dx], -1) + center[..., None, :]
 
 
 def circumscribe(boxes: Tensor) -> Tensor:
     """The smallest axis-aligned boxes [..., 4] around rotated boxes [..., 5 or 6]."""
-    centre, size = centre_and_size(boxes)
+    center, size = center_and_size(boxes)
     sin, cos = (value.abs()[..., None] for value in rotation(boxes))
     half = 0.5 * (cos * size + sin * size.flip(-1)).clamp(min=0)
-    return torch.cat([centre - half, centre + half - 1], -1)
+    return torch.cat([center - half, center + half - 1], -1)
 
 
 def paired_rotated_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -137,14 +137,14 @@ def paired_rotated_iou(a: Tensor, b: Tensor) -> Tensor:
     Seen from b, as the rectangle |x| ≤ W, |y| ≤ H, the intersection's area is by Green's theorem the integral of
     clamp(x, −W, W) dy along those parts of a's four edges where |y| ≤ H. It needs no list of intersection points and
     no sorting, and it is continuous in all numbers: identical boxes, shared edges and touching corners are not special.
-    Worked out in float64, relative to b's centre.
+    Worked out in float64, relative to b's center.
     """
     kind = torch.promote_types(a.dtype, b.dtype)
     a, b = torch.broadcast_tensors(a.double(), b.double())
-    (centre_a, size_a), (centre_b, size_b) = centre_and_size(a), centre_and_size(b)
-    moved = torch.cat([centre_a - centre_b - 0.5 * size_a, centre_a - centre_b + 0.5 * size_a - 1, a[..., 4:]], -1)
+    (center_a, size_a), (center_b, size_b) = center_and_size(a), center_and_size(b)
+    moved = torch.cat([center_a - center_b - 0.5 * size_a, center_a - center_b + 0.5 * size_a - 1, a[..., 4:]], -1)
     sin, cos = (value[..., None] for value in rotation(b))
-    x, y = corners(moved).unbind(-1)  # [..., 4], about b's centre
+    x, y = corners(moved).unbind(-1)  # [..., 4], about b's center
     x, y = cos * x - sin * y, sin * x + cos * y  # turned back by b's angle: b is now axis-aligned
     half = 0.5 * size_b.clamp(min=0)
     inside = _area_in_rectangle(x, y, half[..., :1], half[..., 1:])
@@ -174,7 +174,7 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 def rotated_iou(a: Tensor, b: Tensor) -> Tensor:
     """Exact IoU [..., N, M] of the polygons of rotated boxes a [..., N, 5 or 6] and b [..., M, 5 or 6].
 
-    Every pair is worked out, with no host synchronisation; ops.rotated_iou skips the pairs that cannot overlap.
+    Every pair is worked out, with no host synchronization; ops.rotated_iou skips the pairs that cannot overlap.
     """
     return paired_rotated_iou(a[..., :, None, :], b[..., None, :, :])
 
@@ -182,7 +182,7 @@ def rotated_iou(a: Tensor, b: Tensor) -> Tensor:
 def normalize_angle(boxes: Tensor, *, around: Tensor | float = 0.0, absolute: bool = False) -> Tensor:
     """The same rotated boxes [..., 5] with theta in [−π/4, π/4) + around, or with ``absolute`` in [−π, π) + around.
 
-    Without ``absolute`` a box has no front: quarter turns are undone by swapping width and height about the centre.
+    Without ``absolute`` a box has no front: quarter turns are undone by swapping width and height about the center.
 
     Args:
         around: radians; a tensor broadcasts against [..., 1].
@@ -192,9 +192,9 @@ def normalize_angle(boxes: Tensor, *, around: Tensor | float = 0.0, absolute: bo
     angle = boxes[..., 4:5] - turns * period
     if absolute:
         return torch.cat([boxes[..., :4], angle], -1)
-    centre, size = centre_and_size(boxes)
+    center, size = center_and_size(boxes)
     half = 0.5 * torch.where(turns % 2 == 1, size.flip(-1), size)
-    return torch.cat([centre - half, centre + half - 1, angle], -1)
+    return torch.cat([center - half, center + half - 1, angle], -1)
 
 
 def coco_to_corners(boxes: Tensor, scale: Tensor | tuple[float, float] = (1.0, 1.0)) -> Tensor:

@@ -325,7 +325,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--norm",
         choices=("frozen", "batch", "group"),
-        help="normalisation of the backbone (frozen when pretrained, else batch)",
+        help="normalization of the backbone (frozen when pretrained, else batch)",
     )
     model.add_argument(
         "--freeze-at",
@@ -361,7 +361,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--fine-tune",
         metavar="PATH",
-        help="checkpoint of which every matching tensor is taken, the rest is initialised (none)",
+        help="checkpoint of which every matching tensor is taken, the rest is initialized (none)",
     )
     model.add_argument("--override", action="store_true", help="start anew over an existing MODEL.pth (off)")
     add_rotated(model)  # type: ignore[arg-type]
@@ -668,11 +668,12 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> None:
     """What each process of `odtk infer` does; rank 0 has all detections, scores and draws them."""
     from .inference.infer import infer
 
-    album = None
+    pictures = None
     if config.draw and not rank:
-        from .evaluation.visualize import draw_detections, open_album
+        from .evaluation.visualize import draw_detections, open_pictures
 
-        album = open_album(config.data, config.draw)  # before the work: what comes later would shift a folder's ids
+        # Before the work: a file that appears later would shift the ids of a folder.
+        pictures = open_pictures(config.data, config.draw)
 
     detections = infer(config, rank, world)
     if rank:
@@ -681,12 +682,12 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> None:
         from pathlib import Path
 
         from .data.coco import load_json
-        from .evaluation.evaluate import evaluate, known, report
+        from .evaluation.evaluate import evaluate, filter_categories, report
 
         truth = load_json(Path(config.data.annotations))
-        report(evaluate(known(detections, truth), truth))
-    if album is not None:
-        draw_detections(detections, album)
+        report(evaluate(filter_categories(detections, truth), truth))
+    if pictures is not None:
+        draw_detections(detections, pictures)
 
 
 def thresholds_given(args: argparse.Namespace) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class ModelConfig:
 
     @property
     def box_values(self) -> int:
-        """V, numbers regressed per anchor: 4 deltas; 6 with sin and cos; 5 for FCOS (l, t, r, b, centre-ness)."""
+        """V, numbers regressed per anchor: 4 deltas; 6 with sin and cos; 5 for FCOS (l, t, r, b, center-ness)."""
         if self.head == "fcos":
             return 5
         return 6 if self.rotated else 4
@@ -106,7 +106,7 @@ class PostprocessConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Training augmentation. The four colour values are standard deviations of normal distributions."""
+    """Training augmentation. The four color values are standard deviations of normal distributions."""
 
     flip: float = 0.5  # probability
     crop: float = 1.0  # probability of a random crop that keeps boxes (SSD, https://arxiv.org/abs/1512.02325 §2.2)

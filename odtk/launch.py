@@ -211,7 +211,7 @@ def follow_parent() -> None:
 
 
 def leave(writer: Any, failure: Failure) -> None:
-    """Tells the parent and ends this process, without waiting for peers that may hang in a collective.
+    """Tells the parent and ends this process, without waiting for ranks that may hang in a collective.
 
     The parent reads when this process has ended, so that all of it must fit into the pipe.
     """
@@ -236,7 +236,7 @@ def watch(children: list[Any]) -> None:
 
 
 def end(children: list[Any]) -> list[Any]:
-    """Kills what still runs, and returns it: a failed rank's peers may hang in a collective, deaf to other signals."""
+    """Kills what still runs, and returns it: a failed rank's ranks may hang in a collective, deaf to other signals."""
     running = [child for child in children if child.is_alive()]
     for child in running:
         child.kill()
@@ -320,13 +320,13 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     return values or []
 
 
-class Peers:
+class HostGroup:
     """The ranks of the run, and what all have to decide alike: over CPU tensors, so that no device is waited for."""
 
     def __init__(self, world: int) -> None:
         self.group = patient_group(world)
 
-    def agree(self, *wishes: int) -> list[int]:
+    def all_max(self, *wishes: int) -> list[int]:
         """The greatest wish of any rank, for each of the wishes."""
         if self.group is None:
             return list(wishes)
@@ -334,11 +334,11 @@ class Peers:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all ranks are here."""
-        self.agree(0)
+        self.all_max(0)
 
-    def share_buffers(self, model: torch.nn.Module) -> None:
+    def broadcast_buffers(self, model: torch.nn.Module) -> None:
         """Rank 0's buffers to all: pretrained statistics at the start, and later those that each rank gathered."""
         if self.group is not None:
             for buffer in model.buffers():

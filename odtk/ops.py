@@ -3,7 +3,7 @@
 Raw levels are what a Detector gives, per level of stride s with h×w cells:
     logits [N, A·C, h, w], channel a·C + c; boxes [N, A·V, h, w], channel a·V + v.
 V says what is regressed: 4 deltas; 6 with (sin, cos) for rotated boxes; 5 for FCOS, (l, t, r, b) in strides before
-ReLU and the centre-ness logit.
+ReLU and the center-ness logit.
 
 A candidate is one (anchor, class, cell); its index in its level is ((a·C + c)·h + y)·w + x. Ties of score go to the
 lower level first, then to the lower index.
@@ -191,7 +191,7 @@ def decode_boxes(numbers: Tensor, anchors: Tensor, stride: int, size: tuple[int,
     if numbers.shape[-1] == 6:
         return geometry.decode_rotated(numbers, anchors, size)
     if numbers.shape[-1] == 5:
-        points = geometry.centre_and_size(anchors)[0]
+        points = geometry.center_and_size(anchors)[0]
         return geometry.decode_distances(numbers[..., :4].relu() * stride, points, size)
     return geometry.decode(numbers, anchors, size)
 
@@ -257,7 +257,7 @@ def rotated_iou_reference(a: Tensor, b: Tensor, *, minimum: float = 0.0) -> Tens
     """rotated_iou in plain torch: polygons only where an upper bound of the IoU allows more than the minimum.
 
     The intersection is at most the smaller area, and at most that of the circumscribed axis-aligned boxes.
-    Listing the pairs is a host synchronisation on a GPU; the kernel has none.
+    Listing the pairs is a host synchronization on a GPU; the kernel has none.
     """
     area_a, area_b = geometry.area(a)[..., :, None], geometry.area(b)[..., None, :]  # [..., N, 1], [..., 1, M]
     most = geometry.intersection(geometry.circumscribe(a), geometry.circumscribe(b))  # [..., N, M]
@@ -291,7 +291,7 @@ def decode_kernel(
     top_n: int,
     values: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """decode by csrc/cuda/decode.cu: two launches, no host synchronisation. Anchors should be on the device already."""
+    """decode by csrc/cuda/decode.cu: two launches, no host synchronization. Anchors should be on the device already."""
     assert kernels is not None
     logits, logits_half = _as_kernel_type(logits)
     boxes, boxes_half = _as_kernel_type(boxes)
@@ -355,7 +355,7 @@ def _(
 def nms_kernel(
     scores: Tensor, boxes: Tensor, classes: Tensor, threshold: float, detections: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """nms by csrc/cuda/nms.cu: one launch, no host synchronisation."""
+    """nms by csrc/cuda/nms.cu: one launch, no host synchronization."""
     assert kernels is not None
     scores, boxes, classes = scores.float().contiguous(), boxes.float().contiguous(), classes.int().contiguous()
     batch, count, values = boxes.shape

@@ -16,7 +16,7 @@ def seed() -> None:
 
 @pytest.fixture
 def bccd() -> Path:
-    """Folder of train/, val/, train.json and val.json (blood cells, MIT licence)."""
+    """Folder of train/, val/, train.json and val.json (blood cells, MIT license)."""
     if not BCCD.is_dir():
         pytest.skip("the BCCD images are not in ../shared/data/bccd")
     return BCCD

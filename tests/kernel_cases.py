@@ -79,7 +79,7 @@ HEADS = [
 
 
 def logits_of(head: Head, shape: tuple[int, ...]) -> Tensor:
-    """Logits [N, A·C, h, w] with what head.plant names: the threshold and its neighbours, an empty image, NaN, ±inf."""
+    """Logits [N, A·C, h, w] with what head.plant names: the threshold and its neighbors, an empty image, NaN, ±inf."""
     logits = torch.randn(shape) + head.mean
     if head.step:
         logits = (logits / head.step).round() * head.step
@@ -212,7 +212,7 @@ def candidates(case: Candidates, device: str = "cpu") -> Triple:
 
 
 def degenerate_rotated_boxes() -> Tensor:
-    """Rotated boxes [n, 5] that share edges, corners, centres or all, without area, thin, huge, by right angles."""
+    """Rotated boxes [n, 5] that share edges, corners, centers or all, without area, thin, huge, by right angles."""
     quarter = math.pi / 2
     return torch.tensor(
         [

@@ -101,7 +101,7 @@ def test_iou_of_one_pixel_and_of_none() -> None:
     assert geometry.iou(pixel, pixel).item() == 1
     assert geometry.iou(pixel, nothing).item() == 0
     assert geometry.iou(nothing, nothing).item() == 0
-    assert geometry.iou(pixel, torch.tensor([[6.0, 5.0, 9.0, 9.0]])).item() == 0  # neighbours share no pixel
+    assert geometry.iou(pixel, torch.tensor([[6.0, 5.0, 9.0, 9.0]])).item() == 0  # neighbors share no pixel
 
 
 # --- rotation
@@ -109,7 +109,7 @@ def test_iou_of_one_pixel_and_of_none() -> None:
 
 def test_a_positive_angle_turns_anticlockwise_on_the_screen() -> None:
     """A lying bar, turned by 45°: its right end goes up, which is to smaller y."""
-    bar = torch.tensor([0.0, 4.0, 9.0, 5.0, math.pi / 4])  # centre (5, 5), 10 × 2
+    bar = torch.tensor([0.0, 4.0, 9.0, 5.0, math.pi / 4])  # center (5, 5), 10 × 2
     middle_of_right_end = geometry.corners(bar)[1:3].mean(0)
     assert middle_of_right_end.tolist() == pytest.approx([5 + 5 * math.sqrt(0.5), 5 - 5 * math.sqrt(0.5)], abs=1e-5)
 
@@ -138,7 +138,7 @@ def test_six_numbers_mean_the_same_box_as_the_angle() -> None:
 
 
 @pytest.mark.parametrize("theta", [-7.0, -math.pi, -math.pi / 2, -0.8, -math.pi / 4, 0.0, math.pi / 4, 2.0, 3.2, 9.0])
-def test_normalised_angles_mean_the_same_shape(theta: float) -> None:
+def test_normalized_angles_mean_the_same_shape(theta: float) -> None:
     box = torch.tensor([[2.0, 3.0, 21.0, 7.0, theta]], dtype=torch.float64)
     folded, wrapped = geometry.normalize_angle(box), geometry.normalize_angle(box, absolute=True)
     assert -math.pi / 4 <= folded[0, 4] < math.pi / 4
@@ -160,14 +160,14 @@ def shapely_iou(a: Tensor, b: Tensor) -> np.ndarray:
 
     def polygon(box: list[float]):
         x1, y1, x2, y2, theta = box
-        centre, turn = complex((x1 + x2 + 1) / 2, -(y1 + y2 + 1) / 2), complex(math.cos(theta), math.sin(theta))
+        center, turn = complex((x1 + x2 + 1) / 2, -(y1 + y2 + 1) / 2), complex(math.cos(theta), math.sin(theta))
         half_w, half_h = (x2 - x1 + 1) / 2, (y2 - y1 + 1) / 2
-        points = [centre + turn * complex(sx * half_w, sy * half_h) for sx, sy in ((-1, 1), (1, 1), (1, -1), (-1, -1))]
+        points = [center + turn * complex(sx * half_w, sy * half_h) for sx, sy in ((-1, 1), (1, 1), (1, -1), (-1, -1))]
         return shapely.Polygon([(p.real, p.imag) for p in points])
 
     first, second = ([polygon(box) for box in boxes.double().tolist()] for boxes in (a, b))
     shared = shapely.area(shapely.intersection(first, second, grid_size=1e-9))  # without a grid it finds 1 for some
-    # neighbours that only share an edge
+    # neighbors that only share an edge
     union = shapely.area(first) + shapely.area(second) - shared
     return np.where(union > 0, shared / np.where(union > 0, union, 1), 0)
 
@@ -175,9 +175,9 @@ def shapely_iou(a: Tensor, b: Tensor) -> np.ndarray:
 def random_pairs(n: int) -> tuple[Tensor, Tensor]:
     """Boxes of 0.5 to 200 px at up to 2000 px, the second near the first."""
     size = torch.exp(torch.empty(n, 1, 2).uniform_(math.log(0.5), math.log(200)) + torch.randn(n, 2, 2) * 0.3)
-    centre = torch.rand(n, 1, 2) * 2000 + torch.randn(n, 2, 2) * size.amin(1, keepdim=True) * 0.3
+    center = torch.rand(n, 1, 2) * 2000 + torch.randn(n, 2, 2) * size.amin(1, keepdim=True) * 0.3
     angle = (torch.rand(n, 2, 1) * 2 - 1) * math.pi
-    pairs = torch.cat([centre - size / 2, centre + size / 2 - 1, angle], -1)
+    pairs = torch.cat([center - size / 2, center + size / 2 - 1, angle], -1)
     return pairs[:, 0], pairs[:, 1]
 
 
@@ -203,7 +203,7 @@ def degenerate_pairs(n: int) -> tuple[Tensor, Tensor]:
             cx, cy = (a[0] + a[2] + 1) / 2, (a[1] + a[3] + 1) / 2
             cx, cy = cx - math.cos(theta) * w / 4, cy + math.sin(theta) * w / 4
             b = [cx - w / 4, cy - h / 2, cx + w / 4 - 1, cy + h / 2 - 1, theta]
-        elif kind == 4:  # contained, same centre
+        elif kind == 4:  # contained, same center
             b = [a[0] + w / 4, a[1] + h / 4, a[2] - w / 4, a[3] - h / 4, chosen.choice([theta, 0.0])]
         elif kind == 5:  # a hair apart
             b[4] += chosen.choice([1e-14, 1e-9, 1e-7, 1e-6, 1e-5, 1e-4]) * chosen.choice([-1, 1])

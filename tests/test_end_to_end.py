@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_quantize import compile_for
 
 from odtk.cli import main
 from odtk.config import ModelConfig
@@ -19,6 +18,7 @@ from odtk.model import checkpoint
 from odtk.model.backbones.catalog import BACKBONES
 from odtk.model.detector import Detector
 from odtk.model.layers import DeformConv2d
+from tests.export.test_precision import compile_for
 
 SIZE = (64, 96)
 SCORES, PIXELS = 1e-4, 0.1  # how far fp32 may be apart (spec §5)

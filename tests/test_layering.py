@@ -5,10 +5,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "odtk"
 RULE = (
-    "data flows one way: config → categories → boxes → ops → postprocess → files, launch → data, model → export → "
-    "inference → evaluation → training → deploy → info → cli, and data and model are apart"
+    "data flows one way: text, config → categories → boxes → ops → postprocess → files, launch → data, model → "
+    "export → inference → evaluation → training → deploy → info → cli, and data and model are apart"
 )
 ORDER = [
+    {"text"},
     {"config"},
     {"categories"},
     {"boxes"},

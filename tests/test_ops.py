@@ -149,7 +149,7 @@ def test_equal_logits_are_ties_wherever_they_lie(values: int) -> None:
 
 
 def test_a_score_at_the_threshold_does_not_survive() -> None:
-    """Strictly above, compared as logits; the two neighbours in float32 tell the sides apart."""
+    """Strictly above, compared as logits; the two neighbors in float32 tell the sides apart."""
     at = np.float32(math.log(THRESHOLD / (1 - THRESHOLD)))
     head = random_head(1, 1, [(1, 3)], anchors=1)
     head[0][0][:] = torch.tensor([np.nextafter(at, np.float32(-INF)), at, np.nextafter(at, np.float32(INF))])
@@ -176,7 +176,7 @@ def test_what_is_not_a_number_does_not_survive(values: int) -> None:
     head[1][0][1] = NAN  # numbers of the boxes
     scores, boxes, _ = ops.decode_reference(*head, score_threshold=THRESHOLD, top_n=1000, values=values)
     assert torch.isfinite(boxes).all() and not boxes[1].any()
-    assert (scores[1] > 0).any() != (values == 5)  # a centre-ness that is not a number is a score that is none
+    assert (scores[1] > 0).any() != (values == 5)  # a center-ness that is not a number is a score that is none
 
 
 def test_decode_does_not_depend_on_memory_format_or_float_type() -> None:

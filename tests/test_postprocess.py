@@ -14,7 +14,7 @@ from odtk.training.loss import detection_loss
 
 STRIDES = (8, 16)
 SHAPES = ((8, 10), (4, 5))  # 80 × 64 px
-ANCHOR = torch.tensor([0.0, -4.0, 7.0, 11.0])  # 8 × 16 px about the first cell's centre
+ANCHOR = torch.tensor([0.0, -4.0, 7.0, 11.0])  # 8 × 16 px about the first cell's center
 KINDS = ["retinanet", "rotated", "fcos"]
 
 
@@ -137,7 +137,7 @@ def test_a_rotated_pair_is_judged_by_its_polygons() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_loss_teaches_is_what_postprocess_reads(kind: str) -> None:
-    """Raw levels that minimise the loss give the targets back: both sides agree on layout, anchors and coding."""
+    """Raw levels that minimize the loss give the targets back: both sides agree on layout, anchors and coding."""
     model = model_config(kind)
     angle = [0.2] if model.rotated else []
     boxes = torch.tensor([[[8.0, 8.0, 17.0, 25.0, *angle], [46.0, 30.0, 55.0, 47.0, *angle]]] * 2)

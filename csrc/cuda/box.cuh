@@ -84,7 +84,7 @@ ODTK_HD Box decode_deltas(const float* deltas, const Box& anchor, int image_widt
   return clamp({cx - half_w, cy - half_h, cx + half_w - 1.0f, cy + half_h - 1.0f}, image_width, image_height);
 }
 
-/// (l, t, r, b) in strides, before ReLU, about the anchor's centre: FCOS, https://arxiv.org/abs/1904.01355, eq. 1.
+/// (l, t, r, b) in strides, before ReLU, about the anchor's center: FCOS, https://arxiv.org/abs/1904.01355, eq. 1.
 ODTK_HD Box decode_distances(const float* distances, const Box& anchor, int stride, int image_width, int image_height) {
   const float cx = anchor.x1 + 0.5f * width(anchor), cy = anchor.y1 + 0.5f * height(anchor);
   float pixels[4];
@@ -173,14 +173,14 @@ template <typename T>
 ODTK_HD T rotated_iou(const RotatedBox& a, const RotatedBox& b) {
   const T width_a = larger(T(a.box.x2) - T(a.box.x1) + 1, T(0)), height_a = larger(T(a.box.y2) - T(a.box.y1) + 1, T(0));
   const T width_b = larger(T(b.box.x2) - T(b.box.x1) + 1, T(0)), height_b = larger(T(b.box.y2) - T(b.box.y1) + 1, T(0));
-  // Centre of a about the centre of b: half of (x1 + x2 + 1) - (x1' + x2' + 1).
+  // Center of a about the center of b: half of (x1 + x2 + 1) - (x1' + x2' + 1).
   const T cx = T(0.5) * ((T(a.box.x1) - T(b.box.x1)) + (T(a.box.x2) - T(b.box.x2)));
   const T cy = T(0.5) * ((T(a.box.y1) - T(b.box.y1)) + (T(a.box.y2) - T(b.box.y2)));
   T sin_a, cos_a, sin_b, cos_b;
   unit_rotation(a, &sin_a, &cos_a);
   unit_rotation(b, &sin_b, &cos_b);
 
-  Point<T> corner[4];  // of a, about b's centre, turned back by b's angle
+  Point<T> corner[4];  // of a, about b's center, turned back by b's angle
   for (int i = 0; i < 4; ++i) {
     const T dx = T(0.5) * (i == 1 || i == 2 ? width_a : -width_a), dy = T(0.5) * (i >= 2 ? height_a : -height_a);
     const T x = cos_a * dx + sin_a * dy + cx, y = cos_a * dy - sin_a * dx + cy;

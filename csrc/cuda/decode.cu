@@ -248,7 +248,7 @@ __device__ void write_row(const Plan& plan, const DecodeLevel& level, int image,
   const int image_width = level.width * level.stride, image_height = level.height * level.stride;
 
   float values[6];
-  const int count = p.kind == BoxKind::kRotated ? 6 : 4;  // the centre-ness is in the score already
+  const int count = p.kind == BoxKind::kRotated ? 6 : 4;  // the center-ness is in the score already
 #pragma unroll
   for (int v = 0; v < 6; ++v) values[v] = v < count ? box_value(p, level, image, anchor, v, cell) : 0.0f;
   const Box box = p.kind == BoxKind::kFcos
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
   const int total = found;
   __syncthreads();
 
-  // 32 neighbouring threads walk one list together.
+  // 32 neighboring threads walk one list together.
   const auto visit = [&](const auto& f) {
     for (int list = threadIdx.x / 32; list < lists; list += kMergeThreads / 32) {
       const Key* const start = keys + static_cast<std::int64_t>(list) * p.top_n;

@@ -1,6 +1,6 @@
 // decode: raw head tensors of all levels of a whole batch -> the best candidates of each image and level.
 //
-// Torch-free, TensorRT-free. Two kernel launches whatever the batch, levels and data; no host synchronisation, no
+// Torch-free, TensorRT-free. Two kernel launches whatever the batch, levels and data; no host synchronization, no
 // allocation, no host-to-device copy; capturable in a CUDA graph; the same bits at every run.
 #pragma once
 
@@ -20,7 +20,7 @@ enum class DataType : std::int32_t { kFloat = 0, kHalf = 1 };
 enum class BoxKind : std::int32_t {
   kAnchor = 0,   ///< V = 4: dx, dy, dw, dh relative to an anchor        -> 4 numbers x1, y1, x2, y2
   kRotated = 1,  ///< V = 6: dx, dy, dw, dh, sin, cos of the box's angle -> 6 numbers x1, y1, x2, y2, sin, cos
-  kFcos = 2,     ///< V = 5: l, t, r, b in strides, centre-ness logit    -> 4 numbers x1, y1, x2, y2
+  kFcos = 2,     ///< V = 5: l, t, r, b in strides, center-ness logit    -> 4 numbers x1, y1, x2, y2
 };
 
 /// Numbers per cell and anchor in the box head.
@@ -74,7 +74,7 @@ std::size_t decode_workspace(const DecodeParams& params);
 /// Per image and level the K best survivors, by falling score, ties by lower flat index ((a*C + c)*h + y)*w + x; rows
 /// beyond the last survivor are zero. NaN logits never survive. Every element of the outputs is written.
 ///
-///   scores   [N, columns]                     fp32: sigmoid(logit); kFcos: sqrt(sigmoid(logit) * sigmoid(centre-ness))
+///   scores   [N, columns]                     fp32: sigmoid(logit); kFcos: sqrt(sigmoid(logit) * sigmoid(center-ness))
 ///   boxes    [N, columns, box_values(kind)]   fp32, pixels of the network's input, inclusive corners
 ///   classes  [N, columns]                     int32, 0 .. C-1
 ///

@@ -1,6 +1,6 @@
 // nms: greedy non-maximum suppression per class, for a whole batch in one launch.
 //
-// Torch-free, TensorRT-free. No host synchronisation, no allocation, no host-to-device copy; capturable in a CUDA graph;
+// Torch-free, TensorRT-free. No host synchronization, no allocation, no host-to-device copy; capturable in a CUDA graph;
 // the same bits at every run.
 #pragma once
 

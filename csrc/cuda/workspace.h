@@ -21,7 +21,7 @@ class Workspace {
   /// Without a base nothing is handed out: take() returns null pointers and only counts.
   explicit Workspace(void* base = nullptr) : base_(static_cast<std::uint8_t*>(base)) {}
 
-  /// The next `count` elements of T, uninitialised; null while measuring.
+  /// The next `count` elements of T, uninitialized; null while measuring.
   template <typename T>
   T* take(std::size_t count) {
     T* piece = base_ ? reinterpret_cast<T*>(base_ + size_) : nullptr;

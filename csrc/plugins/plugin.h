@@ -1,5 +1,5 @@
 // PluginBase<Derived>: all that TensorRT's plugin interfaces ask for and that does not differ between plugins: names,
-// fields, parsing, serialisation, the guard around every noexcept method. One derived class serves both generations:
+// fields, parsing, serialization, the guard around every noexcept method. One derived class serves both generations:
 // IPluginV3 with TensorRT 10 and newer, IPluginV2DynamicExt with 8.5 and 8.6.
 //
 // A Derived plugin states:
@@ -372,15 +372,15 @@ class PluginBase : public nvinfer1::IPluginV2DynamicExt {
     const char* at = static_cast<const char*>(data);
     const char* const end = at + size;
     for (nvinfer1::PluginField& field : list.fields()) {
-      if (end - at < kElement) throw std::invalid_argument("the serialised plugin is cut short");
+      if (end - at < kElement) throw std::invalid_argument("the serialized plugin is cut short");
       std::memcpy(&field.length, at, kElement);
       at += kElement;
       if (field.length < 0 || (end - at) / kElement < field.length)
-        throw std::invalid_argument("the serialised plugin is cut short");
+        throw std::invalid_argument("the serialized plugin is cut short");
       field.data = at;
       at += field.length * kElement;
     }
-    if (at != end) throw std::invalid_argument("the serialised plugin is too long");
+    if (at != end) throw std::invalid_argument("the serialized plugin is too long");
     return create_plugin<Derived>(list.collection());
   }
 

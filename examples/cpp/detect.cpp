@@ -10,7 +10,7 @@
 #include "cuda/check.h"
 #include "engine/engine.h"
 
-/// Normalises the image into the upper left corner of `input` [3, height, width], zero elsewhere.
+/// Normalizes the image into the upper left corner of `input` [3, height, width], zero elsewhere.
 static void read_image(const char* path, float* input, long height, long width) {
   const float mean[] = {0.485f, 0.456f, 0.406f}, deviation[] = {0.229f, 0.224f, 0.225f};  // ImageNet's, of 0 … 1
   std::ifstream file(path, std::ios::binary);

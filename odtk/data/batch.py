@@ -29,7 +29,7 @@ class Batch:
     """Images, boxes and labels of one step.
 
     Attributes:
-        images: float32 [N, 3, H, W], normalised RGB, zero-padded right and bottom; on ``LoaderConfig.device``.
+        images: float32 [N, 3, H, W], normalized RGB, zero-padded right and bottom; on ``LoaderConfig.device``.
         boxes: float32 [N, M, 4] (x1, y1, x2, y2) or [N, M, 5] (… theta), pixels of ``images``, inclusive corners,
             zero where there is no box, M ≥ 1; on the same device.
         labels: int64 [N, M], index of the category, −1 where there is no box; on the same device.
@@ -94,7 +94,7 @@ class Loader:
         return plan, self._render(plan)
 
     def _render(self, plan: BatchPlan) -> Tensor:
-        """The normalised images of a plan, float32 [N, 3, H, W], complete, on the device or the CPU."""
+        """The normalized images of a plan, float32 [N, 3, H, W], complete, on the device or the CPU."""
         raise NotImplementedError
 
     def _batch(self, plan: BatchPlan, images: Tensor) -> Batch:

@@ -92,7 +92,7 @@ def unmatched_boxes(
     """How many boxes no anchor reaches, with the advice.
 
     An image is scaled as in inference (shorter side ``resize``, longer at most ``max_size``). For a given anchor shape
-    the IoU is largest at the cell whose anchor centre is nearest to the box centre, so one cell per level is enough.
+    the IoU is largest at the cell whose anchor center is nearest to the box center, so one cell per level is enough.
     Rotated boxes are taken un-turned.
 
     Args:
@@ -128,10 +128,10 @@ def unmatched_boxes(
 def _best_iou(boxes: np.ndarray, stride: int, base: np.ndarray) -> np.ndarray:
     """Largest IoU [n] of boxes [n, 4] (x, y, w, h) with the base anchors [A, 4] placed at the nearest cell."""
     sizes = base[:, 2:] - base[:, :2]  # [A, 2]
-    centres = (base[:, 2:] + base[:, :2]) / 2  # [A, 2]
-    box_centres = boxes[:, :2] + boxes[:, 2:] / 2  # [n, 2]
-    cells = np.maximum(np.round((box_centres[:, None] - centres) / stride), 0)  # [n, A, 2]
-    offset = np.abs(cells * stride + centres - box_centres[:, None])  # [n, A, 2]
+    centers = (base[:, 2:] + base[:, :2]) / 2  # [A, 2]
+    box_centers = boxes[:, :2] + boxes[:, 2:] / 2  # [n, 2]
+    cells = np.maximum(np.round((box_centers[:, None] - centers) / stride), 0)  # [n, A, 2]
+    offset = np.abs(cells * stride + centers - box_centers[:, None])  # [n, A, 2]
     overlap = np.minimum(boxes[:, None, 2:], sizes)  # where one box holds the other, per axis
     overlap = np.clip(np.minimum(overlap, (boxes[:, None, 2:] + sizes) / 2 - offset), 0, None)  # [n, A, 2]
     intersection = overlap.prod(axis=2)  # [n, A]

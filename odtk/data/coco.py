@@ -186,9 +186,9 @@ class CocoReader:
         if abs(box[4]) > 2 * math.pi:
             self.refuse(name, "theta is beyond ±2π: it must be in radians", f"theta {box[4]} is not in radians")
             return None
-        centre_x, centre_y = box[0] + box[2] / 2, box[1] + box[3] / 2
-        if not (0 <= centre_x <= image.width and 0 <= centre_y <= image.height):
-            self.fix(name, "box with its centre outside the image dropped")
+        center_x, center_y = box[0] + box[2] / 2, box[1] + box[3] / 2
+        if not (0 <= center_x <= image.width and 0 <= center_y <= image.height):
+            self.fix(name, "box with its center outside the image dropped")
             return None
         return box
 

@@ -1,7 +1,7 @@
 """The Batches of ``loader.py`` with pixels from NVIDIA DALI: one pipeline definition for CPU and GPU.
 
 DALI gets each image as encoded bytes together with the sampler's decisions, and does what costs time: it decodes the
-crop only (on a GPU: decoder and scaling there), scales, mirrors, turns, colours, normalises and pads. Its own COCO
+crop only (on a GPU: decoder and scaling there), scales, mirrors, turns, colors, normalizes and pads. Its own COCO
 reader is not used: it remaps category ids, and its random crop could be neither resumed nor repeated by torch.
 
 Orientation by EXIF and the kinds of image that decoders read differently (``Image.plain`` is false) are few; Pillow
@@ -68,7 +68,7 @@ class DaliLoader(Loader):
             "end": _rows([sample.crop[2:] for sample in samples], np.int32),
             "size": _rows([sample.size[::-1] for sample in samples], np.float32),
             "flip": _rows([sample.flip for sample in samples], np.int32),
-            "colour": np.stack([sample.colour for sample in samples]),
+            "color": np.stack([sample.color for sample in samples]),
             "height": np.full(len(samples), plan.height, dtype=np.float32),
             "width": np.full(len(samples), plan.width, dtype=np.float32),
         }
@@ -109,7 +109,7 @@ def _pipeline(turns: bool, gpu: bool) -> Any:
     end = fn.external_source(name="end", dtype=types.INT32, ndim=1)
     size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
     flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-    colour = fn.external_source(name="colour", dtype=types.FLOAT, ndim=2)
+    color = fn.external_source(name="color", dtype=types.FLOAT, ndim=2)
     height = fn.external_source(name="height", dtype=types.FLOAT, ndim=0)
     width = fn.external_source(name="width", dtype=types.FLOAT, ndim=0)
     images = fn.decoders.image_slice(
@@ -124,7 +124,7 @@ def _pipeline(turns: bool, gpu: bool) -> Any:
     )
     images = fn.resize(images, size=size, dtype=types.FLOAT)  # bilinear, antialiased, like Pillow
     images = fn.flip(images, horizontal=flip)
-    images = fn.coord_transform(images, MT=colour)
+    images = fn.coord_transform(images, MT=color)
     if turns:
         turn = fn.external_source(name="turn", dtype=types.FLOAT, ndim=2)
         canvas = fn.external_source(name="canvas", dtype=types.FLOAT, ndim=1)

@@ -1,12 +1,12 @@
 """COCO annotations → an index of images and boxes, checked by one set of rules. No pixels.
 
 Boxes are kept as COCO writes them: [x, y, w, h] in pixels of the image, x and y of the upper left corner;
-rotated ones [x, y, w, h, theta], the un-turned box and its anticlockwise turn about its centre in radians.
+rotated ones [x, y, w, h, theta], the un-turned box and its anticlockwise turn about its center in radians.
 
 Each fault is either fixed, with one counted warning, or refused before the run starts:
 
   fixed    degenerate box (w or h not above 0, or not finite): dropped
-           box beyond the image: clipped (rotated: kept); wholly outside (rotated: its centre): dropped
+           box beyond the image: clipped (rotated: kept); wholly outside (rotated: its center): dropped
            crowd: not used in training; duplicate annotation id: both are kept
            rotated run, box of four numbers: theta is 0
            image without width or height: taken from the file; odd pixels: see ``images.py``

@@ -2,10 +2,10 @@
 
 Every kind of image becomes RGB of 8 bits by one of these rules (spec §3):
 
-  grayscale   the grey value is used for R, G and B
+  grayscale   the gray value is used for R, G and B
   CMYK        converted by Pillow's formula (R = 255 − min(255, C + K), inverted Adobe files included)
-  palette     each index becomes its palette colour
-  alpha       the alpha channel is dropped, the colour under it is kept
+  palette     each index becomes its palette color
+  alpha       the alpha channel is dropped, the color under it is kept
   16-bit      the high byte is kept
   animation   the first frame is used
   EXIF        see ``dataset.py``: the annotated size decides whether an image is turned
@@ -106,7 +106,7 @@ def decode(path: Path, orientation: int = 1) -> np.ndarray:
 def _to_rgb(image: PILImage.Image) -> PILImage.Image:
     if image.mode == "F":
         raise ImageError("pixels of type float have no known range")
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it to white
+    if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion would clip it to white
         high_byte = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
         image = PILImage.fromarray(high_byte)
     if image.mode == "P" and "transparency" in image.info:
@@ -135,13 +135,13 @@ def _rule(image: PILImage.Image, depth: int) -> str:
     if image.mode == "CMYK":
         return "CMYK image converted to RGB"
     if image.mode in ("P", "PA"):
-        return "palette image: each index becomes its colour"
+        return "palette image: each index becomes its color"
     if image.mode in ("RGBA", "LA", "RGBa", "La") or "transparency" in image.info:
         return "alpha channel dropped"
     if depth == 16:
         return "16-bit image: the high byte is kept"
     if image.mode in ("L", "1"):
-        return "grayscale image: the grey value is used for R, G and B"
+        return "grayscale image: the gray value is used for R, G and B"
     return ""
 
 

@@ -48,7 +48,7 @@ class Sample:
         crop: x1, y1, x2, y2 in pixels of the image, x2 and y2 exclusive.
         size: width, height in pixels to which the crop is scaled.
         flip: mirrored left to right after scaling.
-        colour: float32 [3, 4]; normalised RGB = colour · (R, G, B, 1), R, G, B in 0…255.
+        color: float32 [3, 4]; normalized RGB = color · (R, G, B, 1), R, G, B in 0…255.
         turn: float32 [2, 3] from output to scaled image in continuous coordinates, or None.
         canvas: width, height in pixels after the turn.
         boxes: float32 [n, 4] (x1, y1, x2, y2) or [n, 5] (… theta), pixels of the network's input, inclusive corners.
@@ -60,7 +60,7 @@ class Sample:
     crop: tuple[int, int, int, int]
     size: tuple[int, int]
     flip: bool
-    colour: np.ndarray
+    color: np.ndarray
     turn: np.ndarray | None
     canvas: tuple[int, int]
     boxes: np.ndarray
@@ -136,13 +136,13 @@ class Sampler:
         flip = bool(generator.random() < augment.flip)
         quarters = int(generator.integers(4)) if augment.rotate else 0
         degrees = float(generator.uniform(*augment.free_rotate))
-        colour = colour_matrix(generator, augment)
+        color = color_matrix(generator, augment)
         crops = generator.random() < augment.crop
         crop = random_crop(generator, image) if crops else (0, 0, image.width, image.height)
-        inside = _centres_inside(image.boxes, crop)
+        inside = _centers_inside(image.boxes, crop)
         scale = _shorter_side(crop[2] - crop[0], crop[3] - crop[1], target, self.config.max_size)
         boxes, labels = _clip(image.boxes[inside], crop), image.labels[inside]
-        return self._sample(image, crop, scale, flip, quarters, math.radians(degrees), colour, boxes, labels)
+        return self._sample(image, crop, scale, flip, quarters, math.radians(degrees), color, boxes, labels)
 
     def _sample(
         self,
@@ -152,7 +152,7 @@ class Sampler:
         flip: bool,
         quarters: int,
         angle: float,
-        colour: np.ndarray,
+        color: np.ndarray,
         boxes: np.ndarray,
         labels: np.ndarray,
     ) -> Sample:
@@ -178,7 +178,7 @@ class Sampler:
             crop,
             size,
             flip,
-            _normalised(colour, config),
+            _normalized(color, config),
             turn,
             canvas,
             _corners(boxes, config.absolute_angle),
@@ -207,21 +207,21 @@ def _shorter_side(width: int, height: int, target: int, cap: int) -> float:
 
 def _hull(boxes: np.ndarray) -> np.ndarray:
     """Smallest upright boxes [n, 4] (x1, y1, x2, y2), continuous, around boxes [n, 4|5] (x, y, w, h, theta)."""
-    centre, half = boxes[:, :2] + boxes[:, 2:4] / 2, boxes[:, 2:4] / 2
+    center, half = boxes[:, :2] + boxes[:, 2:4] / 2, boxes[:, 2:4] / 2
     if boxes.shape[1] == 5:
         cos, sin = np.abs(np.cos(boxes[:, 4])), np.abs(np.sin(boxes[:, 4]))
         half = np.stack([half[:, 0] * cos + half[:, 1] * sin, half[:, 0] * sin + half[:, 1] * cos], axis=1)
-    return np.concatenate([centre - half, centre + half], axis=1)
+    return np.concatenate([center - half, center + half], axis=1)
 
 
-def _centres_inside(boxes: np.ndarray, crop: tuple[float, float, float, float]) -> np.ndarray:
-    """Mask [n] of boxes [n, 4|5] (x, y, w, h, …) whose centre lies in a crop (x1, y1, x2, y2)."""
-    centre = boxes[:, :2] + boxes[:, 2:4] / 2
-    return np.all((centre >= crop[:2]) & (centre < crop[2:]), axis=1)
+def _centers_inside(boxes: np.ndarray, crop: tuple[float, float, float, float]) -> np.ndarray:
+    """Mask [n] of boxes [n, 4|5] (x, y, w, h, …) whose center lies in a crop (x1, y1, x2, y2)."""
+    center = boxes[:, :2] + boxes[:, 2:4] / 2
+    return np.all((center >= crop[:2]) & (center < crop[2:]), axis=1)
 
 
 def random_crop(generator: np.random.Generator, image: Image) -> tuple[int, int, int, int]:
-    """A window (x1, y1, x2, y2; x2, y2 exclusive) that keeps the centre of at least one box.
+    """A window (x1, y1, x2, y2; x2, y2 exclusive) that keeps the center of at least one box.
 
     SSD, https://arxiv.org/abs/1512.02325 §2.2: the window has at least a drawn IoU with some box; where 50 windows do
     not, another IoU is drawn. An image without boxes is kept whole.
@@ -235,7 +235,7 @@ def random_crop(generator: np.random.Generator, image: Image) -> tuple[int, int,
         if least is None:
             return whole
         windows = _windows(generator, image.width, image.height)
-        keeps = (_iou(windows, hull) >= least) & _holds_centre(windows, hull)
+        keeps = (_iou(windows, hull) >= least) & _holds_center(windows, hull)
         good = np.flatnonzero(keeps.any(axis=1))
         if len(good):
             x1, y1, x2, y2 = windows[good[0]].tolist()
@@ -262,16 +262,16 @@ def _iou(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return overlap / (area - overlap)
 
 
-def _holds_centre(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2  # [n, 2]
-    return np.all((centre >= windows[:, None, :2]) & (centre < windows[:, None, 2:]), axis=2)  # [k, n]
+def _holds_center(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2  # [n, 2]
+    return np.all((center >= windows[:, None, :2]) & (center < windows[:, None, 2:]), axis=2)  # [k, n]
 
 
-def colour_matrix(generator: np.random.Generator, augment: AugmentConfig) -> np.ndarray:
-    """A random change of colour as [3, 4]: changed RGB = matrix · (R, G, B, 1), values in 0…255.
+def color_matrix(generator: np.random.Generator, augment: AugmentConfig) -> np.ndarray:
+    """A random change of color as [3, 4]: changed RGB = matrix · (R, G, B, 1), values in 0…255.
 
     Saturation scales and hue turns the chroma (YIQ); contrast scales about 128; brightness scales all. The factors are
-    normal about 1, never below 0; hue is normal about 0, in turns of the colour circle.
+    normal about 1, never below 0; hue is normal about 0, in turns of the color circle.
     """
     brightness, contrast, saturation = np.maximum(
         generator.normal(1, (augment.brightness, augment.contrast, augment.saturation)), 0
@@ -284,16 +284,16 @@ def colour_matrix(generator: np.random.Generator, augment: AugmentConfig) -> np.
     return np.concatenate([matrix, offset], axis=1)
 
 
-def _normalised(colour: np.ndarray, config: LoaderConfig) -> np.ndarray:
-    """The colour matrix [3, 4] followed by (value / 255 − mean) / std, float32."""
+def _normalized(color: np.ndarray, config: LoaderConfig) -> np.ndarray:
+    """The color matrix [3, 4] followed by (value / 255 − mean) / std, float32."""
     mean, std = np.array(config.mean), np.array(config.std)
-    matrix = colour / (255 * std[:, None])
+    matrix = color / (255 * std[:, None])
     matrix[:, 3] -= mean / std
     return matrix.astype(np.float32)
 
 
 def _rotation(angle: float, size: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
-    """Anticlockwise turn (y down) of an image of ``size`` about its centre into ``canvas``, [3, 3]."""
+    """Anticlockwise turn (y down) of an image of ``size`` about its center into ``canvas``, [3, 3]."""
     cos, sin = round(math.cos(angle), 12), round(math.sin(angle), 12)  # quarter turns map pixels onto pixels
     matrix = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
     matrix[:2, 2] = np.array(canvas) / 2 - matrix[:2, :2] @ (np.array(size) / 2)
@@ -302,18 +302,18 @@ def _rotation(angle: float, size: tuple[int, int], canvas: tuple[int, int]) -> n
 
 def _move(boxes: np.ndarray, forward: np.ndarray, scale: tuple[float, float], flip: bool, angle: float) -> np.ndarray:
     """Boxes [n, 4|5] (x, y, w, h, theta) under an affine map [3, 3]; an upright box becomes the hull of its image."""
-    centre = (boxes[:, :2] + boxes[:, 2:4] / 2) @ forward[:2, :2].T + forward[:2, 2]
+    center = (boxes[:, :2] + boxes[:, 2:4] / 2) @ forward[:2, :2].T + forward[:2, 2]
     if boxes.shape[1] == 4:
         size = boxes[:, 2:] @ np.abs(forward[:2, :2]).T
-        return np.concatenate([centre - size / 2, size], axis=1)
+        return np.concatenate([center - size / 2, size], axis=1)
     size = boxes[:, 2:4] * scale
     theta = (-boxes[:, 4] if flip else boxes[:, 4]) + angle
-    return np.concatenate([centre - size / 2, size, theta[:, None]], axis=1)
+    return np.concatenate([center - size / 2, size, theta[:, None]], axis=1)
 
 
 def _keep(boxes: np.ndarray, labels: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes [n, 4|5] (x, y, w, h, …) with their centre on the canvas, clipped to it, of sides of a pixel or more."""
-    inside = _centres_inside(boxes, (0, 0, *canvas))
+    """Boxes [n, 4|5] (x, y, w, h, …) with their center on the canvas, clipped to it, of sides of a pixel or more."""
+    inside = _centers_inside(boxes, (0, 0, *canvas))
     boxes, labels = _clip(boxes[inside], (0, 0, *canvas)), labels[inside]
     large = (boxes[:, 2:4] >= MIN_SIDE).all(axis=1)
     return boxes[large], labels[large]

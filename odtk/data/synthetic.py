@@ -1,6 +1,6 @@
 """Draws a small COCO-format dataset of shapes, so that everything can be tried with no download.
 
-Shapes of random colour, size and turn lie on uneven, noisy backgrounds; their boxes are exact. With ``rotated`` the
+Shapes of random color, size and turn lie on uneven, noisy backgrounds; their boxes are exact. With ``rotated`` the
 shapes are elongated and their boxes carry the turn: [x, y, w, h, theta], theta anticlockwise in radians.
 """
 
@@ -177,8 +177,8 @@ def _background(generator: np.random.Generator, size: tuple[int, int]) -> tuple[
     painter = ImageDraw.Draw(canvas)
     for _ in range(generator.integers(0, 5)):
         ends = (generator.random((2, 2)) * large).reshape(-1).tolist()  # [2, 2] → [4]
-        colour = tuple(np.clip(base + generator.normal(0, 30), 0, 255).astype(int).tolist())
-        painter.line(ends, fill=colour, width=int(generator.integers(1, 3 * SMOOTHING)))
+        color = tuple(np.clip(base + generator.normal(0, 30), 0, 255).astype(int).tolist())
+        painter.line(ends, fill=color, width=int(generator.integers(1, 3 * SMOOTHING)))
     return canvas, base
 
 
@@ -196,10 +196,10 @@ def _place(
     outline = _turned(outline * sides, theta)
     low, high = outline.min(axis=0), outline.max(axis=0)
     corner = 1 + generator.random(2) * (np.array(size[::-1]) - (high - low) - 2)
-    centre = corner - low
+    center = corner - low
     if rotated:
-        return outline + centre, np.concatenate([centre - sides / 2, sides]), theta
-    return outline + centre, np.concatenate([corner, high - low]), 0.0
+        return outline + center, np.concatenate([center - sides / 2, sides]), theta
+    return outline + center, np.concatenate([corner, high - low]), 0.0
 
 
 def _turned(points: np.ndarray, theta: float) -> np.ndarray:
@@ -217,16 +217,16 @@ def _covered(hull: np.ndarray, other: np.ndarray) -> float:
 def _paint(
     painter: ImageDraw.ImageDraw, generator: np.random.Generator, outline: np.ndarray, background: np.ndarray
 ) -> None:
-    """A filled outline with a darker rim and a shadow, in a colour that differs from the background."""
+    """A filled outline with a darker rim and a shadow, in a color that differs from the background."""
     while True:
         hsv = generator.random(), generator.uniform(0.35, 1), generator.uniform(0.2, 1)
-        colour = np.array(colorsys.hsv_to_rgb(*hsv)) * 255
-        if np.abs(colour - background).sum() > 150:
+        color = np.array(colorsys.hsv_to_rgb(*hsv)) * 255
+        if np.abs(color - background).sum() > 150:
             break
     points = outline * SMOOTHING
     shadow = [tuple(point) for point in (points + 2 * SMOOTHING).tolist()]
     painter.polygon(shadow, fill=tuple((background * 0.75).astype(int).tolist()))
     corners = [tuple(point) for point in points.tolist()]
-    painter.polygon(corners, fill=tuple(colour.astype(int).tolist()))
-    rim = tuple((colour * 0.6).astype(int).tolist())
+    painter.polygon(corners, fill=tuple(color.astype(int).tolist()))
+    rim = tuple((color * 0.6).astype(int).tolist())
     painter.line([*corners, corners[0]], fill=rim, width=SMOOTHING, joint="curve")

@@ -21,14 +21,14 @@ LARGEST = 32000  # pixels of a picture's longer side: two stand side by side in 
 
 @dataclass(frozen=True)
 class Shape:
-    """Something to draw on an image: its outline (x, y pairs, pixels of the image), colour, label and line width.
+    """Something to draw on an image: its outline (x, y pairs, pixels of the image), color, label and line width.
 
     Attributes:
         weight: 0 for a hair line, 1 for a line that suits the picture, 2 for twice as wide.
     """
 
     outline: Sequence[tuple[float, float]]
-    colour: tuple[int, int, int]
+    color: tuple[int, int, int]
     label: str = ""
     weight: int = 1
 
@@ -40,7 +40,7 @@ def shapes(entries: Iterable[dict[str, Any]], names: dict[int, str] | None = Non
         category = entry["category_id"]
         name = entry.get("category") or (names or {}).get(category) or str(category)
         label = f"{name} {entry['score']:.2f}" if "score" in entry else name
-        found.append(Shape(outline(entry["bbox"]), colour(category), label))
+        found.append(Shape(outline(entry["bbox"]), color(category), label))
     return found
 
 
@@ -50,8 +50,8 @@ def outline(box: Sequence[float]) -> list[tuple[float, float]]:
     return [(x, y) for x, y in corners(coco_to_corners(turned)).tolist()]
 
 
-def colour(category: int) -> tuple[int, int, int]:
-    """Distinct for neighbouring ids: hues by the golden ratio, alternating brightness."""
+def color(category: int) -> tuple[int, int, int]:
+    """Distinct for neighboring ids: hues by the golden ratio, alternating brightness."""
     red, green, blue = colorsys.hsv_to_rgb(category * 0.618034 % 1, 0.85, 1.0 if category % 2 else 0.85)
     return round(red * 255), round(green * 255), round(blue * 255)
 
@@ -67,7 +67,7 @@ def annotate(image: PILImage.Image, shapes: Sequence[Shape]) -> PILImage.Image:
     line = max(2, side // 240)
     outlines = [[(x * factor, y * factor) for x, y in shape.outline] for shape in shapes]
     for shape, points in zip(shapes, outlines, strict=True):
-        draw.line([*points, points[0], points[1]], fill=shape.colour, width=line * shape.weight or 1, joint="curve")
+        draw.line([*points, points[0], points[1]], fill=shape.color, width=line * shape.weight or 1, joint="curve")
     taken: list[tuple[float, float, float, float]] = []
     for shape, points in list(zip(shapes, outlines, strict=True))[::-1]:  # the best finds room first
         if shape.label:
@@ -99,8 +99,8 @@ def draw_label(
         x, y = min(max(x, 0), max(0, size[0] - w)), min(max(y, 0), max(0, size[1] - h))
         places.append((x, y, x + w, y + h))
     place = next((p for p in places if not any(overlap(p, other) for other in taken)), places[0])
-    draw.rectangle(place, fill=shape.colour)
-    red, green, blue = shape.colour
+    draw.rectangle(place, fill=shape.color)
+    red, green, blue = shape.color
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140  # luma of BT.601
     draw.text((place[0] + 3 - left, place[1] + 3 - top), shape.label, fill="white" if dark else "black", font=font)
     return place

@@ -99,7 +99,7 @@ def evaluate(
     truth = load_json(Path(annotations)) if isinstance(annotations, str) else annotations
     results = read_detections(detections) if isinstance(detections, str) else detections
     file, results_file = (given if isinstance(given, str) else "" for given in (annotations, detections))
-    truth = usable(truth, file, segmentation=segmentation)
+    truth = prepare_ground_truth(truth, file, segmentation=segmentation)
     check_detections(results, truth, results_file, segmentation=segmentation)
     if rotated is None:
         rotated = any(len(entry["bbox"]) == 5 for entry in (*truth["annotations"], *results))
@@ -219,13 +219,13 @@ def read_detections(path: str) -> list[dict[str, Any]]:
     return values.get("annotations", values) if isinstance(values, dict) else values
 
 
-def known(detections: list[dict[str, Any]], truth: dict[str, Any]) -> list[dict[str, Any]]:
+def filter_categories(detections: list[dict[str, Any]], truth: dict[str, Any]) -> list[dict[str, Any]]:
     """The detections of categories that the annotations have: a model may know more than is to be scored."""
     ids = {category["id"] for category in categories_of(truth)}
     return [d for d in detections if d["category_id"] in ids]
 
 
-def usable(truth: dict[str, Any], file: str = "", *, segmentation: bool = False) -> dict[str, Any]:
+def prepare_ground_truth(truth: dict[str, Any], file: str = "", *, segmentation: bool = False) -> dict[str, Any]:
     """A copy of annotations with the lists that COCO files may lack, and without degenerate boxes.
 
     The rules are those of data/dataset.py: what a run or `odtk check` accepts, this does too.
@@ -253,7 +253,7 @@ def usable(truth: dict[str, Any], file: str = "", *, segmentation: bool = False)
 
 
 def check_detections(detections: Any, truth: dict[str, Any], file: str = "", *, segmentation: bool = False) -> None:
-    """One sentence for the first detection (of ``file``) that cannot be scored against what usable gave."""
+    """One sentence for the first detection (of ``file``) that cannot be scored against a prepared ground truth."""
     of = f" of {file}" if file else ""
     if not isinstance(detections, list):
         raise OdtkError(

@@ -164,7 +164,7 @@ def page(verdict: Verdict, path: str, images: Sequence[DatasetImage]) -> str:
         cells = [[name, f"{value:g}", "FP16" if name in kept else "INT8"] for name, value in costs]
         parts += [
             "<h2>What each layer costs in INT8</h2><p>Signal over error of the raw outputs when this layer alone is "
-            "quantised; the lower, the more costly. Six decibels halve the error.</p>",
+            "quantized; the lower, the more costly. Six decibels halve the error.</p>",
             html_table(("layer", "dB", "written as"), cells),
         ]
     parts.append(
@@ -219,11 +219,11 @@ def draw(picture: Image.Image, results: Sequence[dict[str, Any]], image_id: int)
     for result in results:
         if result["image_id"] != image_id or result["score"] < SHOWN_SCORE:
             continue
-        colour = f"hsl({result['category_id'] * 137 % 360}, 90%, 45%)"  # the golden angle keeps neighbours apart
+        color = f"hsl({result['category_id'] * 137 % 360}, 90%, 45%)"  # the golden angle keeps neighbors apart
         x, y, w, h = result["bbox"][:4]
         corners = result.get("segmentation", [[x, y, x + w, y, x + w, y + h, x, y + h]])[0]
-        canvas.line([*corners, *corners[:2]], fill=colour, width=2)
-        canvas.text((corners[0] + 3, corners[1] + 2), f"{result['category']} {result['score']:.2f}", fill=colour)
+        canvas.line([*corners, *corners[:2]], fill=color, width=2)
+        canvas.text((corners[0] + 3, corners[1] + 2), f"{result['category']} {result['score']:.2f}", fill=color)
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -14,7 +14,7 @@ from ..export.session import open_session
 
 
 def sensitivity(model: ModelProto, table: Table, images: Sequence[np.ndarray]) -> dict[str, float]:
-    """What quantising each layer alone costs: signal over error of the raw outputs in decibels, the worst layer first.
+    """What quantizing each layer alone costs: signal over error of the raw outputs in decibels, the worst layer first.
 
     Args:
         model: the raw float32 graph.

@@ -35,7 +35,7 @@ from ..launch import silent
 from ..model.checkpoint import build, load
 from ..postprocess import Detections
 from . import sensitivity
-from .evaluate import evaluate, known, usable
+from .evaluate import evaluate, filter_categories, prepare_ground_truth
 from .report import Run, Verdict, drop, page, show, to_dict
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -69,7 +69,7 @@ def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: 
     fp16_layers: tuple[str, ...] = ()
     if config.precision == "int8":
         sensitivity = measure_sensitivity(config, bench)
-        runs[-1], fp16_layers = rescue(config, bench, runs[0], runs[-1], list(sensitivity), max_ap_drop)
+        runs[-1], fp16_layers = restore_accuracy(config, bench, runs[0], runs[-1], list(sensitivity), max_ap_drop)
     verdict = Verdict(tuple(runs), max_ap_drop, sensitivity, fp16_layers)
     show(verdict, config.output)
     for suffix, text in (
@@ -93,7 +93,7 @@ class Bench:
         assert self.data.size is not None  # of an exported file
         self.size = self.data.size
         self.dataset = Dataset.load(annotations, images, rotated=written.rotated)
-        self.truth = usable(load_json(Path(annotations)), annotations)
+        self.truth = prepare_ground_truth(load_json(Path(annotations)), annotations)
         self.categories = resolve_categories(written, self.dataset.categories)
         self.thresholds = written.postprocess
 
@@ -104,7 +104,7 @@ class Bench:
         name = name or f"{'TensorRT' if path.endswith(ENGINES) else 'ONNX'} {backend.precision}"
         print(f"Running {name} on {len(self.dataset.images)} images", flush=True)
         results = detect(timed, create_loader(self.dataset, self.data), self.categories)
-        metrics = evaluate(known(results, self.truth), self.truth, rotated=backend.rotated)
+        metrics = evaluate(filter_categories(results, self.truth), self.truth, rotated=backend.rotated)
         return Run(name, os.path.getsize(path), metrics, statistics.median(timed.times), results)
 
     def images(self, count: int) -> list[Any]:
@@ -133,14 +133,14 @@ def measure_sensitivity(config: ExportConfig, bench: Bench) -> dict[str, float]:
     table = calibration_table.load_table(calibration_table.table_path(config))
     if not table.sensitivity:
         model = trace(build(load(config.path)).fold(), bench.size)
-        print(f"Quantising each of {len(precision.layers(model))} layers alone, to see what it costs", flush=True)
+        print(f"Quantizing each of {len(precision.layers(model))} layers alone, to see what it costs", flush=True)
         found = sensitivity.sensitivity(model, table, bench.images(SENSITIVITY_IMAGES))
         table = dataclasses.replace(table, sensitivity=found)
         calibration_table.save_table(calibration_table.table_path(config), table)
     return table.sensitivity
 
 
-def rescue(
+def restore_accuracy(
     config: ExportConfig, bench: Bench, reference: Run, run: Run, ranked: Sequence[str], allowed: float
 ) -> tuple[Run, tuple[str, ...]]:
     """Writes an INT8 file again with the 1, 2, 4 … most costly layers in FP16 until it is inside the bar.

@@ -31,7 +31,7 @@ from ..model import checkpoint
 from ..model.anchors import place_anchors
 from ..model.detector import Detector
 from ..ops import rotated_iou
-from .drawing import Shape, annotate, beside, colour, points, shapes
+from .drawing import Shape, annotate, beside, color, points, shapes
 from .evaluate import STATS, check_detections, read_detections
 
 MAX_MAPS = 64  # channels shown of a feature map
@@ -46,35 +46,35 @@ RAMP = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [2
 # Detections and ground truth
 
 
-def draw_detections(detections: Iterable[dict[str, Any]], album: Album) -> list[str]:
+def draw_detections(detections: Iterable[dict[str, Any]], writer: PictureWriter) -> list[str]:
     """One JPEG per image, with its detections (COCO results) above SHOWN_SCORE. Returns the paths."""
     by_image = grouped(d for d in detections if d["score"] > SHOWN_SCORE)
-    return [album.save(annotate(pixels, shapes(by_image[image.id])), image) for image, pixels in album.pictures()]
+    return [writer.save(annotate(pixels, shapes(by_image[image.id])), image) for image, pixels in writer.pictures()]
 
 
 def draw_results(
     path: str, data: LoaderConfig, folder: str, *, score_threshold: float, count: int | None = None
 ) -> list[str]:
     """Detections of a file above a score; with annotations the ground truth stands on the left of each picture."""
-    album = open_album(data, folder)
-    by_image = grouped(d for d in drawable(path, album.dataset) if d["score"] > score_threshold)
+    writer = open_pictures(data, folder)
+    by_image = grouped(d for d in drawable(path, writer.dataset) if d["score"] > score_threshold)
     truth, names = read_truth(data.annotations) if data.annotations else (grouped(()), {})
     written = []
-    for image, pixels in album.pictures(count):
+    for image, pixels in writer.pictures(count):
         found = annotate(pixels, shapes(by_image[image.id], names))
         if data.annotations:
             found = beside(annotate(pixels, shapes(truth[image.id], names)), found)
-        written.append(album.save(found, image))
+        written.append(writer.save(found, image))
     return written
 
 
 def draw_truth(data: LoaderConfig, folder: str, *, count: int | None = None) -> list[str]:
     """The annotations on their images, as they are written in the file."""
     assert data.annotations
-    album = open_album(data, folder)
+    writer = open_pictures(data, folder)
     truth, names = read_truth(data.annotations)
     return [
-        album.save(annotate(pixels, shapes(truth[image.id], names)), image) for image, pixels in album.pictures(count)
+        writer.save(annotate(pixels, shapes(truth[image.id], names)), image) for image, pixels in writer.pictures(count)
     ]
 
 
@@ -112,7 +112,7 @@ def grouped(entries: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Album:
+class PictureWriter:
     """A dataset, read once, and the folder for the pictures that are drawn of its images."""
 
     dataset: Dataset
@@ -139,7 +139,7 @@ class Album:
         return str(path)
 
 
-def open_album(data: LoaderConfig, folder: str, *, rotated: bool | None = None) -> Album:
+def open_pictures(data: LoaderConfig, folder: str, *, rotated: bool | None = None) -> PictureWriter:
     """Reads a dataset (rotated: None, as its annotations are) and creates the folder for its pictures.
 
     Raises:
@@ -152,7 +152,7 @@ def open_album(data: LoaderConfig, folder: str, *, rotated: bool | None = None) 
     if rotated is None:
         rotated = data.annotations is not None and has_angles(data.annotations)
     dataset = Dataset.load(data.annotations, data.images, rotated=rotated)
-    return Album(dataset, make_folder(folder), frozenset(image.path.resolve() for image in dataset.images))
+    return PictureWriter(dataset, make_folder(folder), frozenset(image.path.resolve() for image in dataset.images))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,14 +170,14 @@ def draw_features(path: str, layer: str, data: LoaderConfig, folder: str, *, cou
         OdtkError: there is no such layer, or it gives no feature maps [N, C, h, w].
     """
     detector = checkpoint.build(checkpoint.load(path)).eval()
-    album = open_album(data, folder, rotated=detector.config.rotated)
+    writer = open_pictures(data, folder, rotated=detector.config.rotated)
     name, module = find_layer(detector, layer)
     while isinstance(module, torch.nn.Sequential):  # whose parts may be called one by one; the last gives its output
         module = module[-1]
     outputs: list[Tensor] = []
     handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.extend(feature_maps(output)))
     written = []
-    for image, batch in inputs(detector, album.dataset, data, count):
+    for image, batch in inputs(detector, writer.dataset, data, count):
         outputs.clear()
         with torch.inference_mode():
             detector(batch.images)
@@ -186,7 +186,7 @@ def draw_features(path: str, layer: str, data: LoaderConfig, folder: str, *, cou
         for level, maps in enumerate(outputs):
             title = f"{name}  {tuple(maps.shape[1:])}  {min(MAX_MAPS, maps.shape[1])} of {maps.shape[1]} channels"
             grid = feature_grid(maps[0], title, picture_of(batch, data))
-            written.append(album.save(grid, image, f"_{name}_{level}.png"))
+            written.append(writer.save(grid, image, f"_{name}_{level}.png"))
     handle.remove()
     return written
 
@@ -214,7 +214,7 @@ def feature_maps(output: Any) -> list[Tensor]:
 
 
 def feature_grid(maps: Tensor, title: str, image: PILImage.Image) -> PILImage.Image:
-    """The first channels of maps [C, h, w] as coloured tiles, the input on the left."""
+    """The first channels of maps [C, h, w] as colored tiles, the input on the left."""
     maps = maps[:MAX_MAPS]
     columns = math.ceil(math.sqrt(len(maps)))
     rows = math.ceil(len(maps) / columns)
@@ -223,7 +223,7 @@ def feature_grid(maps: Tensor, title: str, image: PILImage.Image) -> PILImage.Im
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     scaled = ((maps - low) / (high - low).clamp(min=1e-12)).cpu().numpy()  # [C, h, w] in [0, 1]
     position = scaled * (len(RAMP) - 1)
-    coloured = np.stack([np.interp(position, range(len(RAMP)), RAMP[:, c]) for c in range(3)], axis=-1)
+    colored = np.stack([np.interp(position, range(len(RAMP)), RAMP[:, c]) for c in range(3)], axis=-1)
     tile_w, tile_h = width * factor + 2, height * factor + 2
     font = ImageFont.load_default(16)
     header = 28
@@ -231,7 +231,7 @@ def feature_grid(maps: Tensor, title: str, image: PILImage.Image) -> PILImage.Im
     canvas = PILImage.new("RGB", (side.width + 8 + columns * tile_w, header + rows * tile_h), "white")
     ImageDraw.Draw(canvas).text((4, 4), title, fill="black", font=font)
     canvas.paste(side, (0, header))
-    for i, tile in enumerate(coloured.astype(np.uint8)):
+    for i, tile in enumerate(colored.astype(np.uint8)):
         picture = PILImage.fromarray(tile).resize((width * factor, height * factor), PILImage.Resampling.NEAREST)
         canvas.paste(picture, (side.width + 8 + i % columns * tile_w, header + i // columns * tile_h))
     return canvas
@@ -246,11 +246,11 @@ def draw_anchors(path: str, data: LoaderConfig, assign: Assign, folder: str, *, 
     detector = checkpoint.build(checkpoint.load(path))
     if detector.config.head == "fcos":
         raise OdtkError("--anchors is of the retinanet head: the fcos head has points, not anchors.")
-    album = open_album(data, folder, rotated=detector.config.rotated)
+    writer = open_pictures(data, folder, rotated=detector.config.rotated)
     written = []
-    for image, batch in inputs(detector, album.dataset, data, count):
+    for image, batch in inputs(detector, writer.dataset, data, count):
         picture = annotate(picture_of(batch, data), anchor_shapes(detector, batch, assign))
-        written.append(album.save(picture, image, "_anchors.png"))
+        written.append(writer.save(picture, image, "_anchors.png"))
     return written
 
 
@@ -270,7 +270,7 @@ def anchor_shapes(detector: Detector, batch: Batch, assign: Assign) -> list[Shap
         overlaps = (rotated_iou if detector.config.rotated else iou)(box[None], anchors)[0]  # [P]
         best = int(overlaps.argmax())
         matched = ((labels[0] >= 0) & (index[0] == i)).nonzero()[:, 0]
-        tint = colour(i + 1) if len(matched) else (255, 0, 0)
+        tint = color(i + 1) if len(matched) else (255, 0, 0)
         shown = matched[overlaps[matched].argsort(descending=True)][:MAX_ANCHORS]
         found += [Shape(points(anchors[a]), tint, weight=0) for a in (shown.tolist() or [best])]
         label = f"{len(matched)} anchors, stride {int(stride_of[best])}, IoU {overlaps[best]:.2f}"
@@ -289,7 +289,7 @@ def inputs(detector: Detector, dataset: Dataset, data: LoaderConfig, count: int)
 
 
 def picture_of(batch: Batch, data: LoaderConfig) -> PILImage.Image:
-    """The first image of a batch, its normalisation undone."""
+    """The first image of a batch, its normalization undone."""
     mean, std = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
     pixels = ((batch.images[0].cpu() * std + mean) * 255).round().clamp(0, 255).byte()
     return PILImage.fromarray(pixels.permute(1, 2, 0).numpy())  # [3, H, W] -> [H, W, 3]

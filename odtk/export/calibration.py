@@ -85,7 +85,7 @@ def sample(folder: str, limit: int, seed: int) -> Dataset:
 
 
 def images_of(dataset: Dataset, config: ExportConfig, stride: int) -> Iterator[np.ndarray]:
-    """The dataset's images one by one as inference would prepare them: [1, 3, H, W] float32, normalised, padded."""
+    """The dataset's images one by one as inference would prepare them: [1, 3, H, W] float32, normalized, padded."""
     assert config.calibration_images is not None
     data = LoaderConfig(images=config.calibration_images, batch=1, size=config.size, stride=stride)
     for batch in create_loader(dataset, data):
@@ -162,7 +162,7 @@ def smooth(counts: np.ndarray) -> np.ndarray:
 
 
 def calibrate(model: ModelProto, images: Iterable[np.ndarray], method: str, total: int) -> dict[str, float]:
-    """The range of every activation of a raw float32 graph that INT8 may quantise, image by image in fixed memory.
+    """The range of every activation of a raw float32 graph that INT8 may quantize, image by image in fixed memory.
 
     Raises:
         OdtkError: an unknown method, or activations that are not finite.

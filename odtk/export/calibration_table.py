@@ -22,7 +22,7 @@ class Table:
         images: the files of the sample, in the order they were used.
         scales: activation → what one step of its int8 stands for.
         fp16_layers: convolutions that stay in FP16.
-        sensitivity: layer → decibels by which the raw outputs stand above the error that quantising this layer
+        sensitivity: layer → decibels by which the raw outputs stand above the error that quantizing this layer
             alone makes; the worst first; empty before `odtk export --verify` has measured it.
     """
 

@@ -1,6 +1,6 @@
-"""Checkpoint → ONNX → engine: one traced graph of raw levels, its precision, and the ending that was asked for.
+"""Checkpoint → ONNX → engine: one traced graph of raw levels, its precision, and the postprocessing that was asked for.
 
-Endings (values of `Metadata.ending`):
+Postprocessing (values of `Metadata.postprocessing`):
     detections   standard operators: scores [N, D], boxes [N, D, 4], classes [N, D]; rows in use first, the rest zero
     candidates   rotated boxes, for which ONNX has no NMS: the decoded candidates of all levels, scores [N, T],
                  boxes [N, T, 6], classes [N, T]; backends.py ends with ops.nms
@@ -28,7 +28,7 @@ from . import calibration, calibration_table, precision
 from .engine import build_engine, need_engine
 from .graph import level_names, serialize, trace
 from .metadata import ENGINES, Metadata
-from .postprocess_graph import Level, plugin_ending, standard_ending
+from .postprocess_graph import Level, append_plugin_postprocess, append_standard_postprocess
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def export(config: ExportConfig) -> Report:
         print(f"--size {asked} becomes {height} {width}: sides are multiples of {detector.stride}.")
     config = dataclasses.replace(config, size=(height, width))
     graph, table = body(detector, checkpoint, config)
-    ending = "plugins" if suffix in ENGINES else "candidates" if checkpoint.model.rotated else "detections"
-    metadata = describe(detector, checkpoint, config, ending)
-    model = finish(graph, detector, metadata)
+    postprocessing = "plugins" if suffix in ENGINES else "candidates" if checkpoint.model.rotated else "detections"
+    metadata = describe(detector, checkpoint, config, postprocessing)
+    model = append_postprocess(graph, detector, metadata)
     content = build_engine(model, metadata, config) if suffix in ENGINES else serialize(model)
     with replacing(config.output) as file:
         file.write(content)
@@ -100,7 +100,7 @@ def body(
     return model, table
 
 
-def describe(detector: Detector, checkpoint: Checkpoint, config: ExportConfig, ending: str) -> Metadata:
+def describe(detector: Detector, checkpoint: Checkpoint, config: ExportConfig, postprocessing: str) -> Metadata:
     """The metadata of one export."""
     categories = checkpoint.categories
     return Metadata(
@@ -109,7 +109,7 @@ def describe(detector: Detector, checkpoint: Checkpoint, config: ExportConfig, e
         classes=checkpoint.model.classes,
         categories=None if categories is None else tuple((c.id, c.name) for c in categories),
         precision=config.precision,
-        ending=ending,
+        postprocessing=postprocessing,
         box_values=6 if checkpoint.model.rotated else 4,
         score_threshold=config.postprocess.score_threshold,
         nms_threshold=config.postprocess.nms_threshold,
@@ -120,14 +120,14 @@ def describe(detector: Detector, checkpoint: Checkpoint, config: ExportConfig, e
     )
 
 
-def finish(model: ModelProto, detector: Detector, metadata: Metadata) -> ModelProto:
-    """Appends the ending that the metadata names to a raw graph, and the metadata; checks the result."""
+def append_postprocess(model: ModelProto, detector: Detector, metadata: Metadata) -> ModelProto:
+    """Appends the postprocessing that the metadata names to a raw graph, and the metadata; checks the result."""
     levels = [Level(*level) for level in zip(level_names(model), detector.anchors(), detector.strides, strict=True)]
-    if metadata.ending in ("detections", "candidates"):
-        standard_ending(model, levels, detector.config, metadata)
-    elif metadata.ending == "plugins":
-        plugin_ending(model, levels, detector.config, metadata)
+    if metadata.postprocessing in ("detections", "candidates"):
+        append_standard_postprocess(model, levels, detector.config, metadata)
+    elif metadata.postprocessing == "plugins":
+        append_plugin_postprocess(model, levels, detector.config, metadata)
     helper.set_model_props(model, {"odtk": metadata.to_json()})
-    if metadata.ending != "plugins":  # onnx does not know our nodes
+    if metadata.postprocessing != "plugins":  # onnx does not know our nodes
         onnx.checker.check_model(model, full_check=True)
     return model

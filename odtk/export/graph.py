@@ -42,7 +42,7 @@ OPSET = 18  # what torch.onnx writes natively, and the least that is accepted
 
 
 def trace(detector: Detector, size: tuple[int, int], opset: int = OPSET) -> ModelProto:
-    """The raw graph of a folded detector: images [N, 3, H, W] float32, normalised → logits_i, boxes_i of each level.
+    """The raw graph of a folded detector: images [N, 3, H, W] float32, normalized → logits_i, boxes_i of each level.
 
     The batch is dynamic, H and W are fixed. Values are named by the layers they come from, whatever names the version
     of torch gives, so that a calibration table reads well and stays valid.

@@ -11,7 +11,7 @@ import torch
 from .. import __version__
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OdtkError, PostprocessConfig
 
-FORMAT = 1  # of the metadata
+FORMAT = 2  # of the metadata
 ENGINES = (".plan", ".engine")
 
 
@@ -24,9 +24,9 @@ class Metadata:
         stride: size is a multiple of it.
         categories: [id, name] in the order of the class indices, or None where the checkpoint does not say.
         model: fingerprint of the checkpoint's weights.
-        mean, std: of RGB values in [0, 1]; padding is 0 after normalisation.
+        mean, std: of RGB values in [0, 1]; padding is 0 after normalization.
         box_values: 4, or 6 when rotated.
-        ending: see the module's text.
+        postprocessing: see the module's text.
         batch: MIN, OPT, MAX. ONNX Runtime takes any batch, an engine those from MIN to MAX.
     """
 
@@ -35,7 +35,7 @@ class Metadata:
     classes: int
     categories: tuple[tuple[int, str], ...] | None
     precision: str
-    ending: str
+    postprocessing: str
     box_values: int
     score_threshold: float
     nms_threshold: float
@@ -63,11 +63,13 @@ class Metadata:
             values = json.loads(text)
             if values["format"] > FORMAT:
                 raise OdtkError(f"{path} was written by a newer odtk ({values['odtk']}): update odtk.")
+            if values["format"] < 2:  # the field's name then
+                values["postprocessing"] = values.pop("ending")
             for name in ("size", "batch", "mean", "std"):
                 values[name] = tuple(values[name])
             if values["categories"] is not None:
                 values["categories"] = tuple((id, name) for id, name in values["categories"])
-            return cls(**values)
+            return cls(**values | {"format": FORMAT})
         except (ValueError, KeyError, TypeError) as error:
             raise OdtkError(f"The metadata in {path} is damaged: export the model again.") from error
 

@@ -23,7 +23,7 @@ class Level(NamedTuple):
 
 
 class Writer:
-    """Appends nodes and constants to a graph; every node's outputs get fresh names under ``ending/``."""
+    """Appends nodes and constants to a graph; every node's outputs get fresh names under ``postprocess/``."""
 
     def __init__(self, model: ModelProto) -> None:
         self.graph = model.graph
@@ -50,17 +50,19 @@ class Writer:
 
     def fresh(self, stem: str) -> str:
         self.count += 1
-        return f"ending/{stem}_{self.count}"
+        return f"postprocess/{stem}_{self.count}"
 
     def outputs(self, values: Iterable[tuple[str, str, int, Sequence[int | str]]]) -> None:
         """Replaces the graph's outputs by (value, name, element type, shape)."""
         del self.graph.output[:]
         for value, name, kind, shape in values:
-            self.graph.node.append(helper.make_node("Identity", [value], [name], name=f"ending/{name}"))
+            self.graph.node.append(helper.make_node("Identity", [value], [name], name=f"postprocess/{name}"))
             self.graph.output.append(helper.make_tensor_value_info(name, kind, shape))
 
 
-def standard_ending(model: ModelProto, levels: Sequence[Level], config: ModelConfig, metadata: Metadata) -> None:
+def append_standard_postprocess(
+    model: ModelProto, levels: Sequence[Level], config: ModelConfig, metadata: Metadata
+) -> None:
     """Decoding and NMS (spec §2) in standard operators, in FP32: the same steps as ops.decode and ops.nms."""
     g = Writer(model)
     candidates = [decode_level(g, level, config, metadata) for level in levels]
@@ -68,7 +70,7 @@ def standard_ending(model: ModelProto, levels: Sequence[Level], config: ModelCon
         values[0] if len(values) == 1 else g.op("Concat", *values, axis=1) for values in zip(*candidates, strict=True)
     )
     rows = sum(min(metadata.top_n, level_size(level, config)) for level in levels)
-    if metadata.ending == "detections":
+    if metadata.postprocessing == "detections":
         scores, boxes, classes = suppress(g, scores, boxes, classes, metadata, rows)
         rows = metadata.detections
     used = g.op("Greater", scores, g.constant(0.0))  # [N, D]
@@ -99,8 +101,8 @@ def decode_level(g: Writer, level: Level, config: ModelConfig, metadata: Metadat
     scores = g.op("Sigmoid", logits)  # [N, A·C, h, w]
     keep = g.op("Greater", logits, g.constant(to_logit(metadata.score_threshold)))  # false for NaN
     if values == 5:
-        centreness = g.op("Sigmoid", g.op("Slice", boxes, g.integers(4), g.integers(5), g.integers(1)))
-        scores = g.op("Sqrt", g.op("Mul", scores, centreness))
+        centerness = g.op("Sigmoid", g.op("Slice", boxes, g.integers(4), g.integers(5), g.integers(1)))
+        scores = g.op("Sqrt", g.op("Mul", scores, centerness))
         keep = g.op("And", keep, g.op("Greater", scores, g.constant(0.0)))  # false for NaN
     scores = g.op("Where", keep, scores, g.constant(0.0))
     best = g.integers(min(metadata.top_n, level_size(level, config)))
@@ -125,13 +127,13 @@ def decode_level(g: Writer, level: Level, config: ModelConfig, metadata: Metadat
     base = level.anchors.numpy()
     size = base[:, 2:4] - base[:, :2] + 1  # [A, 2]
     anchor_size = g.op("Gather", g.constant(size), anchor, axis=0)  # [N, K, 2]
-    centre = g.op("Add", g.op("Gather", g.constant(base[:, :2] + 0.5 * size), anchor, axis=0), corner)
+    center = g.op("Add", g.op("Gather", g.constant(base[:, :2] + 0.5 * size), anchor, axis=0), corner)
     limits = (width * level.stride, height * level.stride)
-    return scores, place(g, numbers, centre, anchor_size, level.stride, limits, values), classes
+    return scores, place(g, numbers, center, anchor_size, level.stride, limits, values), classes
 
 
-def place(g: Writer, numbers: str, centre: str, size: str, stride: int, limits: tuple[int, int], values: int) -> str:
-    """Boxes [N, K, 4 or 6] from regressed numbers [N, K, V] and the centres and sizes [N, K, 2] of anchors, px.
+def place(g: Writer, numbers: str, center: str, size: str, stride: int, limits: tuple[int, int], values: int) -> str:
+    """Boxes [N, K, 4 or 6] from regressed numbers [N, K, V] and the centers and sizes [N, K, 2] of anchors, px.
 
     boxes.decode, decode_rotated and decode_distances in operators.
 
@@ -142,12 +144,12 @@ def place(g: Writer, numbers: str, centre: str, size: str, stride: int, limits: 
     if values == 5:
         distances = g.op("Mul", g.op("Relu", numbers), g.constant(stride))
         before, after = g.ops("Split", distances, outputs=2, axis=2, num_outputs=2)  # (left, top), (right, bottom)
-        start, end = g.op("Sub", centre, before), g.op("Sub", g.op("Add", centre, after), one)
+        start, end = g.op("Sub", center, before), g.op("Sub", g.op("Add", center, after), one)
     else:
         parts = g.ops("Split", numbers, outputs=values // 2, axis=2, num_outputs=values // 2)  # (dx, dy), (dw, dh), …
-        centre = g.op("Add", g.op("Mul", parts[0], size), centre)
+        center = g.op("Add", g.op("Mul", parts[0], size), center)
         half = g.op("Mul", g.op("Mul", g.op("Exp", parts[1]), size), g.constant(0.5))
-        start, end = g.op("Sub", centre, half), g.op("Sub", g.op("Add", centre, half), one)
+        start, end = g.op("Sub", center, half), g.op("Sub", g.op("Add", center, half), one)
     boxes = g.op("Concat", start, end, axis=2)  # [N, K, 4]
     boxes = g.op("Where", g.op("IsNaN", boxes), g.constant(0.0), boxes)
     most = [limits[0] - 1, limits[1] - 1]
@@ -188,7 +190,9 @@ def suppress(g: Writer, scores: str, boxes: str, classes: str, metadata: Metadat
     return scores, boxes, g.op("GatherElements", classes, order, axis=1)
 
 
-def plugin_ending(model: ModelProto, levels: Sequence[Level], config: ModelConfig, metadata: Metadata) -> None:
+def append_plugin_postprocess(
+    model: ModelProto, levels: Sequence[Level], config: ModelConfig, metadata: Metadata
+) -> None:
     """Decoding and NMS by odtk's TensorRT plugins (csrc/plugins); they read the levels as float16 but for fp32."""
     g = Writer(model)
     kind = TensorProto.FLOAT if metadata.precision == "fp32" else TensorProto.FLOAT16

@@ -4,7 +4,7 @@ INT8 here is what TensorRT fuses: symmetric, one scale per output channel of a w
 Q/DQ pairs stand at the inputs of convolutions and of additions (the residual ones and the pyramid's), nowhere between
 a convolution and its ReLU; both inputs of an addition have one scale.
 
-Why not onnxruntime.quantization: its quantiser gives a tensor's Q/DQ pair to all consumers, so a layer that stays in
+Why not onnxruntime.quantization: its quantizer gives a tensor's Q/DQ pair to all consumers, so a layer that stays in
 FP16 would still read rounded inputs; it does not tie the scales of an addition. Its entropy calibrator keeps every
 activation of every image in memory, and tries as many ranges as it has bins more than 128, by default none.
 """
@@ -120,17 +120,17 @@ def sampling_nodes(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def island_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """Q/DQ nodes, what computes on dequantised values, and what a convolution's INT8 kernel fuses behind it."""
+    """Q/DQ nodes, what computes on dequantized values, and what a convolution's INT8 kernel fuses behind it."""
     inside: set[str] = set()  # values made in an island
-    dequantised: set[str] = set()
+    dequantized: set[str] = set()
     constants = {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         activations = {name for name in node.input if name and name not in constants}
         fused = node.op_type in FUSED and activations <= inside
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") or fused or activations & dequantised:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") or fused or activations & dequantized:
             yield node
             inside |= set(node.output)
-            dequantised |= set(node.output) if node.op_type == "DequantizeLinear" else set()
+            dequantized |= set(node.output) if node.op_type == "DequantizeLinear" else set()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,13 +163,13 @@ def additions(graph: GraphProto) -> list[NodeProto]:
 
 
 def source(name: str, makers: dict[str, NodeProto]) -> str:
-    """The value to quantise for an input: what lies before a nearest upsampling, which only repeats it."""
+    """The value to quantize for an input: what lies before a nearest upsampling, which only repeats it."""
     maker = makers.get(name)
     return source(maker.input[0], makers) if maker is not None and maker.op_type == "Resize" else name
 
 
 def scale_groups(graph: GraphProto) -> list[list[str]]:
-    """All activations that INT8 may quantise, in order of use; those that share a scale are one group."""
+    """All activations that INT8 may quantize, in order of use; those that share a scale are one group."""
     makers = makers_of(graph)
     groups: dict[str, list[str]] = {}
     for node in graph.node:
@@ -215,9 +215,9 @@ def insert_qdq(model: ModelProto, table: Table) -> None:
 
     def weight(name: str, node: NodeProto) -> Iterator[NodeProto]:
         """A DequantizeLinear for the node alone, as TensorRT's fusions want it."""
-        quantised, scale = quantise_weight(numpy_helper.to_array(weights[name]))
+        quantized, scale = quantize_weight(numpy_helper.to_array(weights[name]))
         inputs = [
-            constant(f"{name}/int8", quantised),
+            constant(f"{name}/int8", quantized),
             constant(f"{name}/scale", scale),
             constant(f"{name}/zero", np.zeros(len(scale), np.int8)),
         ]
@@ -248,7 +248,7 @@ def insert_qdq(model: ModelProto, table: Table) -> None:
     replace_graph(model, graph, nodes, [*kept, *constants.values()])
 
 
-def quantise_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A kernel [O, …] as int8 of the same shape, and the scale of each output channel [O]."""
     most = np.abs(weight.reshape(len(weight), -1)).max(1)  # [O, I, k, k] -> [O, I·k·k] -> [O]
     scale = np.maximum(most / LEVELS, SMALLEST).astype(np.float32)

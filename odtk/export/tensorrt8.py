@@ -25,9 +25,9 @@ def spell_out_norms(model: ModelProto) -> None:
         x, scale, bias = node.input
         assert (numpy_helper.to_array(constants[scale]) == 1).all(), node.name
         assert (numpy_helper.to_array(constants[bias]) == 0).all(), node.name
-        map_, mean, centred, square, variance, sum_, deviation, shape, epsilon = (
+        map_, mean, centered, square, variance, sum_, deviation, shape, epsilon = (
             f"{node.name}/{part}"
-            for part in ("map", "mean", "centred", "square", "variance", "sum", "deviation", "shape", "epsilon")
+            for part in ("map", "mean", "centered", "square", "variance", "sum", "deviation", "shape", "epsilon")
         )
         least = np.array([helper.get_node_attr_value(node, "epsilon")], np.float32)
         constants[shape] = numpy_helper.from_array(np.array([0, 0, -1, 1]), shape)
@@ -35,12 +35,12 @@ def spell_out_norms(model: ModelProto) -> None:
         nodes += [
             helper.make_node("Reshape", [x, shape], [map_], map_),  # [N, G, L] → [N, G, L, 1]
             helper.make_node("GlobalAveragePool", [map_], [mean], mean),
-            helper.make_node("Sub", [map_, mean], [centred], centred),
-            helper.make_node("Mul", [centred, centred], [square], square),
+            helper.make_node("Sub", [map_, mean], [centered], centered),
+            helper.make_node("Mul", [centered, centered], [square], square),
             helper.make_node("GlobalAveragePool", [square], [variance], variance),
             helper.make_node("Add", [variance, epsilon], [sum_], sum_),
             helper.make_node("Sqrt", [sum_], [deviation], deviation),
-            helper.make_node("Div", [centred, deviation], list(node.output), node.name),
+            helper.make_node("Div", [centered, deviation], list(node.output), node.name),
         ]
     used = {name for node in nodes for name in node.input}
     replace_graph(model, model.graph, nodes, [tensor for name, tensor in constants.items() if name in used])

@@ -30,7 +30,7 @@ class Backend:
         size: (H, W) in pixels that images must have, None where any multiple of ``stride`` will do.
         classes, categories: number of classes, and what they stand for where the file says so.
         rotated: boxes have 6 values.
-        mean, std: normalisation of RGB values in [0, 1]; padding is 0 after it.
+        mean, std: normalization of RGB values in [0, 1]; padding is 0 after it.
         max_batch: the most images in one call, None where there is no limit.
         precision: that it computes in.
         postprocess: the thresholds in force.
@@ -49,7 +49,7 @@ class Backend:
     postprocess: PostprocessConfig
 
     def __call__(self, images: Tensor) -> Detections:
-        """images [N, 3, H, W] float32, normalised → Detections of boxes in pixels of those images."""
+        """images [N, 3, H, W] float32, normalized → Detections of boxes in pixels of those images."""
         raise NotImplementedError
 
     def describe(self, metadata: Metadata) -> None:
@@ -115,12 +115,12 @@ class OnnxBackend(Backend):
             raise OdtkError(f"{path} is not a model that ONNX Runtime can run ({first_line(error)}).") from error
         text = self.session.get_modelmeta().custom_metadata_map.get("odtk")
         if text is None:
-            raise OdtkError(f"{path} was not exported by odtk: it does not say its classes, size and normalisation.")
+            raise OdtkError(f"{path} was not exported by odtk: it does not say its classes, size and normalization.")
         metadata = Metadata.from_json(text, path)
         self.describe(metadata)
-        if metadata.ending not in ("detections", "candidates"):
-            raise OdtkError(f"{path} ends in {metadata.ending}, not in detections: export it again.")
-        self.finished = metadata.ending == "detections"
+        if metadata.postprocessing not in ("detections", "candidates"):
+            raise OdtkError(f"{path} ends in {metadata.postprocessing}, not in detections: export it again.")
+        self.finished = metadata.postprocessing == "detections"
         self.name = f"{os.path.basename(path)} (ONNX Runtime, {self.session.get_providers()[0][:-17]})"
 
     def __call__(self, images: Tensor) -> Detections:
@@ -149,7 +149,7 @@ class EngineBackend(Backend):
             except RuntimeError as error:
                 raise OdtkError(f"{path} is not an engine for this GPU and TensorRT: {error}") from error
         if not self.engine.metadata:
-            raise OdtkError(f"{path} was not exported by odtk: it does not say its classes, size and normalisation.")
+            raise OdtkError(f"{path} was not exported by odtk: it does not say its classes, size and normalization.")
         metadata = Metadata.from_json(self.engine.metadata, path)
         self.describe(metadata)
         self.min_batch, self.max_batch = self.engine.batch

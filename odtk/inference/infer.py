@@ -73,7 +73,7 @@ def check_explicit(config: InferConfig, backend: Backend) -> None:
 
 
 def loader_config(data: LoaderConfig, backend: Backend, say: Callable[[str], None] = print) -> LoaderConfig:
-    """The loader that a backend needs: its size, stride, normalisation and kind of boxes, no more than its batch.
+    """The loader that a backend needs: its size, stride, normalization and kind of boxes, no more than its batch.
 
     Raises:
         OdtkError: a size is asked for and the file has another one.

@@ -22,7 +22,7 @@ def base_anchors(stride: int, config: ModelConfig) -> Tensor:
 
     Returns:
         [A, 4] x1, y1, x2, y2 in pixels of the input, [A, 5] with theta when rotated, float32, on the CPU.
-        FCOS: the cell itself as an inclusive box, whose centre is the point.
+        FCOS: the cell itself as an inclusive box, whose center is the point.
     """
     if config.head == "fcos":
         return torch.tensor([[0.0, 0.0, stride - 1.0, stride - 1.0]], device="cpu")

@@ -44,7 +44,7 @@ class Detector(nn.Module):
         self.head = create_head(config, len(self.strides))
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """images [N, 3, H, W] normalised → logits [N, A·C, h, w] and boxes [N, A·V, h, w] of each level (heads.py)."""
+        """images [N, 3, H, W] normalized → logits [N, A·C, h, w] and boxes [N, A·V, h, w] of each level (heads.py)."""
         return self.head([feature for backbone in self.backbones.values() for feature in backbone(images)])
 
     def initialize(self) -> None:

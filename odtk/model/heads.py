@@ -3,7 +3,7 @@
 Both take a list of feature maps [N, 256, h, w] and give two lists of raw maps per level:
     logits: [N, A·C, h, w], channel a·C + c; before the sigmoid.
     boxes:  [N, A·V, h, w], channel a·V + v; V = 4 (dx, dy, dw, dh), 6 when rotated (… sin θ, cos θ),
-            5 for FCOS (l, t, r, b, centre-ness logit).
+            5 for FCOS (l, t, r, b, center-ness logit).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RetinaNetHead(nn.Module):
 
 
 class FCOSHead(nn.Module):
-    """https://arxiv.org/abs/1904.01355: towers with GroupNorm; class; distances and centre-ness from the box tower.
+    """https://arxiv.org/abs/1904.01355: towers with GroupNorm; class; distances and center-ness from the box tower.
 
     One point per cell. l, t, r, b are the convolution's output times the level's trainable scale, not yet
     positive: a distance is relu(value)·stride pixels.
@@ -76,7 +76,7 @@ class FCOSHead(nn.Module):
         boxes = []
         for x, scale in zip(features, self.scales, strict=True):
             box = self.box_head(x)
-            factor = torch.cat([scale.expand(4), scale.new_ones(1)])  # centre-ness is not scaled
+            factor = torch.cat([scale.expand(4), scale.new_ones(1)])  # center-ness is not scaled
             boxes.append(box * factor.to(box.dtype)[:, None, None])
         return [self.cls_head(x) for x in features], boxes
 

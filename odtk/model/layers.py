@@ -1,4 +1,4 @@
-"""What the trunks are built of: the three normalisations, convolution + norm, deformable convolution, checkpointing.
+"""What the trunks are built of: the three normalizations, convolution + norm, deformable convolution, checkpointing.
 
 Feature maps are [N, C, h, w] throughout, in either memory format.
 """
@@ -59,7 +59,7 @@ def scale_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def create_norm(kind: str, channels: int) -> nn.Module:
-    """A normalisation layer: ``frozen``, ``batch`` or ``group`` (32 groups, fewer where they do not divide)."""
+    """A normalization layer: ``frozen``, ``batch`` or ``group`` (32 groups, fewer where they do not divide)."""
     if kind == "frozen":
         return FrozenBatchNorm2d(channels)
     if kind == "batch":

@@ -54,9 +54,9 @@ class FPN(nn.Module):
 
 
 def halve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 3×3 convolution of stride 2. Of a 1×1 map only its centre counts.
+    """A 3×3 convolution of stride 2. Of a 1×1 map only its center counts.
 
-    Said so, because torch 2.13 on CPUs leaves that case's weight gradient uninitialised in bfloat16 (oneDNN).
+    Said so, because torch 2.13 on CPUs leaves that case's weight gradient uninitialized in bfloat16 (oneDNN).
     """
     if x.shape[-2:] == (1, 1):
         return F.conv2d(x, conv.weight[:, :, 1:2, 1:2], conv.bias)

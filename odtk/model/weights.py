@@ -45,7 +45,7 @@ def initialize(detector: Detector, config: TrainConfig) -> None:
 
 def print_taken(source: str, taken: list[str], left: list[str]) -> None:
     """The two lists, by module."""
-    for text, names in ((f"Taken from {source}", taken), ("Initialised", left)):
+    for text, names in ((f"Taken from {source}", taken), ("Initialized", left)):
         modules = sorted({name.rpartition(".")[0] for name in names})
         print(f"{text} ({len(names)} tensors): {', '.join(modules) or 'nothing'}.", flush=True)
 

@@ -18,7 +18,7 @@ from .. import ops
 BACKGROUND = -1  # labels of places; a foreground place has its class index, 0 or more
 IGNORED = -2
 CHUNK = 1 << 21  # (image, box, place) triples looked at in one step: bounds the memory
-CENTRE_RADIUS = 1.5  # strides; FCOS with centre sampling, https://arxiv.org/abs/1904.01355 and its code
+CENTER_RADIUS = 1.5  # strides; FCOS with center sampling, https://arxiv.org/abs/1904.01355 and its code
 
 
 def assign(
@@ -54,9 +54,9 @@ def assign(
 def assign_points(
     points: Tensor, strides: Tensor, limits: Tensor, boxes: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Each point's box by FCOS (https://arxiv.org/abs/1904.01355 §3.1, §3.2, and centre sampling of its later version).
+    """Each point's box by FCOS (https://arxiv.org/abs/1904.01355 §3.1, §3.2, and center sampling of its later version).
 
-    A box is a point's candidate if the point lies inside it, at most 1.5 strides from its centre on both axes, and the
+    A box is a point's candidate if the point lies inside it, at most 1.5 strides from its center on both axes, and the
     greatest of the four distances is within the limits of the point's level. Of several the smallest box wins, of
     equals the first.
 
@@ -67,15 +67,15 @@ def assign_points(
     Returns:
         labels [N, P] int64: a class index or BACKGROUND; and the index [N, P] of each point's box.
     """
-    centre, size = geometry.centre_and_size(boxes)
+    center, size = geometry.center_and_size(boxes)
     area = geometry.area(boxes)[..., None]  # [N, M, 1]
     best = []
     for some, stride, limit in zip(
         *(part.split(max(1, CHUNK // max(1, labels.numel()))) for part in (points, strides, limits)), strict=True
     ):
-        offset = (some - centre[:, :, None]).abs()  # [N, M, p, 2]
+        offset = (some - center[:, :, None]).abs()  # [N, M, p, 2]
         half = 0.5 * size[:, :, None]
-        inside = (offset < torch.minimum(half, CENTRE_RADIUS * stride[:, None])).all(-1)
+        inside = (offset < torch.minimum(half, CENTER_RADIUS * stride[:, None])).all(-1)
         furthest = (offset + half).amax(-1)  # of left, top, right, bottom
         candidate = inside & (furthest >= limit[:, 0]) & (furthest <= limit[:, 1]) & (labels >= 0)[..., None]
         best.append(torch.where(candidate, area, math.inf).min(1))  # [N, M, p] → [N, p]

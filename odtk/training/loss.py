@@ -1,4 +1,4 @@
-"""Which anchor is to find which box (target assignment), and the losses. Vectorised over batch and levels.
+"""Which anchor is to find which box (target assignment), and the losses. Vectorized over batch and levels.
 
 Nothing here waits for the device: sizes come from shapes, choices are made by masks. The exception is rotated boxes
 where the compiled kernel is absent (ops.rotated_iou).
@@ -127,9 +127,9 @@ class _FocalLoss(torch.autograd.Function):
         ctx.alpha, ctx.gamma = alpha, gamma
         values = logits.float()
         label = labels.clamp(min=0)[..., None]
-        labelled = values.gather(-1, label)[..., 0]
+        labeled = values.gather(-1, label)[..., 0]
         as_background = _focal(values, 1 - alpha, gamma)
-        correction = _focal(-labelled, alpha, gamma) - as_background.gather(-1, label)[..., 0]
+        correction = _focal(-labeled, alpha, gamma) - as_background.gather(-1, label)[..., 0]
         loss = as_background.sum(-1) + torch.where(labels >= 0, correction, 0)
         return torch.where(labels == IGNORED, 0, loss).sum()
 
@@ -177,7 +177,7 @@ def _fcos_loss(
     model: ModelConfig,
     loss: LossConfig,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Focal loss over all points, IoU loss weighted by the centre-ness target, centre-ness by cross entropy."""
+    """Focal loss over all points, IoU loss weighted by the center-ness target, center-ness by cross entropy."""
     device = target_boxes.device
     counts = [level.shape[-2] * level.shape[-1] for level in logits]
     stride = torch.cat([torch.full((n,), float(s), device=device) for n, s in zip(counts, strides, strict=True)])
@@ -187,7 +187,7 @@ def _fcos_loss(
             for n, bounds in zip(counts, level_limits(strides), strict=True)
         ]
     )
-    points = geometry.centre_and_size(anchors)[0]
+    points = geometry.center_and_size(anchors)[0]
     labels, index = assign_points(points, stride, limits, target_boxes, target_labels)
     foreground = labels >= 0
     matched = _take(target_boxes, index)  # [N, P, 4]
@@ -211,7 +211,7 @@ def _fcos_loss(
 
 
 def centerness_targets(distances: Tensor) -> Tensor:
-    """Centre-ness [...] in (0, 1] of positive distances (l, t, r, b) [..., 4]: FCOS, eq. 3."""
+    """Center-ness [...] in (0, 1] of positive distances (l, t, r, b) [..., 4]: FCOS, eq. 3."""
     start, end = distances[..., :2], distances[..., 2:]
     return (torch.minimum(start, end) / torch.maximum(start, end)).prod(-1).sqrt()
 

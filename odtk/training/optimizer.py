@@ -25,7 +25,7 @@ def autocast_type(precision: str, device: torch.device) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-class Average:
+class EMA:
     """Exponential moving average of weights and statistics: a ← a + (1 − d)·(w − a) after every step.
 
     The decay d rises to the given one as min(decay, (1 + n) / (10 + n)) at step n, so that the start is soon forgotten

@@ -31,13 +31,13 @@ from ..config import ModelConfig, OdtkError, TrainConfig
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
 from ..files import check_folder
-from ..launch import Peers
+from ..launch import HostGroup
 from ..model.checkpoint import Checkpoint, load, load_weights, save
 from ..model.detector import Detector
 from ..model.weights import initialize
 from .log import Meter, Report, say
 from .loss import detection_loss, normalize
-from .optimizer import Average, autocast_type, learning_rate
+from .optimizer import EMA, autocast_type, learning_rate
 from .validation import Validation
 
 READ_EVERY = {"cuda": 20, "cpu": 1}  # iterations between readings of the losses, for which the host waits
@@ -67,7 +67,7 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
     resumed = open_run(config, dataset.categories)
 
     # Model: the weights of rank 0 go to all
-    peers = Peers(world)
+    ranks = HostGroup(world)
     detector = Detector(config.model)
     if resumed is not None:
         load_weights(detector, resumed.training["average"] or resumed.state_dict)  # type: ignore[index]
@@ -75,14 +75,14 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
         initialize(detector, config)
     detector.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model: nn.Module = detector
-    peers.wait()  # rank 0 may have downloaded weights
+    ranks.barrier()  # rank 0 may have downloaded weights
     if world > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a successor that older torch lacks
             model = DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)
-        peers.share_buffers(detector)  # frozen norms are buffers, which DDP then does not copy even once
+        ranks.broadcast_buffers(detector)  # frozen norms are buffers, which DDP then does not copy even once
     anchors = [level.to(device) for level in detector.anchors()]
-    average = None if config.ema is None else Average(detector, config.ema)
+    average = None if config.ema is None else EMA(detector, config.ema)
 
     # Optimizer. The scaler also keeps a gradient that is not finite from the weights; beyond fp16 its scale stays 1.
     # Frozen parameters are in it, and passed over: a resumed run may thaw them.
@@ -90,7 +90,7 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
         detector.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
     )
     for parameter in detector.parameters():
-        # Made here: a first step that fp16's scaler skips would leave the fused update's own one uninitialised.
+        # Made here: a first step that fp16's scaler skips would leave the fused update's own one uninitialized.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     dtype = autocast_type(config.precision, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -101,7 +101,7 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
     # Where the run stands
     data = replace(config.data, training=True, stride=detector.stride, rank=rank, world=world)
     loader = create_loader(dataset, data)
-    validation = None if config.val_data is None else Validation(config, dataset.categories, detector.stride, peers)
+    validation = None if config.val_data is None else Validation(config, dataset.categories, detector.stride, ranks)
     iteration, best = 0, -1.0  # best validation AP
     if resumed is not None:
         state: dict[str, Any] = resumed.training  # type: ignore[assignment]
@@ -115,7 +115,7 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
         torch.set_rng_state(state["rng"])
         if average is not None:
             load_weights(average.detector, resumed.state_dict)
-    if peers.agree(iteration, -iteration) != [iteration, -iteration]:
+    if ranks.all_max(iteration, -iteration) != [iteration, -iteration]:
         raise OdtkError(f"Not every machine has the same {config.path}: keep it on storage that all of them share.")
     if rank == 0:
         say(opening(config, iteration, iters, dtype, world))
@@ -184,7 +184,7 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
 
             # All ranks do the same: stop (a signal's number), save (rank 0's clock, the schedule), validate, read
             overdue = rank == 0 and time.monotonic() - last_save > config.save_seconds
-            stop, save_now = peers.agree(max(signals, default=0), overdue)
+            stop, save_now = ranks.all_max(max(signals, default=0), overdue)
             scheduled = iteration == iters or iteration % config.val_iters == 0
             if not (stop or save_now or scheduled or iteration % read_every == 0):
                 continue
@@ -196,13 +196,13 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
             if stop or save_now or scheduled:  # first, so that nothing below can cost the run
                 if rank == 0:
                     save(config.path, checkpoint())
-                peers.wait()
+                ranks.barrier()
                 saved_at, last_save = iteration, time.monotonic()
             if report is not None:
                 report.training(iteration, losses, rate, speed)
             if scheduled and validation is not None and not stop:
                 scored = detector if average is None else average.detector
-                peers.share_buffers(scored)
+                ranks.broadcast_buffers(scored)
                 result = validation.run(scored, autocast)
                 if report is not None and result is not None:
                     if result[0].ap > best:

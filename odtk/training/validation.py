@@ -17,9 +17,9 @@ from ..data.coco import load_json
 from ..data.dataset import Dataset
 from ..data.images import ImageError, decode
 from ..data.loader import create_loader
-from ..evaluation.evaluate import Metrics, evaluate, usable
+from ..evaluation.evaluate import Metrics, evaluate, prepare_ground_truth
 from ..inference.detect import detect
-from ..launch import Peers
+from ..launch import HostGroup
 from ..model.detector import Detector
 from ..postprocess import Detections, postprocess
 
@@ -29,9 +29,9 @@ PICTURES = 4  # validation images drawn for TensorBoard
 class Validation:
     """COCO figures of a detector on the validation set, its images shared out over all ranks."""
 
-    def __init__(self, config: TrainConfig, categories: tuple[Category, ...], stride: int, peers: Peers) -> None:
+    def __init__(self, config: TrainConfig, categories: tuple[Category, ...], stride: int, ranks: HostGroup) -> None:
         assert config.val_data is not None
-        train_data, self.config, self.categories, self.peers = config.data, config, categories, peers
+        train_data, self.config, self.categories, self.ranks = config.data, config, categories, ranks
         data = replace(
             config.val_data,
             training=False,
@@ -47,7 +47,8 @@ class Validation:
                 "ids and names."
             )
         path = str(data.annotations)
-        self.truth = usable(load_json(Path(path)), path)  # what is wrong is refused now, not after an hour
+        # What is wrong is refused now, not after an hour.
+        self.ground_truth = prepare_ground_truth(load_json(Path(path)), path)
         self.loader = create_loader(self.dataset, data)
 
     def run(self, detector: Detector, autocast: torch.autocast) -> tuple[Metrics, list[np.ndarray]] | None:
@@ -67,10 +68,10 @@ class Validation:
                 config=self.config.postprocess,
             )
 
-        detections = detect(backend, self.loader, self.categories, group=self.peers.group)
+        detections = detect(backend, self.loader, self.categories, group=self.ranks.group)
         if self.config.data.rank != 0:
             return None
-        metrics = evaluate(detections, self.truth, rotated=self.config.model.rotated)
+        metrics = evaluate(detections, self.ground_truth, rotated=self.config.model.rotated)
         return metrics, self.pictures(detections) if self.config.logdir else []
 
     def pictures(self, detections: list[dict[str, Any]]) -> list[np.ndarray]:

@@ -25,7 +25,7 @@ STRONG = AugmentConfig(rotate=True, free_rotate=(-30, 30), brightness=0.2, contr
 
 @pytest.fixture
 def files(tmp_path: Path) -> Dataset:
-    """A colour JPEG, a grayscale JPEG, a colour PNG and a CMYK JPEG, each with a box."""
+    """A color JPEG, a grayscale JPEG, a color PNG and a CMYK JPEG, each with a box."""
     images = []
     for i, (mode, suffix) in enumerate((("RGB", "jpg"), ("L", "jpg"), ("RGB", "png"), ("CMYK", "jpg"))):
         coarse = np.random.default_rng(i).integers(0, 256, (9, 12, 3)).astype(np.uint8)

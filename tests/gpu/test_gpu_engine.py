@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from random_models import detector_of, save
 from torch import Tensor
 
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError
@@ -14,6 +13,7 @@ from odtk.export import export
 from odtk.export.engine import need_engine
 from odtk.inference import backends
 from odtk.postprocess import Detections
+from tests.random_models import detector_of, save
 
 SIZE = (192, 256)
 BATCH = (1, 2, 4)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_models import detector_of, save
 
 from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.export import export
 from odtk.export.engine import need_engine
 from odtk.inference.backends import open_backend
+from tests.random_models import detector_of, save
 
 MODEL = ModelConfig(backbones=("ResNet18FPN",), classes=2)
 LIMITS = PostprocessConfig(score_threshold=0.3)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
-import kernel_cases as cases
 import pytest
 import torch
-from kernel_cases import CANDIDATES, HEADS, Candidates, Head
 
 from odtk import ops
+from tests import kernel_cases as cases
+from tests.kernel_cases import CANDIDATES, HEADS, Candidates, Head
 
 pytestmark = pytest.mark.usefixtures("kernels")
 COCO = ((100, 160), (50, 80), (25, 40), (13, 20), (7, 10))  # 800×1280
@@ -77,7 +77,7 @@ def test_nothing_is_written_outside_the_workspace(kernels: ModuleType, monkeypat
 
 
 def test_decode_and_nms_in_a_cuda_graph() -> None:
-    """Captured once, replayed on other data: no synchronisation, allocation or copy from the host."""
+    """Captured once, replayed on other data: no synchronization, allocation or copy from the host."""
     head = replace(LARGE[0], batch=4)
     logits, boxes, anchors, strides = cases.make(head, "cuda")
 
@@ -117,7 +117,7 @@ def test_kernels_follow_the_callers_stream() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_no_host_synchronisation() -> None:
+def test_no_host_synchronization() -> None:
     logits, boxes, anchors, strides = cases.make(LARGE[0], "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -85,7 +85,7 @@ class RepVGGBlock(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """One convolution for the branches, in place: a 1×1 is a 3×3 with a centre only, the identity a 1×1 (§3.3)."""
+        """One convolution for the branches, in place: a 1×1 is a 3×3 with a center only, the identity a 1×1 (§3.3)."""
         dense = self.rbr_dense.conv
         weight, bias = self.rbr_dense.folded()
         pointwise_weight, pointwise_bias = self.rbr_1x1.folded()

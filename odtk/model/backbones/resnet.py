@@ -49,7 +49,7 @@ class Stage:
         groups: of the second convolution.
         pool: the shortcut is averaged over 2×2 rather than strided (ResNet-D, https://arxiv.org/abs/1812.01187).
         deformable: None, or ``modulated`` of the second convolution as DeformConv2d.
-        norm: kind of normalisation.
+        norm: kind of normalization.
     """
 
     blocks: int

@@ -58,7 +58,7 @@ def batches(dataset: Dataset, loader: str, count: int, **settings) -> list[Batch
 
 
 def assert_equal(a: Batch, b: Batch, limit: float = 2.0) -> None:
-    """Pixels of each image on average within ``limit`` grey values, everything else equal."""
+    """Pixels of each image on average within ``limit`` gray values, everything else equal."""
     assert a.images.shape == b.images.shape and a.images.dtype == b.images.dtype
     std = torch.tensor(LoaderConfig("").std)[:, None, None]
     difference = ((a.images - b.images) * std * 255).abs().mean(dim=(1, 2, 3))

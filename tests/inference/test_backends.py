@@ -9,13 +9,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from random_models import detector_of, save
 from torch import Tensor
 
 from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.export import export
 from odtk.inference import backends
+from tests.random_models import detector_of, save
 
 CONFIG = ModelConfig(backbones=("ResNet18C4",), classes=2)
 LIMITS = PostprocessConfig(score_threshold=0.3, detections=20)

@@ -188,14 +188,14 @@ def test_rotated_boxes(coco) -> None:
     entries = [
         box(1, 7, 4, [5, 5, 10, 6, 0.5]),
         box(2, 7, 90, [5, 5, 10, 6]),
-        box(3, 7, 4, [-4, -2, 12, 6, 1.0]),  # reaches out, its centre is inside: kept as it is
+        box(3, 7, 4, [-4, -2, 12, 6, 1.0]),  # reaches out, its center is inside: kept as it is
         box(4, 7, 4, [38, 5, 10, 6, 1.0]),
     ]
     dataset = Dataset.load(*coco(annotations=entries), rotated=True, training=True)
     assert dataset.images[0].boxes.tolist() == [[5, 5, 10, 6, 0.5], [5, 5, 10, 6, 0], [-4, -2, 12, 6, 1]]
     assert [w.split(" (")[0] for w in dataset.warnings()] == [
         "axis-aligned box in a rotated run: theta is 0",
-        "box with its centre outside the image dropped",
+        "box with its center outside the image dropped",
     ]
     assert "radians" in refusal(coco(annotations=[box(1, 7, 4, [5, 5, 10, 6, 45])]), rotated=True)
 
@@ -236,13 +236,13 @@ def test_damage_inside_is_found_by_check(coco) -> None:
 
 
 def kind_of_image(kind: str) -> tuple[PILImage.Image, str, dict[str, Any]]:
-    """An image whose left half is of one colour and whose right half of another, of an odd kind."""
+    """An image whose left half is of one color and whose right half of another, of an odd kind."""
     halves = np.zeros((SIZE[1], SIZE[0], 3), np.uint8)
     halves[:, :20], halves[:, 20:] = (220, 220, 220), (60, 60, 60)
     rgb = PILImage.fromarray(halves)
     if kind == "16-bit":
-        grey = (np.asarray(rgb.convert("L")).astype(np.uint16) << 8) + 99
-        return PILImage.fromarray(grey), ".png", {}
+        gray = (np.asarray(rgb.convert("L")).astype(np.uint16) << 8) + 99
+        return PILImage.fromarray(gray), ".png", {}
     alpha = rgb.convert("RGBA")
     alpha.putalpha(7)
     return {

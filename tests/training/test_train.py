@@ -30,14 +30,14 @@ from odtk.model import checkpoint as files
 from odtk.model.detector import Detector
 from odtk.training.log import Poster
 from odtk.training.loss import detection_loss, normalize
-from odtk.training.optimizer import Average, learning_rate
+from odtk.training.optimizer import EMA, learning_rate
 from odtk.training.train import train
 
-COLOURS = {3: ("red", (220, 40, 40)), 7: ("green", (40, 220, 40))}
+COLORS = {3: ("red", (220, 40, 40)), 7: ("green", (40, 220, 40))}
 
 
 def draw_dataset(folder: Path, count: int) -> None:
-    """64×64 images with one or two filled rectangles, of a class by colour; folder/data.json."""
+    """64×64 images with one or two filled rectangles, of a class by color; folder/data.json."""
     generator = np.random.default_rng(0)
     folder.mkdir()
     images: list[dict[str, Any]] = []
@@ -47,12 +47,12 @@ def draw_dataset(folder: Path, count: int) -> None:
         for category in (3, 7)[: 1 + number % 2]:
             w, h = (int(v) for v in generator.integers(24, 40, 2))
             x, y = int(generator.integers(0, 64 - w)), int(generator.integers(0, 64 - h))
-            ImageDraw.Draw(picture).rectangle((x, y, x + w - 1, y + h - 1), COLOURS[category][1])
+            ImageDraw.Draw(picture).rectangle((x, y, x + w - 1, y + h - 1), COLORS[category][1])
             box = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
             annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": category, **box})
         picture.save(folder / f"{number}.png")
         images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 64})
-    categories = [{"id": id, "name": name} for id, (name, _) in COLOURS.items()]
+    categories = [{"id": id, "name": name} for id, (name, _) in COLORS.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "data.json").write_text(json.dumps(content))
 
@@ -124,7 +124,7 @@ def test_a_loss_is_its_sum_by_the_foreground() -> None:
 def test_a_first_step_that_overflows_leaves_no_momentum(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fp16's scaler skips it; what the fused update then has as momentum must not be uninitialised memory."""
+    """fp16's scaler skips it; what the fused update then has as momentum must not be uninitialized memory."""
 
     class Scaler(torch.amp.GradScaler):
         def scale(self, outputs: Any) -> Any:
@@ -156,7 +156,7 @@ def test_a_run_goes_on_in_another_precision_with_its_scaler(tmp_path: Path, data
 
 def test_average() -> None:
     detector = Detector(ModelConfig(backbones=("ResNet18C4",), classes=1, norm="batch"))
-    average = Average(detector, 0.5)
+    average = EMA(detector, 0.5)
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     with torch.no_grad():
         for tensor in detector.state_dict().values():
@@ -422,7 +422,7 @@ def test_fine_tuning_takes_what_fits_and_says_so(tmp_path: Path, dataset: Path, 
     begun = start_weights(config)
     said = capsys.readouterr().out
     assert re.search(r"Taken from .*source\.pth \(\d+ tensors\): .*ResNet18C4\.conv1,.*head\.box_head\.8", said)
-    assert "Initialised (2 tensors): head.cls_head.8.\n" in said
+    assert "Initialized (2 tensors): head.cls_head.8.\n" in said
     for name, tensor in source.state_dict().items():
         assert torch.equal(begun[name], tensor) == (not name.startswith("head.cls_head.8."))
 
@@ -604,7 +604,7 @@ def start(config: TrainConfig, devices: str, folder: Path) -> subprocess.Popen[s
     """A run in a process of its own; its output goes into a pipe."""
     (folder / "config.pickle").write_bytes(pickle.dumps(config))
     (folder / "run.py").write_text(RUN)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "run.py"), str(folder / "config.pickle"), devices]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

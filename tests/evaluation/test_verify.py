@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_models import detector_of, save
 
 from odtk.categories import Category
 from odtk.config import ExportConfig, LoaderConfig, ModelConfig, PostprocessConfig
@@ -27,6 +26,7 @@ from odtk.inference.detect import detect
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
 from odtk.postprocess import Detections
+from tests.random_models import detector_of, save
 
 CONFIG = ModelConfig(backbones=("ResNet18C4",), classes=2)
 CATEGORIES = (Category(1, "cat & co"), Category(5, "dog"))
@@ -192,7 +192,7 @@ def test_the_worst_layers_stay_in_fp16(
     config = ExportConfig(path="", output=str(tmp_path / "x.onnx"), precision="int8", calibration_table=path)
     bench = FakeBench(path, set(needed))
     first = bench.run("")
-    run, layers = verify.rescue(config, bench, run_of(0.5), first, list("abcdef"), 0.3)  # type: ignore[arg-type]
+    run, layers = verify.restore_accuracy(config, bench, run_of(0.5), first, list("abcdef"), 0.3)  # type: ignore[arg-type]
     assert "".join(layers) == kept and (drop(run_of(0.5), run) <= 0.3) == good
     assert calibration_table.load_table(path).fp16_layers == tuple(kept)
     assert all(config.calibration_table == path for config in written) and bool(written) == (kept != "z")

@@ -23,16 +23,16 @@ from odtk.model.detector import Detector
 from odtk.training.assign import assign
 
 torch.set_num_threads(1)
-GREY = (128, 128, 128)
+GRAY = (128, 128, 128)
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Two grey images with one box each, the second one rotated in rotated.json."""
+    """Two gray images with one box each, the second one rotated in rotated.json."""
     folder = tmp_path / "images"
     folder.mkdir()
     for i in (1, 2):
-        Image.new("RGB", (480, 400), GREY).save(folder / f"{i}.png")
+        Image.new("RGB", (480, 400), GRAY).save(folder / f"{i}.png")
     entries = [{"id": i, "file_name": f"{i}.png", "width": 480, "height": 400} for i in (1, 2)]
     boxes = [{"id": i, "image_id": i, "category_id": 3, "bbox": [100, 200, 120, 80]} for i in (1, 2)]
     content = {"images": entries, "categories": [{"id": 3, "name": "cell"}], "annotations": boxes}
@@ -51,7 +51,7 @@ def data(images: Path, annotations: str | None = "truth.json", **changes) -> Loa
 
 
 def changed(path: str) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of what is not grey in a picture."""
+    """Left, top, right, bottom of what is not gray in a picture."""
     drawn = (np.abs(np.asarray(Image.open(path)).astype(int) - 128) > 60).any(axis=2)
     rows, columns = drawn.any(axis=1).nonzero()[0], drawn.any(axis=0).nonzero()[0]
     return columns[0], rows[0], columns[-1], rows[-1]
@@ -95,7 +95,7 @@ def test_an_annotation_without_a_box_is_named(images: Path, tmp_path: Path) -> N
 def test_detections_get_a_picture_each_even_where_there_are_none(images: Path, tmp_path: Path) -> None:
     entry = {"category_id": 3, "category": "cell", "bbox": [10, 300, 50, 50]}
     found = [{"image_id": 1, "score": 0.2, **entry}, {"image_id": 2, "score": 0.9, **entry}]  # 0.2 is not drawn
-    first, second = visualize.draw_detections(found, visualize.open_album(data(images), str(tmp_path)))
+    first, second = visualize.draw_detections(found, visualize.open_pictures(data(images), str(tmp_path)))
     assert (np.abs(np.asarray(Image.open(first)).astype(int) - 128) < 10).all()
     assert changed(second)[3] == pytest.approx(350, abs=3)
 
@@ -127,7 +127,7 @@ def test_a_file_of_annotations_is_no_file_of_detections(images: Path, tmp_path: 
 
 
 def test_labels_stay_inside_and_apart() -> None:
-    image = Image.new("RGB", (400, 400), GREY)
+    image = Image.new("RGB", (400, 400), GRAY)
     corner = drawing.Shape([(0, 0), (30, 0), (30, 30), (0, 30)], (255, 0, 0), "a rather long name 0.99")
     one, two = (np.asarray(drawing.annotate(image, [corner] * n)) for n in (1, 2))
     red = [(picture == (255, 0, 0)).all(axis=2).sum() for picture in (one, two)]
@@ -140,7 +140,7 @@ def test_small_images_are_enlarged() -> None:
 
 
 def test_a_picture_that_no_jpeg_would_hold_is_enlarged_less(images: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (2000, 5), GREY).save(images / "1.png")
+    Image.new("RGB", (2000, 5), GRAY).save(images / "1.png")
     (images / "truth.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "1.png"}]}))
     (tmp_path / "found.json").write_text("[]")
     [path] = visualize.draw_results(str(tmp_path / "found.json"), data(images), str(tmp_path), score_threshold=0.5)
@@ -148,10 +148,10 @@ def test_a_picture_that_no_jpeg_would_hold_is_enlarged_less(images: Path, tmp_pa
     assert drawing.annotate(Image.new("RGB", (1, 70000)), []).size == (1, 32000)
 
 
-def test_colours_of_neighbours_differ() -> None:
-    colours = [np.array(drawing.colour(i)) for i in range(40)]
-    assert min(np.abs(a - b).sum() for a, b in zip(colours, colours[1:], strict=False)) > 150
-    assert len({tuple(c) for c in colours}) == 40
+def test_colors_of_neighbors_differ() -> None:
+    colors = [np.array(drawing.color(i)) for i in range(40)]
+    assert min(np.abs(a - b).sum() for a, b in zip(colors, colors[1:], strict=False)) > 150
+    assert len({tuple(c) for c in colors}) == 40
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,8 +191,8 @@ def test_the_layer_that_the_help_names_can_be_drawn(tmp_path: Path) -> None:
 def test_a_grid_shows_each_map_over_its_own_range() -> None:
     maps = torch.stack([torch.arange(12.0).view(3, 4), 100 * torch.arange(12.0).view(3, 4), torch.zeros(3, 4)])
     grid = np.asarray(visualize.feature_grid(maps, "maps", Image.new("RGB", (8, 6))))
-    colours = {tuple(c) for c in grid.reshape(-1, 3)}
-    assert {tuple(visualize.RAMP[0]), tuple(visualize.RAMP[-1])} <= colours
+    colors = {tuple(c) for c in grid.reshape(-1, 3)}
+    assert {tuple(visualize.RAMP[0]), tuple(visualize.RAMP[-1])} <= colors
     factor = 24  # 96 / 4
     columns = grid.shape[1] - 2 * (4 * factor + 2)  # two columns of tiles stand on the right
     first = grid[28 : 28 + 3 * factor, columns : columns + 4 * factor]
@@ -210,8 +210,8 @@ def test_anchors_that_match_and_a_box_that_none_reaches(images: Path, tmp_path: 
     dataset = Dataset.load(settings.annotations, settings.images)
     batches = [batch for _, batch in visualize.inputs(detector, dataset, settings, 2)]
     reached, missed = (visualize.anchor_shapes(detector, batch, RULE) for batch in batches)
-    assert int(reached[-1].label.split()[0]) >= len(reached) - 1 > 1 and reached[-1].colour != (255, 0, 0)
-    assert missed[-1].label.startswith("0 anchors, stride 8") and missed[-1].colour == (255, 0, 0) and len(missed) == 2
+    assert int(reached[-1].label.split()[0]) >= len(reached) - 1 > 1 and reached[-1].color != (255, 0, 0)
+    assert missed[-1].label.startswith("0 anchors, stride 8") and missed[-1].color == (255, 0, 0) and len(missed) == 2
     assert len(visualize.draw_anchors(model, settings, RULE, str(tmp_path / "out"), count=2)) == 2
 
 
@@ -262,7 +262,7 @@ def test_pictures_do_not_go_among_images_that_the_next_run_would_list(images: Pa
     model, listed, folder = make_model(tmp_path), data(images, None, resize=64), str(images / target)
     (tmp_path / "found.json").write_text("[]")
     with pytest.raises(OdtkError, match="among the images of .*another folder"):
-        visualize.open_album(listed, folder)
+        visualize.open_pictures(listed, folder)
     with pytest.raises(OdtkError, match="another folder"):
         visualize.draw_results(str(tmp_path / "found.json"), listed, folder, score_threshold=0.5)
     with pytest.raises(OdtkError, match="another folder"):
@@ -277,7 +277,7 @@ def test_no_picture_replaces_an_image_that_the_annotations_name(images: Path, tm
     (tmp_path / "found.json").write_text("[]")
     for name, draw in (
         ("1_1.jpg", lambda: visualize.draw_truth(data(images), str(folder))),
-        ("1_1.jpg", lambda: visualize.draw_detections([], visualize.open_album(data(images), str(folder)))),
+        ("1_1.jpg", lambda: visualize.draw_detections([], visualize.open_pictures(data(images), str(folder)))),
         (
             "1_1.jpg",
             lambda: visualize.draw_results(
@@ -294,7 +294,7 @@ def test_no_picture_replaces_an_image_that_the_annotations_name(images: Path, tm
         ),
     ):
         file = folder / name
-        Image.new("RGB", (480, 400), GREY).save(file)
+        Image.new("RGB", (480, 400), GRAY).save(file)
         before = file.read_bytes()
         entries = [{"id": 1, "file_name": "1.png"}, {"id": 2, "file_name": f"sub/{name}"}]
         (images / "truth.json").write_text(json.dumps({"images": entries}))

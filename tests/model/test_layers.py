@@ -1,4 +1,4 @@
-"""Normalisation, folding, deformable convolution and checkpointing against their definitions."""
+"""Normalization, folding, deformable convolution and checkpointing against their definitions."""
 
 import math
 
@@ -159,7 +159,7 @@ def test_offsets_learn() -> None:
 
 def test_sampling_grid_without_offsets_looks_at_the_pixels_of_a_convolution() -> None:
     grid = sampling_grid(torch.zeros(1, 18, 2, 3), stride=2, height=4, width=6)
-    x = (grid[0, 5, 1, 2, 0] + 1) * 6 / 2 - 0.5  # tap 5 is one right of the centre, which is at (4, 2)
+    x = (grid[0, 5, 1, 2, 0] + 1) * 6 / 2 - 0.5  # tap 5 is one right of the center, which is at (4, 2)
     y = (grid[0, 5, 1, 2, 1] + 1) * 4 / 2 - 0.5
     assert (round(float(x), 4), round(float(y), 4)) == (5.0, 2.0)
 

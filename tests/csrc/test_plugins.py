@@ -1,7 +1,7 @@
 """csrc/plugins in real TensorRT libraries, without a GPU: the lean runtime of TensorRT 11 and the whole TensorRT 8.6.
 
 The plugins are compiled against the headers of each version, with the emulated kernels of tests/emulation, and driven
-by tests/plugins_probe.cpp as TensorRT drives them. Found where they are: headers in $TENSORRT_ROOT/include or
+by tests/csrc/plugins_probe.cpp as TensorRT drives them. Found where they are: headers in $TENSORRT_ROOT/include or
 /opt/tensorrt-*/include, libraries in the Python package tensorrt_lean_libs (pip install tensorrt-lean-cu13-libs) or in
 the folders of $ODTK_TENSORRT_LIBS.
 """
@@ -17,20 +17,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import emulation
-import kernel_cases as cases
 import numpy as np
 import pytest
 import torch
-from kernel_cases import CANDIDATES, HEADS, Candidates, Head, Triple
 from torch import Tensor
 
 from odtk import ops
+from tests import emulation
+from tests import kernel_cases as cases
+from tests.kernel_cases import CANDIDATES, HEADS, Candidates, Head, Triple
 
 pytestmark = pytest.mark.slow  # compiles
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 CSRC = TESTS.parent / "csrc"
+PROBE = TESTS / "csrc" / "plugins_probe.cpp"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 LIBRARIES = {11: ("libnvinfer_lean.so.11", "libnvinfer.so.11"), 8: ("libnvinfer.so.8",)}
 TYPES = {torch.float32: 0, torch.float16: 1, torch.int32: 3}  # nvinfer1::DataType
@@ -84,7 +85,12 @@ def compile_host(major: int) -> Host:
     if compiler is None:
         pytest.skip("no g++ to compile the plugins")
     plugins, kernels = sorted((CSRC / "plugins").glob("*.cpp")), [CSRC / "cuda" / f"{n}.cu" for n in ("decode", "nms")]
-    watched = [*CSRC.glob("plugins/*"), *CSRC.glob("cuda/*"), *TESTS.glob("emulation/*.h"), TESTS / "plugins_probe.cpp"]
+    watched = [
+        *CSRC.glob("plugins/*"),
+        *CSRC.glob("cuda/*"),
+        *TESTS.glob("emulation/*.h"),
+        PROBE,
+    ]
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(watched)) + f"{FLAGS}{headers}".encode())
     folder = TESTS.parent / "build" / "plugins" / digest.hexdigest()[:16]
     host = Host(library, folder / "probe", folder / "libodtk_plugins.so")
@@ -97,7 +103,7 @@ def compile_host(major: int) -> Host:
         subprocess.Popen([*command, "-x", "c++", "-c", str(source), "-o", str(target)])
         for source, target in zip((*plugins, *kernels), objects, strict=True)
     ]
-    running.append(subprocess.Popen([*command, str(TESTS / "plugins_probe.cpp"), "-o", str(host.probe), "-ldl"]))
+    running.append(subprocess.Popen([*command, str(PROBE), "-o", str(host.probe), "-ldl"]))
     assert [process.wait() for process in running] == [0] * len(running), "plugins or probe do not compile"
     part = folder / "part.so"
     link = [compiler, "-shared", "-Wl,--no-undefined", *map(str, objects), "-o", str(part), "-ldl", "-lpthread"]
@@ -213,7 +219,7 @@ def test_workspace_grows_with_the_batch(answers: Answers) -> None:
         assert 0 < int(answers.values[f"{plugin}.workspace.1"]) < int(answers.values[f"{plugin}.workspace.16"])
 
 
-def test_serialisation_and_clones_keep_everything(answers: Answers) -> None:
+def test_serialization_and_clones_keep_everything(answers: Answers) -> None:
     for plugin in ("decode", "nms"):
         assert len(answers.values[f"{plugin}.state"]) > 40
         assert answers.values[f"{plugin}.deserialized"] == answers.values[f"{plugin}.cloned"] == "same"

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
-import emulation
-import kernel_cases as cases
 import numpy as np
 import pytest
 import torch
-from kernel_cases import CANDIDATES, HEADS, Candidates, Head
 
 from odtk import boxes as geometry
 from odtk import ops
+from tests import emulation
+from tests import kernel_cases as cases
+from tests.kernel_cases import CANDIDATES, HEADS, Candidates, Head
 
 
 @pytest.fixture(scope="module")

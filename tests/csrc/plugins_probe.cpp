@@ -445,7 +445,7 @@ int run(IPluginRegistry& registry, const char* path) {
 #endif
   Plugin* made = create(*creator, fields);
   if (!made) return 5;
-  // As in an engine: what runs is a copy of what was deserialised.
+  // As in an engine: what runs is a copy of what was deserialized.
   Probe probe(*creator, Probe(*creator, Probe(*creator, made).deserialize()).clone());
   const int status = probe.enqueue(descs[0], descs[1], in, out);
   for (std::size_t i = 0; i < memory.size(); ++i)

@@ -35,7 +35,7 @@ def test_the_same_seed_draws_the_same(tmp_path) -> None:
 
 
 def polygon_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pixels whose centre is inside a polygon [k, 2], by the even-odd rule."""
+    """Pixels whose center is inside a polygon [k, 2], by the even-odd rule."""
     y, x = np.mgrid[:height, :width] + 0.5
     inside = np.zeros((height, width), bool)
     for (x1, y1), (x2, y2) in zip(points, np.roll(points, 1, axis=0), strict=True):
@@ -74,7 +74,7 @@ def test_boxes_hold_exactly_the_drawn_shape(name, rotated, monkeypatch) -> None:
 
 
 def test_rotated_pixels_are_inside_the_rotated_box(monkeypatch) -> None:
-    """The fill of a rectangle: its own colour inside the box, another outside (the sign of theta matters)."""
+    """The fill of a rectangle: its own color inside the box, another outside (the sign of theta matters)."""
     monkeypatch.setattr("odtk.data.synthetic.OBJECTS", (1, 1))
     generator = np.random.default_rng(1)
     for _ in range(5):

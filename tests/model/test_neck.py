@@ -39,7 +39,7 @@ def test_starts_from_xavier_without_bias() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (4, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_the_smallest_maps_are_right(size: tuple[int, int], dtype: torch.dtype) -> None:
-    """oneDNN's bfloat16 weight gradient of a strided convolution of a 1×1 map was uninitialised memory."""
+    """oneDNN's bfloat16 weight gradient of a strided convolution of a 1×1 map was uninitialized memory."""
     conv = torch.nn.Conv2d(16, 16, 3, stride=2, padding=1)
     x = torch.randn(2, 16, *size)
     windows = F.unfold(x, 3, stride=2, padding=1).sum((0, 2)).view(16, 3, 3)  # [C·9, cells] → gradient of the sum

@@ -21,7 +21,7 @@ from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
 from odtk.data.records import Fault, Image
 from odtk.data.render import render
-from odtk.data.sampler import Sampler, colour_matrix, random_crop
+from odtk.data.sampler import Sampler, color_matrix, random_crop
 from odtk.data.torch_loader import TorchLoader
 
 STILL = AugmentConfig(flip=0, crop=0, brightness=0, contrast=0, hue=0, saturation=0)
@@ -143,7 +143,7 @@ def test_size_means_fitted_inside_and_padded_to_exactly_it(files, size) -> None:
     assert batch.scales[1].tolist() == pytest.approx([round(40 * scale) / 40, round(30 * scale) / 30])
 
 
-def test_normalisation_without_scaling_is_exact(files) -> None:
+def test_normalization_without_scaling_is_exact(files) -> None:
     settings = config(batch=1, resize=30, max_size=40, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     batch = list(create_loader(files, settings))[1]
     pixels = np.asarray(PILImage.open(files.images[1].path)).astype(np.float32) / 255
@@ -170,8 +170,8 @@ def test_the_crop_keeps_a_box() -> None:
     assert len(set(windows)) > 50 and (0, 0, 400, 300) in windows
     for x1, y1, x2, y2 in windows:
         assert 0 <= x1 < x2 <= 400 and 0 <= y1 < y2 <= 300
-        centre = image.boxes[:, :2] + image.boxes[:, 2:] / 2
-        assert ((centre >= (x1, y1)) & (centre < (x2, y2))).all(axis=1).any()
+        center = image.boxes[:, :2] + image.boxes[:, 2:] / 2
+        assert ((center >= (x1, y1)) & (center < (x2, y2))).all(axis=1).any()
     image.boxes = image.boxes[:0]
     assert random_crop(generator, image) == (0, 0, 400, 300)
 
@@ -254,16 +254,16 @@ def test_boxes_below_a_pixel_are_dropped_in_training_only(tmp_path) -> None:
     assert len(Sampler(dataset, config()).plan(0).samples[0].boxes) == 1
 
 
-def test_colour_changes() -> None:
+def test_color_changes() -> None:
     generator = np.random.default_rng(0)
-    none = colour_matrix(generator, STILL)
+    none = color_matrix(generator, STILL)
     assert np.allclose(none, np.eye(3, 4), atol=1e-9)
-    strong = colour_matrix(generator, replace(STILL, hue=0.2, saturation=0.5))
-    assert np.allclose(strong @ [77, 77, 77, 1], 77, atol=0.5)  # grey has neither hue nor saturation
+    strong = color_matrix(generator, replace(STILL, hue=0.2, saturation=0.5))
+    assert np.allclose(strong @ [77, 77, 77, 1], 77, atol=0.5)  # gray has neither hue nor saturation
     assert not np.allclose(strong @ [200, 50, 50, 1], [200, 50, 50], atol=5)
-    contrast = colour_matrix(generator, replace(STILL, contrast=0.5))
+    contrast = color_matrix(generator, replace(STILL, contrast=0.5))
     assert np.allclose(contrast @ [128, 128, 128, 1], 128, atol=1e-6)
-    brightness = colour_matrix(generator, replace(STILL, brightness=0.1))
+    brightness = color_matrix(generator, replace(STILL, brightness=0.1))
     assert np.allclose(brightness @ [10, 20, 40, 1] / brightness[0, 0], [10, 20, 40])
 
 

@@ -340,12 +340,12 @@ def test_assign_points_equals_plain_loops(chunk: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(assign, "CHUNK", chunk)
     strides, shapes = (8, 16, 32, 64, 128), ((32, 24), (16, 12), (8, 6), (4, 3), (2, 2))
     size = torch.exp(torch.empty(3, 12, 2).uniform_(math.log(4), math.log(900)))
-    centre = torch.rand(3, 12, 2) * torch.tensor([192.0, 256.0])
-    boxes = torch.cat([centre - size / 2, centre + size / 2 - 1], -1)
+    center = torch.rand(3, 12, 2) * torch.tensor([192.0, 256.0])
+    boxes = torch.cat([center - size / 2, center + size / 2 - 1], -1)
     boxes[0, 1] = boxes[0, 0]
     labels = torch.randint(-1, 9, (3, 12))
     bases = [torch.tensor([[0.0, 0.0, s - 1.0, s - 1.0]]) for s in strides]
-    points = geometry.centre_and_size(place_anchors(bases, strides, shapes, torch.device("cpu")))[0]
+    points = geometry.center_and_size(place_anchors(bases, strides, shapes, torch.device("cpu")))[0]
     counts = torch.tensor([h * w for h, w in shapes])
     limits = torch.tensor(assign.level_limits(strides)).repeat_interleave(counts, 0)
     assert limits.unique(dim=0).tolist() == [[0, 64], [64, 128], [128, 256], [256, 512], [512, math.inf]]

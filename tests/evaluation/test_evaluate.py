@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from odtk.config import OdtkError
-from odtk.evaluation.evaluate import STATS, evaluate, known, report, usable
+from odtk.evaluation.evaluate import STATS, evaluate, filter_categories, prepare_ground_truth, report
 
 
 def dataset(images: int = 6, seed: int = 0) -> dict:
@@ -128,7 +128,7 @@ def test_annotations_without_area_crowd_or_categories_and_with_a_degenerate_box(
     metrics = evaluate(found, truth)
     assert metrics.ap == pytest.approx(1)  # nothing could have found the box without an area
     assert [c.name for c in metrics.classes] == ["3", "7"]
-    assert known(found, truth) == found  # infer asks before it evaluates
+    assert filter_categories(found, truth) == found  # infer asks before it evaluates
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -172,7 +172,7 @@ def test_rotated_boxes_overlap_by_their_polygons() -> None:
     # The same rectangle, written as its other side and turned by a quarter: still the same.
     swapped = [d | {"bbox": [d["bbox"][0] + 20, d["bbox"][1] - 20, 20, 60, math.pi / 2]} for d in found]
     assert evaluate(swapped, truth).ap == pytest.approx(1)
-    # Turned about its centre it is another one: two bars of 60×20 that cross overlap by 400 of 2000 pixels.
+    # Turned about its center it is another one: two bars of 60×20 that cross overlap by 400 of 2000 pixels.
     crossed = [d | {"bbox": [*d["bbox"][:4], math.pi / 2]} for d in found]
     assert evaluate(crossed, truth).ap < 0.1
     # As axis-aligned boxes the angle is not looked at.
@@ -217,7 +217,7 @@ def test_files_are_read_and_the_form_of_odtk_02_too(tmp_path) -> None:
 def test_categories_that_only_the_model_has_are_left_out() -> None:
     truth = dataset()
     found = [*results(truth), {"image_id": 10, "category_id": 5, "bbox": [0, 0, 9, 9], "score": 0.9}]
-    assert evaluate(known(found, truth), truth).ap == pytest.approx(1)
+    assert evaluate(filter_categories(found, truth), truth).ap == pytest.approx(1)
     with pytest.raises(OdtkError, match="category 5"):
         evaluate(found, truth)
 
@@ -305,8 +305,8 @@ def test_masks_of_each_form_are_scored(mask) -> None:
 
 
 def test_usable_annotations_stay_so() -> None:
-    truth = usable(dataset())
-    assert usable(truth) == truth
+    truth = prepare_ground_truth(dataset())
+    assert prepare_ground_truth(truth) == truth
 
 
 def test_an_annotation_of_an_unknown_image_is_named() -> None:

@@ -14,7 +14,6 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
-from random_models import detector_of, save
 from torch import Tensor
 
 from odtk import ops
@@ -27,6 +26,7 @@ from odtk.export.precision import to_fp16
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
 from odtk.postprocess import postprocess
+from tests.random_models import detector_of, save
 
 SMALL = ModelConfig(backbones=("ResNet18FPN",), classes=3)
 C4 = ModelConfig(backbones=("ResNet18C4",), classes=2)
@@ -37,12 +37,14 @@ def images_of(batch: int, size: tuple[int, int] = SIZE) -> Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
-def finished(graph: onnx.ModelProto, detector: Detector, limits: PostprocessConfig, ending: str = "") -> bytes:
-    """A raw graph with the ending of its kind, as the bytes of a file."""
+def finished(graph: onnx.ModelProto, detector: Detector, limits: PostprocessConfig, postprocessing: str = "") -> bytes:
+    """A raw graph with the postprocessing of its kind, as the bytes of a file."""
     config = ExportConfig(path="", output="", size=SIZE, postprocess=limits)
     source = checkpoint.Checkpoint(detector.config, None, {})
-    ending = ending or ("candidates" if detector.config.rotated else "detections")
-    return serialize(export.finish(graph, detector, export.describe(detector, source, config, ending)))
+    postprocessing = postprocessing or ("candidates" if detector.config.rotated else "detections")
+    return serialize(
+        export.append_postprocess(graph, detector, export.describe(detector, source, config, postprocessing))
+    )
 
 
 def run(content: bytes, feed: dict[str, Tensor]) -> list[Tensor]:
@@ -143,7 +145,7 @@ def test_fp16_is_close_and_keeps_box_arithmetic_in_fp32(detector: Detector, trac
     for node in model.graph.node:
         if node.op_type == "Conv":
             assert types[node.output[0]] == TensorProto.FLOAT16
-        if node.name.startswith("ending/") and types.get(node.output[0]) == TensorProto.FLOAT16:
+        if node.name.startswith("postprocess/") and types.get(node.output[0]) == TensorProto.FLOAT16:
             raise AssertionError(f"{node.name} is in half precision")
     with torch.no_grad():
         expected = by_torch(detector, *detector(images_of(1)), PostprocessConfig())
@@ -162,9 +164,9 @@ def test_a_constant_beyond_fp16_is_refused(traced: onnx.ModelProto) -> None:
 
 
 def on_levels(
-    config: ModelConfig, cells: Sequence[tuple[int, int]], limits: PostprocessConfig, ending: str = ""
+    config: ModelConfig, cells: Sequence[tuple[int, int]], limits: PostprocessConfig, postprocessing: str = ""
 ) -> bytes:
-    """The ending of a graph whose inputs are the raw levels themselves."""
+    """The postprocessing of a graph whose inputs are the raw levels themselves."""
     detector = Detector(config)
     shapes = [
         (f"{kind}_{i}", [None, config.num_anchors * channels, *cell])
@@ -179,7 +181,7 @@ def on_levels(
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=10,
     )
-    return finished(model, detector, limits, ending)
+    return finished(model, detector, limits, postprocessing)
 
 
 def feed_of(logits: Sequence[Tensor], boxes: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -212,7 +214,7 @@ def test_rotated_ending_stops_at_the_candidates_of_decode() -> None:
     detector = Detector(config)
     expected = ops.decode(logits, boxes, detector.anchors(), detector.strides, score_threshold=0.3, top_n=40, values=6)
     content = on_levels(config, PYRAMID, PostprocessConfig(score_threshold=0.3, top_n=40))
-    assert '"ending":"candidates"' in onnx.load_from_string(content).metadata_props[0].value
+    assert '"postprocessing":"candidates"' in onnx.load_from_string(content).metadata_props[0].value
     assert (expected[0] > 0).any() and expected[1].shape == (2, 200, 6)
     assert_same(run(content, feed_of(logits, boxes)), list(expected))
 

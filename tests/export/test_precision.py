@@ -74,7 +74,7 @@ def table_of(model: onnx.ModelProto, **changes) -> calibration_table.Table:
     return dataclasses.replace(calibration_table.Table("m", (16, 16), "minmax", (), scales), **changes)
 
 
-def quantised(model: onnx.ModelProto, table: calibration_table.Table) -> onnx.ModelProto:
+def quantized(model: onnx.ModelProto, table: calibration_table.Table) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     quantize.insert_qdq(copy, table)
@@ -124,7 +124,7 @@ def test_weights_are_symmetric_and_nothing_is_clipped() -> None:
     weight = np.random.default_rng(0).standard_normal((16, 4, 3, 3)).astype(np.float32)
     weight[3] *= 1e-4
     weight[5] = 0
-    values, scale = quantize.quantise_weight(weight)
+    values, scale = quantize.quantize_weight(weight)
     assert values.dtype == np.int8 and scale.dtype == np.float32 and (scale > 0).all()
     assert (np.abs(values[[0, 3]]).max((1, 2, 3)) == 127).all() and values.min() >= -127
     error = np.abs(values * scale[:, None, None, None] - weight)
@@ -135,7 +135,7 @@ def test_weights_are_symmetric_and_nothing_is_clipped() -> None:
 
 
 def test_qdq_stand_at_convolutions_and_additions_only(net: onnx.ModelProto) -> None:
-    model = quantised(net, table_of(net))
+    model = quantized(net, table_of(net))
     onnx.checker.check_model(model, full_check=True)
     makers = makers_of(model.graph)
     for node in model.graph.node:
@@ -158,20 +158,20 @@ def test_both_inputs_of_an_addition_share_a_scale(net: onnx.ModelProto) -> None:
 
 
 def test_a_layer_in_fp16_reads_what_was_not_rounded(net: onnx.ModelProto) -> None:
-    model = quantised(net, table_of(net, fp16_layers=("cls_head", "conv2")))
+    model = quantized(net, table_of(net, fp16_layers=("cls_head", "conv2")))
     makers = makers_of(model.graph)
     nodes = {node.name: node for node in model.graph.node}
     assert list(nodes["cls_head"].input) == ["lateral/add", "cls_head.weight", "cls_head.bias"]
     assert makers[nodes["box_head"].input[0]].op_type == "DequantizeLinear"  # beside it, on the same map
     assert list(nodes["conv2/add"].input) == ["conv2", "stem/relu"]
     with pytest.raises(OdtkError, match="no layer nothing"):
-        quantised(net, table_of(net, fp16_layers=("nothing",)))
+        quantized(net, table_of(net, fp16_layers=("nothing",)))
 
 
 def test_int8_with_an_fp16_remainder_is_the_same_however_optimised(net: onnx.ModelProto) -> None:
     """ONNX Runtime 1.31 spoils float16 Q/DQ nodes: they and what INT8 kernels fuse stay float32, the rest does not."""
     table = table_of(net, fp16_layers=("cls_head",))
-    model = quantised(net, table)
+    model = quantized(net, table)
     floats = open_session(model).run(None, {"images": noise(1)[0]})
     quantize.to_fp16(model)
     onnx.checker.check_model(model, full_check=True)
@@ -181,7 +181,7 @@ def test_int8_with_an_fp16_remainder_is_the_same_however_optimised(net: onnx.Mod
         half = node.output[0] == "logits_0" or (node.op_type == "Cast" and node.output[0].endswith("/fp16"))
         assert (types[node.output[0]] == TensorProto.FLOAT16) == half or node.op_type == "QuantizeLinear", node.name
     expected = open_session(net).run(None, {"images": noise(1)[0]})
-    assert 15 < sensitivity.decibels([expected], [floats]) < 60  # quantised, and not badly
+    assert 15 < sensitivity.decibels([expected], [floats]) < 60  # quantized, and not badly
     for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"):
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
@@ -354,7 +354,7 @@ def raw_files(backbone: str, head: str) -> Iterator[tuple[str, bytes, int]]:
     scales = calibration.shared_scales(
         quantize.scale_groups(model.graph), calibration.calibrate(model, images, "minmax", 2)
     )
-    int8 = quantised(model, calibration_table.Table("m", (128, 160), "minmax", (), scales))
+    int8 = quantized(model, calibration_table.Table("m", (128, 160), "minmax", (), scales))
     for precision, graph in (("fp16", model), ("int8", int8)):
         quantize.to_fp16(graph)
         yield precision, serialize(graph), count
