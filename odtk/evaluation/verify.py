@@ -27,7 +27,7 @@ from ..export import calibration_table, precision
 from ..export.export import export
 from ..export.graph import trace
 from ..export.metadata import ENGINES
-from ..files import replacing
+from ..files import atomic_write
 from ..inference.backends import Backend, open_backend
 from ..inference.detect import detect
 from ..inference.infer import loader_config, resolve_categories
@@ -76,7 +76,7 @@ def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: 
         ("json", json.dumps(to_dict(verdict), indent=1)),
         ("html", page(verdict, config.output, bench.dataset.images)),
     ):
-        with replacing(f"{config.output}.verify.{suffix}") as file:
+        with atomic_write(f"{config.output}.verify.{suffix}") as file:
             file.write(text.encode())
     print(f"Report: {config.output}.verify.html and .json")
     return verdict.within

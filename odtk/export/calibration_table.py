@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 
 from ..config import ExportConfig, OdtkError
-from ..files import replacing
+from ..files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def load_table(path: str) -> Table:
 
 def save_table(path: str, table: Table) -> None:
     """Writes a table, whole or not at all."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(table.to_json().encode())
 
 

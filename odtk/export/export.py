@@ -21,7 +21,7 @@ from onnx import ModelProto, helper
 
 from ..config import ExportConfig, OdtkError
 from ..data.sampler import round_up
-from ..files import replacing
+from ..files import atomic_write
 from ..model.checkpoint import Checkpoint, build, fingerprint, load
 from ..model.detector import Detector
 from . import calibration, calibration_table, precision
@@ -73,7 +73,7 @@ def export(config: ExportConfig) -> Report:
     metadata = describe(detector, checkpoint, config, postprocessing)
     model = append_postprocess(graph, detector, metadata)
     content = build_engine(model, metadata, config) if suffix in ENGINES else serialize(model)
-    with replacing(config.output) as file:
+    with atomic_write(config.output) as file:
         file.write(content)
     fp16_layers = table.fp16_layers if table else ()
     print(f"Wrote {config.output}: {config.precision}, {height}×{width}, {len(content) / 2**20:.1f} MiB.")
@@ -102,12 +102,11 @@ def body(
 
 def describe(detector: Detector, checkpoint: Checkpoint, config: ExportConfig, postprocessing: str) -> Metadata:
     """The metadata of one export."""
-    categories = checkpoint.categories
     return Metadata(
         size=config.size,
         stride=detector.stride,
         classes=checkpoint.model.classes,
-        categories=None if categories is None else tuple((c.id, c.name) for c in categories),
+        categories=checkpoint.categories,
         precision=config.precision,
         postprocessing=postprocessing,
         box_values=6 if checkpoint.model.rotated else 4,

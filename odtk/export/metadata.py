@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import __version__
+from ..categories import Category, from_pairs, to_pairs
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OdtkError, PostprocessConfig
 
 FORMAT = 2  # of the metadata
@@ -22,7 +23,7 @@ class Metadata:
     Attributes:
         size: (height, width) of the input in pixels.
         stride: size is a multiple of it.
-        categories: [id, name] in the order of the class indices, or None where the checkpoint does not say.
+        categories: in the order of the class indices, or None where the checkpoint does not say.
         model: fingerprint of the checkpoint's weights.
         mean, std: of RGB values in [0, 1]; padding is 0 after normalization.
         box_values: 4, or 6 when rotated.
@@ -33,7 +34,7 @@ class Metadata:
     size: tuple[int, int]
     stride: int
     classes: int
-    categories: tuple[tuple[int, str], ...] | None
+    categories: tuple[Category, ...] | None
     precision: str
     postprocessing: str
     box_values: int
@@ -50,7 +51,8 @@ class Metadata:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))  # short: TensorRT holds 4 kB in a plan
+        values = dataclasses.asdict(self) | {"categories": to_pairs(self.categories)}
+        return json.dumps(values, separators=(",", ":"))  # short: TensorRT holds 4 kB in a plan
 
     @classmethod
     def from_json(cls, text: str, path: str) -> Metadata:
@@ -67,8 +69,7 @@ class Metadata:
                 values["postprocessing"] = values.pop("ending")
             for name in ("size", "batch", "mean", "std"):
                 values[name] = tuple(values[name])
-            if values["categories"] is not None:
-                values["categories"] = tuple((id, name) for id, name in values["categories"])
+            values["categories"] = from_pairs(values["categories"])
             return cls(**values | {"format": FORMAT})
         except (ValueError, KeyError, TypeError) as error:
             raise OdtkError(f"The metadata in {path} is damaged: export the model again.") from error

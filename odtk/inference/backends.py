@@ -56,8 +56,7 @@ class Backend:
         """Takes what an exported file says of itself."""
         self.size, self.stride = metadata.size, metadata.stride
         self.classes, self.rotated = metadata.classes, metadata.box_values == 6
-        categories = metadata.categories
-        self.categories = None if categories is None else tuple(Category(id, name) for id, name in categories)
+        self.categories = metadata.categories
         self.mean, self.std = metadata.mean, metadata.std
         self.precision, self.postprocess = metadata.precision, metadata.postprocess
 

@@ -14,7 +14,7 @@ from ..config import InferConfig, LoaderConfig, OdtkError
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
 from ..data.sampler import round_up
-from ..files import check_folder, write_json
+from ..files import check_writable, write_json
 from ..launch import patient_group
 from .detect import Progress, detect
 
@@ -38,7 +38,7 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
 
     group = patient_group(world)
     for path in config.output:
-        check_folder(path)
+        check_writable(path)
     backend = open_backend(
         config.path, device=config.data.device, precision=config.precision, postprocess=config.postprocess
     )

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..categories import Category
+from ..categories import Category, from_pairs, to_pairs
 from ..config import ModelConfig, OdtkError, from_dict, to_dict
-from ..files import replacing
+from ..files import atomic_write
 from .detector import Detector
 
 FORMAT = "odtk"
@@ -50,17 +50,16 @@ class Checkpoint:
 
 
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint, whole or not at all (see replacing)."""
-    categories = checkpoint.categories
+    """Writes a checkpoint, whole or not at all (see atomic_write)."""
     content = {
         "format": FORMAT,
         "version": VERSION,
         "model": to_dict(checkpoint.model),
-        "categories": None if categories is None else [[c.id, c.name] for c in categories],
+        "categories": to_pairs(checkpoint.categories),
         "state_dict": checkpoint.state_dict,
         "training": checkpoint.training,
     }
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         torch.save(content, file)
 
 
@@ -74,10 +73,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     if content.get("format") == FORMAT:
         if content["version"] > VERSION:
             raise OdtkError(f"{path} was written by a newer odtk (format {content['version']}): update odtk.")
-        categories = content["categories"]
         return Checkpoint(
             model=from_dict(ModelConfig, content["model"]),
-            categories=None if categories is None else tuple(Category(id, name) for id, name in categories),
+            categories=from_pairs(content["categories"]),
             state_dict=content["state_dict"],
             training=content["training"],
         )

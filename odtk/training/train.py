@@ -30,7 +30,7 @@ from ..categories import Category
 from ..config import ModelConfig, OdtkError, TrainConfig
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
-from ..files import check_folder
+from ..files import check_writable
 from ..launch import HostGroup
 from ..model.checkpoint import Checkpoint, load, load_weights, save
 from ..model.detector import Detector
@@ -255,7 +255,7 @@ def open_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoin
     Raises:
         OdtkError: the file is not a run of this model and these categories, or could not be written later.
     """
-    check_folder(config.path)
+    check_writable(config.path)
     if config.override or not os.path.exists(config.path):
         return None
     found = load(config.path)

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from odtk import ops
+from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.export import calibration, calibration_table, export, tensorrt8
 from odtk.export import precision as quantize
@@ -302,7 +303,7 @@ def test_file_carries_its_metadata(tmp_path: Path, capsys: pytest.CaptureFixture
     assert report.bytes == len(content)
     metadata = Metadata.from_json(onnx.load_from_string(content).metadata_props[0].value, config.output)
     assert metadata.size == (32, 32) and metadata.stride == 16 and metadata.precision == "fp32"
-    assert metadata.categories == ((0, "thing 0"), (10, "thing 1"))
+    assert metadata.categories == (Category(0, "thing 0"), Category(10, "thing 1"))
     assert metadata.postprocess == config.postprocess
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 

@@ -201,16 +201,16 @@ def test_a_device_needs_no_folder_to_write_in(tmp_path: Path, monkeypatch) -> No
     (tmp_path / "link.json").symlink_to(tmp_path / "other" / "out.json")
     writable = {str(tmp_path / "pipe"), str(tmp_path / "other")}  # root may write anywhere
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) in writable)
-    files.check_folder(str(tmp_path / "pipe"))
+    files.check_writable(str(tmp_path / "pipe"))
     with pytest.raises(OdtkError, match="no permission to write in"):
-        files.check_folder(str(tmp_path / "out.json"))
+        files.check_writable(str(tmp_path / "out.json"))
     with pytest.raises(OdtkError, match=r"other does not exist"):
-        files.check_folder(str(tmp_path / "link.json"))
+        files.check_writable(str(tmp_path / "link.json"))
     (tmp_path / "other").mkdir()
-    files.check_folder(str(tmp_path / "link.json"))  # what is replaced is where the link leads
+    files.check_writable(str(tmp_path / "link.json"))  # what is replaced is where the link leads
     writable.clear()
     with pytest.raises(OdtkError, match="pipe: no permission"):
-        files.check_folder(str(tmp_path / "pipe"))
+        files.check_writable(str(tmp_path / "pipe"))
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
