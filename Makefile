@@ -6,7 +6,7 @@ DEMO   := demo
 # One architecture is enough to see that the CUDA code compiles; an installation builds for all (setup.py).
 export ODTK_CUDA_ARCH ?= 90
 
-.PHONY: setup test quick lint demo clean
+.PHONY: setup hooks test quick lint demo clean
 setup: $(VENV)/ready
 
 # torch comes first: then the ranges of the package find it there and pull nothing else.
@@ -15,6 +15,10 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,cuda13,trt-tests]'
 	touch $@
+
+# git runs ruff and mypy before each commit (.pre-commit-config.yaml).
+hooks: setup
+	$(BIN)/pre-commit install
 
 test: setup lint
 	csrc/check_headers.sh
@@ -25,6 +29,7 @@ quick: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # A first run from nothing: data, training, ONNX, detections, AP, pictures.
