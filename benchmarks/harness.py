@@ -75,7 +75,7 @@ def compare(title: str, commands: dict[str, list[str]], *, rounds: int, report: 
     for child in children.values():
         child.communicate()
 
-    rows = []
+    rows: list[dict] = []
     print(f"\n{title}: {rounds} rounds in turns")
     print(f"{'variant':36} {'ms/image':>9} {'spread':>15} {'ratio':>6} {'peak MiB':>9}")
     for name, results in answers.items():

@@ -25,7 +25,7 @@ def variant(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = ModelConfig(backbones=(args.backbone,), classes=3, grad_checkpoint=args.variant == "checkpoint")
-    detector = Detector(config).to(memory_format=torch.channels_last).train()
+    detector = Detector(config).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     detector.initialize()
     optimizer = torch.optim.SGD(detector.parameters(), lr=1e-4, momentum=0.9, fused=True)
     for parameter in detector.parameters():  # what is there before any activation

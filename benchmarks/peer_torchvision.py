@@ -33,7 +33,7 @@ for annotation in coco["annotations"]:
     boxes[annotation["image_id"]].append([x, y, x + w, y + h])
     labels[annotation["image_id"]].append(annotation["category_id"])
 
-trunk = resnet_fpn_backbone(
+backbone = resnet_fpn_backbone(
     backbone_name="resnet18",
     weights=None,
     norm_layer=torch.nn.BatchNorm2d,
@@ -42,7 +42,7 @@ trunk = resnet_fpn_backbone(
     extra_blocks=LastLevelP6P7(256, 256),
 )
 classes = 1 + max(c["id"] for c in coco["categories"])
-model = RetinaNet(trunk, classes, min_size=args.resize, max_size=args.max_size).train()
+model = RetinaNet(backbone, classes, min_size=args.resize, max_size=args.max_size).train()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
 
 

@@ -31,7 +31,7 @@ def variant(args: argparse.Namespace) -> None:
     dataset = Dataset.load(args.annotations, args.images, training=True)
     config = ModelConfig(backbones=("ResNet18FPN",), classes=len(dataset.categories))
     memory_format = torch.contiguous_format if plain else torch.channels_last
-    detector = Detector(config).to(memory_format=memory_format).train()
+    detector = Detector(config).to(memory_format=memory_format).train()  # type: ignore[call-overload]
     detector.initialize()
     loader = create_loader(
         dataset,

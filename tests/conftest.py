@@ -1,9 +1,11 @@
-"""Shared fixtures: one seed for every test, few threads, the real BCCD images where the workplace has them."""
+"""Shared fixtures: one seed for every test, the tiny COCO dataset, and the real BCCD images where they are found."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)  # two threads that wait for each other made tiny tensors 50 times slower on a busy machine
 BCCD = Path(__file__).resolve().parents[2] / "shared" / "data" / "bccd"
@@ -12,6 +14,29 @@ BCCD = Path(__file__).resolve().parents[2] / "shared" / "data" / "bccd"
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """A folder with two noisy images of 64×48 pixels, 1.jpg and 2.jpg, and their annotations, truth.json.
+
+    Image 1 holds a box of category 3, "cell", and image 2 one of category 8, "plate". A test may change any of it.
+    """
+    folder = tmp_path / "images"
+    folder.mkdir()
+    ids = (1, 2)
+    for i in ids:
+        Image.effect_noise((64, 48), 60).convert("RGB").save(folder / f"{i}.jpg")
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 64, "height": 48} for i in ids],
+        "categories": [{"id": 3, "name": "cell"}, {"id": 8, "name": "plate"}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": category, "bbox": [4, 4, 40, 40]}
+            for i, category in zip(ids, (3, 8), strict=True)
+        ],
+    }
+    (folder / "truth.json").write_text(json.dumps(content))
+    return folder
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every detector from the command line: odtk train, export to ONNX, infer of both files, the same detections."""
+"""Every detector from the command line: `odtk train`, `export` to ONNX, `infer` with both files, equal detections."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from odtk.model.layers import DeformConv2d
 from tests.export.test_precision import compile_for
 
 SIZE = (64, 96)
-SCORES, PIXELS = 1e-4, 0.1  # how far fp32 may be apart (spec §5)
-NEAR_TIES = 0.01  # share of the detections that may fall on the other side of a threshold by such a difference
+SCORES, PIXELS = 1e-4, 0.1  # how far apart two fp32 runs may be
+NEAR_TIES = 0.01  # share of the detections that so small a difference may move across a threshold
 
 QUICK = ("ResNet18C4",)
 CASES = {name: ["--backbone", name] for name in BACKBONES} | {
@@ -51,9 +51,11 @@ def odtk(*argv: object) -> None:
 
 
 @torch.no_grad()
-def stretch(path: Path) -> None:
-    """Two iterations leave every score at the prior and deformable taps at rest: make the last layers speak up, so
-    that detections differ, and move the taps."""
+def spread_predictions(path: Path) -> None:
+    """Scales up the last layers and moves the taps of deformable convolutions, so that detections differ.
+
+    After two iterations every score is still at the prior, and every tap at its place.
+    """
     trained = checkpoint.load(path)
     detector = checkpoint.build(trained).eval()
     for module in detector.modules():
@@ -61,7 +63,8 @@ def stretch(path: Path) -> None:
             torch.nn.init.uniform_(module.offset.bias, -2, 2)  # type: ignore[arg-type]
     logits, boxes = detector(torch.randn(2, 3, *SIZE))
     for tower, maps, deviation in ((detector.head.cls_head, logits, 2.0), (detector.head.box_head, boxes, 0.2)):
-        last = tower[-1]  # type: ignore[index]
+        last = list(tower.children())[-1]
+        assert isinstance(last, torch.nn.Conv2d) and last.bias is not None
         last.weight *= deviation / max((level - last.bias[:, None, None]).std() for level in maps)
     checkpoint.save(path, checkpoint.Checkpoint(trained.model, trained.categories, detector.state_dict()))
 
@@ -73,7 +76,7 @@ def detections(model: Path, images: Path, *flags: object) -> list[dict[str, Any]
 
 
 def missing(these: list[dict[str, Any]], those: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of `these` that have no equal in `those`; boxes are compared by their corners, turned or not."""
+    """The detections of `these` without an equal in `those`; boxes are compared by their corners, rotated or not."""
 
     def key(entry: dict[str, Any]) -> list[float]:
         x, y, w, h = entry["bbox"][:4]
@@ -122,7 +125,7 @@ def test_train_export_infer(flags: list[str], drawn: Path, tmp_path: Path) -> No
         "--devices",
         "cpu",
     )
-    stretch(trained)
+    spread_predictions(trained)
     odtk("export", trained, exported, "--size", *SIZE, "--full-precision", *limits)
     by_torch = detections(trained, data / "val", "--size", *SIZE, "--full-precision", *limits)
     by_onnx = detections(exported, data / "val")
