@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from odtk.config import LoaderConfig
 from odtk.data.synthetic import synthesize
-from odtk.evaluation.drawing import outline
-from odtk.evaluation.visualize import draw_truth
+from odtk.evaluation.drawing import coco_to_outline
+from odtk.evaluation.visualize import draw_ground_truth
 
 SIDE = 480
 BOX = (120.0, 190.0, 240.0, 120.0)  # x, y, w, h
@@ -49,8 +49,8 @@ def convention(font: Any, small: Any) -> Image.Image:
     draw.text((115, 10), "x", fill="black", font=font)
     draw.text((14, 114), "y", fill="black", font=font)
 
-    closed(draw, outline((*BOX, 0.0)), GRAY)
-    turned = outline((*BOX, THETA))
+    closed(draw, coco_to_outline((*BOX, 0.0)), GRAY)
+    turned = coco_to_outline((*BOX, THETA))
     closed(draw, turned, BLUE)
     draw.line([center, (center[0] + w / 2 + 60, center[1])], fill=GRAY, width=1)
     far = (w / 2 + 60) * math.cos(THETA), -(w / 2 + 60) * math.sin(THETA)
@@ -79,7 +79,7 @@ def example() -> Image.Image:
     with tempfile.TemporaryDirectory() as folder:
         synthesize(folder, images=2, size=(240, 240), seed=SEED, rotated=True)
         data = LoaderConfig(images=f"{folder}/train", annotations=f"{folder}/train.json")
-        with Image.open(draw_truth(data, f"{folder}/pictures")[0]) as picture:
+        with Image.open(draw_ground_truth(data, f"{folder}/pictures")[0]) as picture:
             return picture.convert("RGB").resize((SIDE, SIDE))
 
 

@@ -670,7 +670,8 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> None:
 
     pictures = None
     if config.draw and not rank:
-        from .evaluation.visualize import draw_detections, open_pictures
+        from .evaluation.pictures import open_pictures
+        from .evaluation.visualize import draw_detections
 
         # Before the work: a file that appears later would shift the ids of a folder.
         pictures = open_pictures(config.data, config.draw)
@@ -943,7 +944,7 @@ def add_visualize(parser: argparse.ArgumentParser) -> None:
 
 
 def run_visualize(args: argparse.Namespace) -> int:
-    from .evaluation import visualize
+    from .evaluation import anchor_matches, curves, features, visualize
 
     if (args.features or args.anchors) and not args.model:
         raise OdtkError("--features and --anchors need MODEL.pth.")
@@ -959,21 +960,21 @@ def run_visualize(args: argparse.Namespace) -> int:
     )
     written: list[str] = []
     if args.curves:
-        written += visualize.draw_curves(args.curves, args.output)
+        written += curves.draw_curves(args.curves, args.output)
     if args.features:
-        written += visualize.draw_features(args.model, args.features, data, args.output, count=args.count)
+        written += features.draw_features(args.model, args.features, data, args.output, count=args.count)
     if args.anchors:
         from .training.assign import assign
 
         background, foreground = args.anchor_ious
         rule = functools.partial(assign, background_iou=background, foreground_iou=foreground)
-        written += visualize.draw_anchors(args.model, data, rule, args.output, count=args.count)
+        written += anchor_matches.draw_anchors(args.model, data, rule, args.output, count=args.count)
     if args.detections:
         written += visualize.draw_results(
             args.detections, data, args.output, score_threshold=args.score_threshold, count=args.count
         )
     elif args.annotations and not (args.features or args.anchors or args.curves):
-        written += visualize.draw_truth(data, args.output, count=args.count)
+        written += visualize.draw_ground_truth(data, args.output, count=args.count)
     if not written:
         raise OdtkError("Nothing to draw: give --detections, --annotations, --features, --anchors or --curves.")
     print(f"Wrote {len(written)} picture{'s' * (len(written) > 1)} to {args.output}.")

@@ -1,4 +1,4 @@
-"""Boxes with labels on images: the only place that draws them and knows their colors."""
+"""Boxes with labels on images. All pictures get their boxes and their colors here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
@@ -15,77 +16,112 @@ from torch import Tensor
 
 from ..boxes import coco_to_corners, corners
 
-LEGIBLE = 400  # pixels: smaller pictures are enlarged until their shorter side has as many
-LARGEST = 32000  # pixels of a picture's longer side: two stand side by side in a JPEG, which holds 65500
+SHOWN_SCORE = 0.3  # the COCO metrics need detections from 0.05 on, but those would cover the image
+MIN_SHORT_SIDE = 400  # pixels: a smaller picture is enlarged, so that its labels can be read
+MAX_LONG_SIDE = 32000  # pixels: two pictures fit side by side into a JPEG, which holds 65500
+RED = (255, 0, 0)  # of something that is wrong
+PLASMA = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]])  # low to high values
+
+Color = tuple[int, int, int]  # red, green, blue, 0 to 255
+Outline = Sequence[tuple[float, float]]  # corners (x, y) in pixels, in order
+Rectangle = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Something to draw on an image: its outline (x, y pairs, pixels of the image), color, label and line width.
+    """One closed outline to draw on an image.
 
     Attributes:
-        weight: 0 for a hair line, 1 for a line that suits the picture, 2 for twice as wide.
+        outline: corners (x, y) in pixels of the image.
+        color: red, green, blue, 0 to 255.
+        label: text beside the outline; empty for none.
+        thickness: of the line: 0 is one pixel, 1 suits the size of the picture, 2 is twice that.
     """
 
-    outline: Sequence[tuple[float, float]]
-    color: tuple[int, int, int]
+    outline: Outline
+    color: Color
     label: str = ""
-    weight: int = 1
+    thickness: int = 1
 
 
-def shapes(entries: Iterable[dict[str, Any]], names: dict[int, str] | None = None) -> list[Shape]:
-    """COCO annotations or results → outlines with "name score", the best on top."""
+def coco_to_shapes(entries: Iterable[dict[str, Any]], names: dict[int, str] | None = None) -> list[Shape]:
+    """COCO annotations or results → shapes, labeled with the category and the score; the highest score is drawn last.
+
+    Args:
+        entries: each with a ``bbox`` [x, y, w, h] or [x, y, w, h, theta] in pixels and radians, and a ``category_id``.
+        names: category names by id, for entries without a ``category``; the id is written where both lack the name.
+    """
     found = []
     for entry in sorted(entries, key=lambda e: e.get("score", 1.0)):
         category = entry["category_id"]
         name = entry.get("category") or (names or {}).get(category) or str(category)
         label = f"{name} {entry['score']:.2f}" if "score" in entry else name
-        found.append(Shape(outline(entry["bbox"]), color(category), label))
+        found.append(Shape(coco_to_outline(entry["bbox"]), category_color(category), label))
     return found
 
 
-def outline(box: Sequence[float]) -> list[tuple[float, float]]:
-    """COCO box [x, y, w, h] or [x, y, w, h, theta] → its four corners, from the un-rotated top left clockwise."""
-    turned = torch.tensor((*box, 0.0)[:5], dtype=torch.float64)
-    return [(x, y) for x, y in corners(coco_to_corners(turned)).tolist()]
+def coco_to_outline(bbox: Sequence[float]) -> list[tuple[float, float]]:
+    """COCO box [x, y, w, h] or [x, y, w, h, theta], in pixels and radians → its four corners.
+
+    Clockwise from the corner that is at the top left before theta turns the box, anticlockwise, about its center.
+    """
+    rotated = torch.tensor((*bbox, 0.0)[:5], dtype=torch.float64)
+    return box_to_outline(coco_to_corners(rotated))
 
 
-def color(category: int) -> tuple[int, int, int]:
-    """Distinct for neighboring ids: hues by the golden ratio, alternating brightness."""
+def box_to_outline(box: Tensor) -> list[tuple[float, float]]:
+    """Box [4] or [5], with the inclusive corners of boxes.py, in pixels → its four corners, as of coco_to_outline."""
+    rotated = box if len(box) == 5 else torch.cat([box, box.new_zeros(1)])
+    return [(x, y) for x, y in corners(rotated).tolist()]
+
+
+def category_color(category: int) -> Color:
+    """A color per category id, far from that of its neighbors: hues a golden ratio apart, alternating brightness."""
     red, green, blue = colorsys.hsv_to_rgb(category * 0.618034 % 1, 0.85, 1.0 if category % 2 else 0.85)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def annotate(image: PILImage.Image, shapes: Sequence[Shape]) -> PILImage.Image:
-    """A copy of an RGB image with shapes and their labels, enlarged if it is small, reduced if no JPEG holds it."""
-    factor = min(max(1, math.ceil(LEGIBLE / min(image.size))), LARGEST / max(image.size))
+    """A copy of an RGB image with shapes and their labels drawn on it; the last shape is on top.
+
+    Outlines are in pixels of ``image``. The copy is enlarged by a whole number if its shorter side is below
+    MIN_SHORT_SIDE, and reduced if its longer side would exceed MAX_LONG_SIDE.
+    """
+    factor = min(max(1, math.ceil(MIN_SHORT_SIDE / min(image.size))), MAX_LONG_SIDE / max(image.size))
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     picture = image.resize(size, PILImage.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     side = min(picture.size)
     font = ImageFont.load_default(max(12, side // 36))
     line = max(2, side // 240)
-    outlines = [[(x * factor, y * factor) for x, y in shape.outline] for shape in shapes]
-    for shape, points in zip(shapes, outlines, strict=True):
-        draw.line([*points, points[0], points[1]], fill=shape.color, width=line * shape.weight or 1, joint="curve")
-    taken: list[tuple[float, float, float, float]] = []
-    for shape, points in list(zip(shapes, outlines, strict=True))[::-1]:  # the best finds room first
+    scaled = [(shape, [(x * factor, y * factor) for x, y in shape.outline]) for shape in shapes]
+    for shape, points in scaled:
+        draw.line([*points, points[0], points[1]], fill=shape.color, width=line * shape.thickness or 1, joint="curve")
+    taken: list[Rectangle] = []
+    for shape, points in reversed(scaled):  # the shape on top chooses first where its label goes
         if shape.label:
             taken.append(draw_label(draw, shape, points, font, picture.size, taken))
     return picture
 
 
 def draw_label(
-    draw: ImageDraw.ImageDraw,
-    shape: Shape,
-    points: Sequence[tuple[float, float]],
-    font: Any,
-    size: tuple[int, int],
-    taken: Sequence[tuple[float, float, float, float]],
-) -> tuple[float, float, float, float]:
-    """Writes a label at the first free place around its outline, inside the picture, and returns the place."""
+    draw: ImageDraw.ImageDraw, shape: Shape, points: Outline, font: Any, size: tuple[int, int], taken: list[Rectangle]
+) -> Rectangle:
+    """Writes a shape's label beside its outline ``points`` and returns the rectangle that it covers."""
     left, top, right, bottom = font.getbbox(shape.label)
-    w, h = right - left + 6, bottom - top + 6
+    place = place_label((right - left + 6, bottom - top + 6), points, size, taken)
+    draw.rectangle(place, fill=shape.color)
+    red, green, blue = shape.color
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140  # luma of BT.601
+    draw.text((place[0] + 3 - left, place[1] + 3 - top), shape.label, fill="white" if dark else "black", font=font)
+    return place
+
+
+def place_label(
+    label: tuple[float, float], points: Outline, size: tuple[int, int], taken: list[Rectangle]
+) -> Rectangle:
+    """Where a label of a width and a height goes: around the outline, inside the picture, on no label if possible."""
+    w, h = label
     xs, ys = [x for x, _ in points], [y for _, y in points]
     places = []
     for x, y in (
@@ -98,31 +134,22 @@ def draw_label(
     ):
         x, y = min(max(x, 0), max(0, size[0] - w)), min(max(y, 0), max(0, size[1] - h))
         places.append((x, y, x + w, y + h))
-    place = next((p for p in places if not any(overlap(p, other) for other in taken)), places[0])
-    draw.rectangle(place, fill=shape.color)
-    red, green, blue = shape.color
-    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140  # luma of BT.601
-    draw.text((place[0] + 3 - left, place[1] + 3 - top), shape.label, fill="white" if dark else "black", font=font)
-    return place
+    return next((place for place in places if not any(intersect(place, other) for other in taken)), places[0])
 
 
-def overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def intersect(a: Rectangle, b: Rectangle) -> bool:
+    """Whether two rectangles share more than an edge."""
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def beside(left: PILImage.Image, right: PILImage.Image) -> PILImage.Image:
-    """Two pictures of one size side by side, under "truth" and "detections"."""
-    font = ImageFont.load_default(max(14, min(left.size) // 30))
+def side_by_side(ground_truth: PILImage.Image, detections: PILImage.Image) -> PILImage.Image:
+    """Two pictures of the same size next to each other, each under its title."""
+    font = ImageFont.load_default(max(14, min(ground_truth.size) // 30))
     header = round(font.getbbox("Ag")[3]) + 8
-    picture = PILImage.new("RGB", (left.width + right.width + 8, left.height + header), "white")
+    width, height = ground_truth.size
+    picture = PILImage.new("RGB", (width + detections.width + 8, height + header), "white")
     draw = ImageDraw.Draw(picture)
-    for x, part, title in ((0, left, "truth"), (left.width + 8, right, "detections")):
+    for x, part, title in ((0, ground_truth, "ground truth"), (width + 8, detections, "detections")):
         picture.paste(part, (x, header))
         draw.text((x + 4, 2), title, fill="black", font=font)
     return picture
-
-
-def points(box: Tensor) -> list[tuple[float, float]]:
-    """Corners of a box [4|5] of boxes.py."""
-    turned = box if len(box) == 5 else torch.cat([box, box.new_zeros(1)])
-    return [(x, y) for x, y in corners(turned).tolist()]

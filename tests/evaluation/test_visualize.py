@@ -16,7 +16,7 @@ from odtk.categories import Category
 from odtk.cli import build_parser
 from odtk.config import LoaderConfig, ModelConfig, OdtkError
 from odtk.data.dataset import Dataset
-from odtk.evaluation import drawing, visualize
+from odtk.evaluation import anchor_matches, curves, drawing, features, pictures, visualize
 from odtk.evaluation.evaluate import STATS
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
@@ -24,6 +24,7 @@ from odtk.training.assign import assign
 
 torch.set_num_threads(1)
 GRAY = (128, 128, 128)
+RULE = functools.partial(assign, background_iou=0.4, foreground_iou=0.5)
 
 
 @pytest.fixture
@@ -42,9 +43,6 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-RULE = functools.partial(assign, background_iou=0.4, foreground_iou=0.5)
-
-
 def data(images: Path, annotations: str | None = "truth.json", **changes) -> LoaderConfig:
     path = None if annotations is None else str(images / annotations)
     return LoaderConfig(images=str(images), annotations=path, loader="torch", **changes)
@@ -58,7 +56,7 @@ def changed(path: str) -> tuple[int, int, int, int]:
 
 
 def test_truth_is_drawn_where_it_is(images: Path, tmp_path: Path) -> None:
-    paths = visualize.draw_truth(data(images), str(tmp_path / "out"))
+    paths = visualize.draw_ground_truth(data(images), str(tmp_path / "out"))
     assert [Path(p).name for p in paths] == ["1_1.jpg", "2_2.jpg"]
     left, top, right, bottom = changed(paths[0])
     assert (left, right, bottom) == pytest.approx((100, 220, 280), abs=3)
@@ -66,13 +64,13 @@ def test_truth_is_drawn_where_it_is(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_rotated_box_is_drawn_turned(images: Path, tmp_path: Path) -> None:
-    [path] = visualize.draw_truth(data(images, "rotated.json"), str(tmp_path), count=1)
+    [path] = visualize.draw_ground_truth(data(images, "rotated.json"), str(tmp_path), count=1)
     left, _, right, bottom = changed(path)
     half = 60 * math.cos(0.5) + 40 * math.sin(0.5)
     assert (left, right) == pytest.approx((160 - half, 160 + half), abs=3)
     assert bottom == pytest.approx(240 + 60 * math.sin(0.5) + 40 * math.cos(0.5), abs=3)
     # Anticlockwise on the screen: the right end is up.
-    corners = drawing.outline([100, 200, 120, 80, 0.5])
+    corners = drawing.coco_to_outline([100, 200, 120, 80, 0.5])
     assert corners[1][1] < corners[0][1]
 
 
@@ -81,7 +79,7 @@ def test_boxes_that_training_drops_are_not_drawn(images: Path, tmp_path: Path, b
     content = json.loads((images / "truth.json").read_text())
     content["annotations"] = [content["annotations"][0] | {"bbox": box}]
     (images / "truth.json").write_text(json.dumps(content))
-    [path] = visualize.draw_truth(data(images), str(tmp_path), count=1)
+    [path] = visualize.draw_ground_truth(data(images), str(tmp_path), count=1)
     assert (np.abs(np.asarray(Image.open(path)).astype(int) - 128) < 10).all()
 
 
@@ -89,13 +87,13 @@ def test_an_annotation_without_a_box_is_named(images: Path, tmp_path: Path) -> N
     text = (images / "truth.json").read_text()
     (images / "truth.json").write_text(text.replace("[100, 200, 120, 80]", "null", 1))
     with pytest.raises(OdtkError, match="annotation 1: bbox is not a list"):
-        visualize.draw_truth(data(images), str(tmp_path))
+        visualize.draw_ground_truth(data(images), str(tmp_path))
 
 
 def test_detections_get_a_picture_each_even_where_there_are_none(images: Path, tmp_path: Path) -> None:
     entry = {"category_id": 3, "category": "cell", "bbox": [10, 300, 50, 50]}
     found = [{"image_id": 1, "score": 0.2, **entry}, {"image_id": 2, "score": 0.9, **entry}]  # 0.2 is not drawn
-    first, second = visualize.draw_detections(found, visualize.open_pictures(data(images), str(tmp_path)))
+    first, second = visualize.draw_detections(found, pictures.open_pictures(data(images), str(tmp_path)))
     assert (np.abs(np.asarray(Image.open(first)).astype(int) - 128) < 10).all()
     assert changed(second)[3] == pytest.approx(350, abs=3)
 
@@ -128,9 +126,9 @@ def test_a_file_of_annotations_is_no_file_of_detections(images: Path, tmp_path: 
 
 def test_labels_stay_inside_and_apart() -> None:
     image = Image.new("RGB", (400, 400), GRAY)
-    corner = drawing.Shape([(0, 0), (30, 0), (30, 30), (0, 30)], (255, 0, 0), "a rather long name 0.99")
+    corner = drawing.Shape([(0, 0), (30, 0), (30, 30), (0, 30)], drawing.RED, "a rather long name 0.99")
     one, two = (np.asarray(drawing.annotate(image, [corner] * n)) for n in (1, 2))
-    red = [(picture == (255, 0, 0)).all(axis=2).sum() for picture in (one, two)]
+    red = [(picture == drawing.RED).all(axis=2).sum() for picture in (one, two)]
     assert red[1] > 1.7 * red[0] - 200  # the second label is not on top of the first
     assert (np.asarray(image) == 128).all()  # a copy was drawn on
 
@@ -149,7 +147,7 @@ def test_a_picture_that_no_jpeg_would_hold_is_enlarged_less(images: Path, tmp_pa
 
 
 def test_colors_of_neighbors_differ() -> None:
-    colors = [np.array(drawing.color(i)) for i in range(40)]
+    colors = [np.array(drawing.category_color(i)) for i in range(40)]
     assert min(np.abs(a - b).sum() for a, b in zip(colors, colors[1:], strict=False)) > 150
     assert len({tuple(c) for c in colors}) == 40
 
@@ -169,30 +167,32 @@ def make_model(tmp_path: Path, **changes) -> str:
 
 def test_feature_maps_of_a_layer_by_name_or_end(images: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path)
-    layer2 = visualize.draw_features(model, "layer2", data(images, resize=64), str(tmp_path / "f"), count=1)
+    layer2 = features.draw_features(model, "layer2", data(images, resize=64), str(tmp_path / "f"), count=1)
     assert len(layer2) == 1 and layer2[0].endswith("layer2_0.png")
     pyramid = "backbones.ResNet18FPN"
-    levels = visualize.draw_features(model, pyramid, data(images, resize=64), str(tmp_path / "f"), count=2)
+    levels = features.draw_features(model, pyramid, data(images, resize=64), str(tmp_path / "f"), count=2)
     assert len(levels) == 2 * 5  # images × levels
-    with pytest.raises(OdtkError, match="no single layer layer.*try .*layer"):
-        visualize.draw_features(model, "layer", data(images, resize=64), str(tmp_path), count=1)
+    with pytest.raises(OdtkError, match="There is no layer layer: try .*layer"):
+        features.draw_features(model, "layer", data(images, resize=64), str(tmp_path), count=1)
+    with pytest.raises(OdtkError, match="[0-9] layers end in .conv1: choose one of .*layer1.0.conv1"):
+        features.draw_features(model, "conv1", data(images, resize=64), str(tmp_path), count=1)
     with pytest.raises(OdtkError, match="try .*lateral3"):
-        visualize.draw_features(model, "lateral", data(images, resize=64), str(tmp_path), count=1)
+        features.draw_features(model, "lateral", data(images, resize=64), str(tmp_path), count=1)
 
 
 def test_the_layer_that_the_help_names_can_be_drawn(tmp_path: Path) -> None:
-    parser = next(a for a in build_parser()._actions if isinstance(a.choices, dict)).choices["visualize"]  # type: ignore[union-attr]
-    text = next(action.help for action in parser._actions if action.dest == "features")
+    commands = next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
+    text = next(action.help for action in commands["visualize"]._actions if action.dest == "features")
     layer = re.search(r"(\w+) say", text)
     assert layer
-    visualize.find_layer(checkpoint.build(checkpoint.load(make_model(tmp_path))), layer[1])
+    features.find_layer(checkpoint.build(checkpoint.load(make_model(tmp_path))), layer[1])
 
 
 def test_a_grid_shows_each_map_over_its_own_range() -> None:
     maps = torch.stack([torch.arange(12.0).view(3, 4), 100 * torch.arange(12.0).view(3, 4), torch.zeros(3, 4)])
-    grid = np.asarray(visualize.feature_grid(maps, "maps", Image.new("RGB", (8, 6))))
+    grid = np.asarray(features.feature_grid(maps, "maps", Image.new("RGB", (8, 6))))
     colors = {tuple(c) for c in grid.reshape(-1, 3)}
-    assert {tuple(visualize.RAMP[0]), tuple(visualize.RAMP[-1])} <= colors
+    assert {tuple(drawing.PLASMA[0]), tuple(drawing.PLASMA[-1])} <= colors
     factor = 24  # 96 / 4
     columns = grid.shape[1] - 2 * (4 * factor + 2)  # two columns of tiles stand on the right
     first = grid[28 : 28 + 3 * factor, columns : columns + 4 * factor]
@@ -208,16 +208,16 @@ def test_anchors_that_match_and_a_box_that_none_reaches(images: Path, tmp_path: 
     settings = data(images, resize=400)
     detector = checkpoint.build(checkpoint.load(model))
     dataset = Dataset.load(settings.annotations, settings.images)
-    batches = [batch for _, batch in visualize.inputs(detector, dataset, settings, 2)]
-    reached, missed = (visualize.anchor_shapes(detector, batch, RULE) for batch in batches)
-    assert int(reached[-1].label.split()[0]) >= len(reached) - 1 > 1 and reached[-1].color != (255, 0, 0)
-    assert missed[-1].label.startswith("0 anchors, stride 8") and missed[-1].color == (255, 0, 0) and len(missed) == 2
-    assert len(visualize.draw_anchors(model, settings, RULE, str(tmp_path / "out"), count=2)) == 2
+    batches = [batch for _, batch in pictures.network_inputs(detector, dataset, settings, 2)]
+    reached, missed = (anchor_matches.anchor_shapes(detector, batch, RULE) for batch in batches)
+    assert int(reached[-1].label.split()[0]) >= len(reached) - 1 > 1 and reached[-1].color != drawing.RED
+    assert missed[-1].label.startswith("0 anchors, stride 8") and missed[-1].color == drawing.RED and len(missed) == 2
+    assert len(anchor_matches.draw_anchors(model, settings, RULE, str(tmp_path / "out"), count=2)) == 2
 
 
 def test_anchors_of_fcos_are_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(OdtkError, match="points, not anchors"):
-        visualize.draw_anchors(make_model(tmp_path, head="fcos"), data(images), RULE, str(tmp_path), count=1)
+        anchor_matches.draw_anchors(make_model(tmp_path, head="fcos"), data(images), RULE, str(tmp_path), count=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,31 +230,31 @@ def test_a_resumed_run_replaces_what_it_did_again_and_a_torn_line_is_left_out(tm
     records += [{"iteration": 2, "time": 0.0, "loss": 7.0, "lr": 0.1}]
     records += [{"iteration": 2, "time": 0.0, **dict(zip(STATS, [0.5, 0.6, -1] + [0.1] * 9, strict=True))}]
     path.write_text("\n".join(map(json.dumps, records)) + '\n{"iteration": 3, "lo')
-    curves = visualize.read_curves(path)
-    assert curves["loss"] == [(1, 1.0), (2, 7.0)] and curves["AP"] == [(2, 0.5)]
-    assert "AP75" not in curves and "time" not in curves
+    found = curves.read_curves(path)
+    assert found["loss"] == [(1, 1.0), (2, 7.0)] and found["AP"] == [(2, 0.5)]
+    assert "AP75" not in found and "time" not in found
     pytest.importorskip("matplotlib")
-    [picture] = visualize.draw_curves(str(tmp_path), str(tmp_path / "out"))
+    [picture] = curves.draw_curves(str(tmp_path), str(tmp_path / "out"))
     assert min(Image.open(picture).size) > 300
 
 
 def test_curves_without_a_log_or_without_matplotlib(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(OdtkError, match="--logdir"):
-        visualize.read_curves(tmp_path / "metrics.jsonl")
+        curves.read_curves(tmp_path / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(OdtkError, match="no figures"):
-        visualize.read_curves(tmp_path / "metrics.jsonl")
+    with pytest.raises(OdtkError, match="holds no values"):
+        curves.read_curves(tmp_path / "metrics.jsonl")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(OdtkError, match=r"odtk\[plot\]"):
-        visualize.draw_curves(str(tmp_path), str(tmp_path))
+        curves.draw_curves(str(tmp_path), str(tmp_path))
 
 
 def test_the_user_s_images_are_not_drawn_over(images: Path, tmp_path: Path) -> None:
     with pytest.raises(OdtkError, match="another folder"):
-        visualize.draw_truth(data(images), str(images))
+        visualize.draw_ground_truth(data(images), str(images))
     (tmp_path / "file").write_text("")
     with pytest.raises(OdtkError, match="Cannot make"):
-        visualize.draw_truth(data(images), str(tmp_path / "file" / "out"))
+        visualize.draw_ground_truth(data(images), str(tmp_path / "file" / "out"))
 
 
 @pytest.mark.parametrize("target", [".", "sub", "sub/new"])
@@ -262,13 +262,13 @@ def test_pictures_do_not_go_among_images_that_the_next_run_would_list(images: Pa
     model, listed, folder = make_model(tmp_path), data(images, None, resize=64), str(images / target)
     (tmp_path / "found.json").write_text("[]")
     with pytest.raises(OdtkError, match="among the images of .*another folder"):
-        visualize.open_pictures(listed, folder)
+        pictures.open_pictures(listed, folder)
     with pytest.raises(OdtkError, match="another folder"):
         visualize.draw_results(str(tmp_path / "found.json"), listed, folder, score_threshold=0.5)
     with pytest.raises(OdtkError, match="another folder"):
-        visualize.draw_features(model, "layer2", listed, folder, count=1)
+        features.draw_features(model, "layer2", listed, folder, count=1)
     assert not (images / "sub").exists()
-    assert len(visualize.draw_truth(data(images), str(images / "sub"))) == 2  # annotations name the images
+    assert len(visualize.draw_ground_truth(data(images), str(images / "sub"))) == 2  # annotations name the images
 
 
 def test_no_picture_replaces_an_image_that_the_annotations_name(images: Path, tmp_path: Path) -> None:
@@ -276,8 +276,8 @@ def test_no_picture_replaces_an_image_that_the_annotations_name(images: Path, tm
     folder.mkdir()
     (tmp_path / "found.json").write_text("[]")
     for name, draw in (
-        ("1_1.jpg", lambda: visualize.draw_truth(data(images), str(folder))),
-        ("1_1.jpg", lambda: visualize.draw_detections([], visualize.open_pictures(data(images), str(folder)))),
+        ("1_1.jpg", lambda: visualize.draw_ground_truth(data(images), str(folder))),
+        ("1_1.jpg", lambda: visualize.draw_detections([], pictures.open_pictures(data(images), str(folder)))),
         (
             "1_1.jpg",
             lambda: visualize.draw_results(
@@ -286,11 +286,11 @@ def test_no_picture_replaces_an_image_that_the_annotations_name(images: Path, tm
         ),
         (
             "1_1_anchors.png",
-            lambda: visualize.draw_anchors(model, data(images, resize=64), RULE, str(folder), count=1),
+            lambda: anchor_matches.draw_anchors(model, data(images, resize=64), RULE, str(folder), count=1),
         ),
         (
             "1_1_backbones.ResNet18FPN.features.layer2_0.png",
-            lambda: visualize.draw_features(model, "layer2", data(images, resize=64), str(folder), count=1),
+            lambda: features.draw_features(model, "layer2", data(images, resize=64), str(folder), count=1),
         ),
     ):
         file = folder / name

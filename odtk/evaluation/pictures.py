@@ -1,0 +1,107 @@
+"""The images of a dataset that pictures are made of, and the folder that the pictures are written to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image as PILImage
+
+from ..config import LoaderConfig, OdtkError
+from ..data.batch import Batch
+from ..data.coco import load_json
+from ..data.dataset import Dataset
+from ..data.images import ImageError, decode
+from ..data.loader import create_loader
+from ..data.records import Image
+from ..data.sampler import round_up
+from ..files import make_folder
+from ..model.detector import Detector
+
+
+@dataclass(frozen=True)
+class PictureWriter:
+    """A dataset, read once, and the folder for the pictures of its images.
+
+    Attributes:
+        dataset: the images to draw on.
+        folder: where the pictures go; it exists.
+        originals: the files of the dataset's images, which no picture may replace.
+    """
+
+    dataset: Dataset
+    folder: Path
+    originals: frozenset[Path]
+
+    def images(self, count: int | None = None) -> Iterator[tuple[Image, PILImage.Image]]:
+        """The first ``count`` images (None: all) and their RGB pixels, turned as their boxes are.
+
+        Raises:
+            OdtkError: an image cannot be decoded.
+        """
+        for image in self.dataset.images[:count]:
+            try:
+                yield image, PILImage.fromarray(decode(image.path, image.orientation))
+            except ImageError as error:
+                raise OdtkError(f"Cannot draw on {image.path}: {error}.") from error
+
+    def save(self, picture: PILImage.Image, image: Image, suffix: str = ".jpg") -> str:
+        """Writes the picture of an image as NAME_ID + suffix, and returns its path.
+
+        Raises:
+            OdtkError: the file is an image of the dataset, or cannot be written.
+        """
+        path = self.folder / f"{image.path.stem}_{image.id}{suffix}"
+        if path.resolve() in self.originals:
+            raise OdtkError(f"{path} is an image of the dataset: choose another folder for the pictures.")
+        try:
+            picture.save(path, quality=92)  # for JPEG; PNG ignores it
+        except OSError as error:
+            raise OdtkError(f"Cannot write {path}: {error.strerror or error}.") from error
+        return str(path)
+
+
+def open_pictures(data: LoaderConfig, folder: str, *, rotated: bool | None = None) -> PictureWriter:
+    """Reads a dataset and creates the folder for its pictures.
+
+    Args:
+        rotated: whether the boxes are rotated; None: they are if any box of the annotations has an angle.
+
+    Raises:
+        OdtkError: the dataset is faulty, the folder cannot be created, or it lies among the images, where the next
+            run would take the pictures for images.
+    """
+    images, target = Path(data.images).expanduser().resolve(), Path(folder).resolve()
+    listed = data.annotations is None  # then every image in the folder and its subfolders belongs to the dataset
+    if target == images or listed and images in target.parents:
+        raise OdtkError(f"Pictures in {folder} would lie among the images of {data.images}: choose another folder.")
+    if rotated is None:
+        rotated = data.annotations is not None and has_angles(data.annotations)
+    dataset = Dataset.load(data.annotations, data.images, rotated=rotated)
+    return PictureWriter(dataset, make_folder(folder), frozenset(image.path.resolve() for image in dataset.images))
+
+
+def has_angles(annotations: str) -> bool:
+    """Whether any box of a COCO file has five numbers."""
+    return any(len(entry.get("bbox") or ()) == 5 for entry in load_json(Path(annotations)).get("annotations", []))
+
+
+def network_inputs(
+    detector: Detector, dataset: Dataset, data: LoaderConfig, count: int
+) -> Iterator[tuple[Image, Batch]]:
+    """The first ``count`` images as the detector gets them in inference: resized, padded, normalized, one per batch."""
+    size = round_up(data.size, detector.stride) if data.size else None
+    data = replace(data, batch=1, training=False, size=size, stride=detector.stride, rotated=detector.config.rotated)
+    dataset = replace(dataset, images=dataset.images[:count])
+    by_id = {image.id: image for image in dataset.images}
+    for batch in create_loader(dataset, data):
+        yield by_id[int(batch.ids[0])], batch
+
+
+def input_picture(batch: Batch, data: LoaderConfig) -> PILImage.Image:
+    """The first image of a batch as RGB, its normalization undone."""
+    mean, std = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
+    pixels = ((batch.images[0].cpu() * std + mean) * 255).round().clamp(0, 255).byte()
+    return PILImage.fromarray(pixels.permute(1, 2, 0).numpy())  # [3, H, W] → [H, W, 3]
