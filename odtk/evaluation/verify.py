@@ -31,12 +31,12 @@ from ..files import atomic_write
 from ..inference.backends import Backend, open_backend
 from ..inference.detect import detect
 from ..inference.infer import loader_config, resolve_categories
-from ..launch import silent
 from ..model.checkpoint import build, load
 from ..postprocess import Detections
+from ..ranks import silent
 from . import sensitivity
 from .evaluate import evaluate, filter_categories, prepare_ground_truth
-from .report import Run, Verdict, drop, page, show, to_dict
+from .report import Run, Verdict, ap_drop, html_page, print_verdict
 
 PRECISIONS = ("fp32", "fp16", "int8")
 SENSITIVITY_IMAGES = 4
@@ -71,15 +71,15 @@ def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: 
         sensitivity = measure_sensitivity(config, bench)
         runs[-1], fp16_layers = restore_accuracy(config, bench, runs[0], runs[-1], list(sensitivity), max_ap_drop)
     verdict = Verdict(tuple(runs), max_ap_drop, sensitivity, fp16_layers)
-    show(verdict, config.output)
+    print_verdict(verdict, config.output)
     for suffix, text in (
-        ("json", json.dumps(to_dict(verdict), indent=1)),
-        ("html", page(verdict, config.output, bench.dataset.images)),
+        ("json", json.dumps(verdict.to_dict(), indent=1)),
+        ("html", html_page(verdict, config.output, bench.dataset.images)),
     ):
         with atomic_write(f"{config.output}.verify.{suffix}") as file:
             file.write(text.encode())
     print(f"Report: {config.output}.verify.html and .json")
-    return verdict.within
+    return verdict.passed
 
 
 class Bench:
@@ -155,9 +155,10 @@ def restore_accuracy(
     table = calibration_table.load_table(path)
     own = tuple(dict.fromkeys([*table.fp16_layers, *config.fp16_layers]))
     kept, count = own, 1
-    while drop(reference, run) > allowed and not set(ranked) <= set(kept):
+    while ap_drop(reference, run) > allowed and not set(ranked) <= set(kept):
         kept = tuple(dict.fromkeys([*own, *ranked[:count]]))
-        print(f"INT8 loses {drop(reference, run):.2f} points of AP, {allowed:g} allowed. FP16 for {', '.join(kept)}.")
+        lost = ap_drop(reference, run)
+        print(f"INT8 loses {lost:.2f} points of AP, {allowed:g} allowed. FP16 for {', '.join(kept)}.")
         calibration_table.save_table(path, dataclasses.replace(table, fp16_layers=kept))
         export(dataclasses.replace(config, calibration_table=path))
         run = bench.run(config.output)

@@ -19,7 +19,7 @@ from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
 from odtk.evaluation import verify
 from odtk.evaluation.evaluate import ClassMetrics, Metrics
-from odtk.evaluation.report import PICTURES, Run, Verdict, drop, pictures, sentence
+from odtk.evaluation.report import PICTURES, Run, Verdict, ap_drop, html_figures, summarize
 from odtk.export import calibration_table, export
 from odtk.inference.backends import open_backend
 from odtk.inference.detect import detect
@@ -100,7 +100,7 @@ def test_int8_is_verified_and_reported(job, capsys: pytest.CaptureFixture[str]) 
     assert page.count("data:image/jpeg;base64,") == 2 * PICTURES
     assert "cat &amp; co" in page and "http" not in page
     out = capsys.readouterr().out
-    assert "Most costly layers in INT8" in out and "inside the 100 allowed" in out
+    assert "Most costly layers in INT8" in out and "within the 100 allowed" in out
 
 
 @pytest.mark.slow
@@ -158,9 +158,10 @@ def test_pictures_are_turned_only_where_the_boxes_are(tmp_path: Path, stated: tu
     entry = {"id": 1, "file_name": "a.jpg", "width": stated[0], "height": stated[1]}
     (tmp_path / "truth.json").write_text(json.dumps({"images": [entry]}))
     images = Dataset.load(tmp_path / "truth.json", tmp_path).images
-    (figure,) = pictures(run_of(0.5), run_of(0.5), images)
+    (figure,) = html_figures(run_of(0.5), run_of(0.5), images)
     encoded = figure.partition("base64,")[2].partition('"')[0]
-    assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == stated
+    enlarged = (14 * stated[0], 14 * stated[1])  # until the shorter side has at least 400 pixels
+    assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == enlarged
 
 
 def run_of(ap: float) -> Run:
@@ -193,13 +194,13 @@ def test_the_worst_layers_stay_in_fp16(
     bench = FakeBench(path, set(needed))
     first = bench.run("")
     run, layers = verify.restore_accuracy(config, bench, run_of(0.5), first, list("abcdef"), 0.3)  # type: ignore[arg-type]
-    assert "".join(layers) == kept and (drop(run_of(0.5), run) <= 0.3) == good
+    assert "".join(layers) == kept and (ap_drop(run_of(0.5), run) <= 0.3) == good
     assert calibration_table.load_table(path).fp16_layers == tuple(kept)
     assert all(config.calibration_table == path for config in written) and bool(written) == (kept != "z")
 
 
 def test_a_verdict_counts_points_of_the_last_run() -> None:
     runs = (run_of(0.5), run_of(0.1), run_of(0.4975))
-    assert Verdict(runs, 0.3, {}, ()).within
-    assert not Verdict(runs, 0.2, {}, ()).within
-    assert "loses 0.25 points of AP: beyond the 0.2 allowed" in sentence(Verdict(runs, 0.2, {}, ()))
+    assert Verdict(runs, 0.3, {}, ()).passed
+    assert not Verdict(runs, 0.2, {}, ()).passed
+    assert "loses 0.25 points of AP, more than the 0.2 allowed" in summarize(Verdict(runs, 0.2, {}, ()))
