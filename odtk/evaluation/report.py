@@ -24,9 +24,10 @@ from .evaluate import Metrics
 
 PICTURES = 6  # images that the HTML page shows
 COLUMNS = ("model", "AP", "AP50", "points lost", "ms per image", "MiB")
+# Figures are wider than the text, nearly as wide as the window, so that labels can be read.
 STYLE = """body{font:15px system-ui,sans-serif;margin:2em auto;max-width:64em;color:#222}table{border-collapse:collapse;
 margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{
-text-align:left}figure{margin:1em 0}figure img{width:49%}.bad{color:#b00020}.good{color:#0a7a2f}"""
+text-align:left}figure{margin:1em calc(50% - 48vw)}figure img{width:49%}.bad{color:#b00020}.good{color:#0a7a2f}"""
 
 
 @dataclass(frozen=True)
