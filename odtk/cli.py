@@ -590,7 +590,7 @@ def workers_of(world: int) -> int:
 
 
 def count_categories(annotations: str) -> int:
-    """Number of categories in a COCO file: those listed, or those that its annotations name (data/dataset.py)."""
+    """Number of categories in a COCO file: those listed, or those that its annotations name (data/coco.py)."""
     from pathlib import Path
 
     from .data.coco import categories_of, load_json
@@ -683,10 +683,10 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> None:
         from pathlib import Path
 
         from .data.coco import load_json
-        from .evaluation.evaluate import evaluate, filter_categories, report
+        from .evaluation.evaluate import evaluate, filter_categories, print_metrics
 
         truth = load_json(Path(config.data.annotations))
-        report(evaluate(filter_categories(detections, truth), truth))
+        print_metrics(evaluate(filter_categories(detections, truth), truth))
     if pictures is not None:
         draw_detections(detections, pictures)
 
@@ -836,11 +836,11 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from .evaluation.evaluate import evaluate, report
+    from .evaluation.evaluate import evaluate, print_metrics
     from .files import write_json
 
     metrics = evaluate(args.detections, args.annotations, segmentation=args.segmentation)
-    report(metrics)
+    print_metrics(metrics)
     if args.output:
         write_json(metrics.to_dict(), args.output)
     return 0

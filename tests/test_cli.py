@@ -352,10 +352,10 @@ def test_check_lists_every_fault_and_its_exit_code_says_whether_training_would_s
     argv = ["check", "--annotations", str(coco / "truth.json"), "--images", str(coco), "--backbone", "ResNet18FPN"]
     assert main([*argv, "--resize", "48"]) == 0
     shown = capsys.readouterr().out
-    assert "2 usable images" in shown and "category 8 plate: 1 boxes" in shown and "0 faults would stop" in shown
+    assert "2 usable images" in shown and "category 8 plate: 1 box\n" in shown and "0 faults would stop" in shown
     edit(coco, lambda c: c["annotations"].append({"id": 7, "image_id": 1, "category_id": 3, "bbox": [1, 1, 3, 3]}))
     assert main([*argv, "--resize", "48"]) == 0
-    assert "1 of 3 boxes match no anchor at IoU 0.5" in capsys.readouterr().out
+    assert "1 of 3 boxes without a matching anchor at IoU 0.5" in capsys.readouterr().out
     edit(coco, lambda c: c["annotations"].append({"id": 8, "image_id": 99, "category_id": 3, "bbox": [1, 1, 9, 9]}))
     edit(coco, lambda c: c["annotations"].append({"id": 9, "image_id": 1, "category_id": 3, "bbox": [1, 1, 0, 9]}))
     assert main(argv) == 1

@@ -1,11 +1,35 @@
-"""COCO JSON → images, categories and faults."""
+"""COCO annotations: the reader, and the rules for what is used, fixed and refused.
+
+A fault is either fixed, with one counted warning, or refused before the run starts:
+
+  fixed    degenerate box (w or h not above 0, or not finite): dropped
+           box that reaches beyond the image: clipped (rotated: kept as it is)
+           box wholly outside the image (rotated: with its center outside): dropped
+           crowd: not used in training
+           duplicate annotation id: both annotations are kept
+           rotated run, box of four numbers: theta is 0
+           image without width or height: taken from the file
+           unusual kind of image: see images.py
+           no categories in the file: made from the annotations' category ids
+  refused  broken or unreadable JSON
+           missing, truncated or unreadable image; wrong width or height
+           duplicate image or category id; an id that is not a 64-bit integer
+           annotation of an unknown image or category
+           bbox of the wrong form; five numbers in an axis-aligned run; theta beyond ±2π (degrees?)
+           in training: a category without annotations; no boxes at all
+
+EXIF: boxes belong to the raster whose width and height the annotations state. An image is turned by its EXIF
+orientation only where the stated size is that of the turned image and not that of the stored one.
+
+Training and `odtk check` list every fault (CocoReader); scoring stops at the first (prepare_ground_truth).
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -14,16 +38,17 @@ import numpy as np
 from ..categories import Category
 from ..config import OdtkError
 from .images import SWAPS_SIDES, Header, ImageError, read_headers
-from .records import Fault, Image, image_of
+from .records import Fault, Image
 
-CLIP_TOLERANCE = 1.0  # pixels a box may reach out of its image before the clipping is worth a warning
+CLIP_TOLERANCE = 1.0  # pixels by which a box may leave its image before its clipping is worth a warning
+ID_FAULT = "its id is not a 64-bit integer"
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The object of a COCO annotation file.
+    """The content of a COCO annotation file: lists of objects, their values not yet checked.
 
     Raises:
-        OdtkError: no such file, no permission, not JSON (with line and column), not a COCO object.
+        OdtkError: the file is missing or cannot be read, is not JSON (with line and column), or is not COCO's object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -47,20 +72,32 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 class CocoReader:
-    """Reads one annotation file; each method applies the rules for one kind of entry."""
+    """Reads one annotation file and collects its faults; each method applies the rules for one kind of entry.
+
+    Args:
+        path: the JSON file.
+        folder: of the images.
+        rotated: boxes become (x, y, w, h, theta).
+        training: what training needs is checked too.
+    """
 
     def __init__(self, path: Path, folder: Path, rotated: bool, training: bool) -> None:
         self.path, self.folder, self.rotated, self.training = path, folder, rotated, training
         self.content = load_json(path)
         self.faults: list[Fault] = []
-        self.boxes_of_label: Counter[int] = Counter()  # those of refused images too
+        self.boxes_of_label: Counter[int] = Counter()  # counts the boxes of refused images too
 
     def read(self) -> tuple[list[Image], tuple[Category, ...], list[Fault]]:
+        """The usable images in the order of the file, the categories sorted by id, and every fault.
+
+        Raises:
+            OdtkError: the file lists no images.
+        """
         categories = self.read_categories()
         images = self.read_images()
         self.read_boxes(images, {category.id: i for i, category in enumerate(categories)})
         if self.training:
-            self.check_training(categories)
+            self.check_trainable(categories)
         usable = [image for image in images.values() if image is not None]
         return usable, categories, self.faults
 
@@ -78,7 +115,7 @@ class CocoReader:
         for entry in entries:
             id = entry.get("id")
             if not is_id(id):
-                self.refuse(f"category {id!r}", "the category id is not an integer of 64 bits")
+                self.refuse(f"category {id!r}", ID_FAULT)
             elif id in categories:
                 self.refuse(f"category {id}", "duplicate category id")
             else:
@@ -86,16 +123,16 @@ class CocoReader:
         return tuple(categories[id] for id in sorted(categories))
 
     def read_images(self) -> dict[int, Image | None]:
-        """Image by id; None for one that was refused, so that its annotations are not faults of their own."""
+        """Images by id; None stands for a refused one, so that its annotations are not further faults."""
         entries: dict[int, dict[str, Any]] = {}
         for entry in self.content["images"]:
             id = entry.get("id")
             if not is_id(id):
-                self.refuse(f"image {id!r}", "the image id is not an integer of 64 bits")
+                self.refuse(f"image {id!r}", ID_FAULT)
             elif id in entries:
                 self.refuse(f"image {id}", "duplicate image id")
             elif not isinstance(entry.get("file_name"), str):
-                self.refuse(f"image {id}", "the image has no file_name")
+                self.refuse(f"image {id}", "it has no 'file_name'")
             else:
                 entries[id] = entry
         if not self.content["images"]:
@@ -111,6 +148,7 @@ class CocoReader:
         return images
 
     def read_image(self, id: int, entry: dict[str, Any], path: Path, header: Header) -> Image | None:
+        """The image without its boxes, or None where the stated size is not that of the file."""
         name = f"image {id}"
         if header.rule:
             self.fix(name, header.rule, file=path)
@@ -133,9 +171,10 @@ class CocoReader:
             return None
         elif header.orientation != 1:
             self.fix(name, "EXIF orientation ignored, as the annotated size is that of the stored image", file=path)
-        return image_of(id, path, header, orientation, self.rotated)
+        return Image.from_header(id, path, header, orientation, rotated=self.rotated)
 
     def read_boxes(self, images: dict[int, Image | None], labels: dict[int, int]) -> None:
+        """Gives the images their boxes and labels; ``labels`` maps a category id to its class index."""
         found: dict[int, list[tuple[list[float], int]]] = {id: [] for id in images}
         seen: set[Any] = set()
         for position, entry in enumerate(self.content.get("annotations", [])):
@@ -143,15 +182,13 @@ class CocoReader:
             if "id" in entry and str(entry["id"]) in seen:
                 self.fix(name, "duplicate annotation id: both annotations are kept")
             seen.add(str(entry.get("id")))
-            image_id = entry.get("image_id")
-            if not is_id(image_id) or image_id not in images:
-                self.refuse(name, "unknown image", f"its image_id {image_id!r} is not among the images")
+            if reason := reference_fault(entry, "image_id", images):
+                self.refuse(name, "unknown image", reason)
                 continue
-            label = labels.get(entry["category_id"]) if is_id(entry.get("category_id")) else None
-            if label is None:
-                reason = f"its category_id {entry.get('category_id')!r} is not among the categories"
+            if reason := reference_fault(entry, "category_id", labels):
                 self.refuse(name, "unknown category", reason)
                 continue
+            image_id, label = entry["image_id"], labels[entry["category_id"]]
             image = images[image_id]
             box = self.read_box(name, entry, image) if image is not None else None
             self.boxes_of_label[label] += image is None or box is not None
@@ -163,28 +200,26 @@ class CocoReader:
                 image.labels = np.array([label for _, label in found[id]], dtype=np.int64)
 
     def read_box(self, name: str, entry: dict[str, Any], image: Image) -> list[float] | None:
-        """The usable part of an annotation's box, or None."""
-        box = entry.get("bbox")
-        if not isinstance(box, list) or len(box) not in (4, 5) or not all(is_number(value) for value in box):
-            self.refuse(name, "bbox is not a list of four numbers" + (" or five" if self.rotated else ""))
+        """The usable part of an annotation's box, (x, y, w, h) or (x, y, w, h, theta); None where there is none."""
+        if reason := bbox_fault(entry, rotated=self.rotated):
+            self.refuse(name, reason)
             return None
-        if len(box) == 5 and not self.rotated:
-            self.refuse(name, "bbox has five numbers: rotated boxes need --rotated-bbox")
-            return None
+        box = entry["bbox"]
         if entry.get("iscrowd", 0):
             self.fix(name, "crowd: not used in training")
             return None
         if is_degenerate(box):
             self.fix(name, "degenerate box dropped", f"degenerate box {box} dropped")
             return None
-        return self.keep_rotated(name, box, image) if self.rotated else self.clip(name, box, image)
+        return self.check_rotated_box(name, box, image) if self.rotated else self.clip_box(name, box, image)
 
-    def keep_rotated(self, name: str, box: list[float], image: Image) -> list[float] | None:
+    def check_rotated_box(self, name: str, box: list[float], image: Image) -> list[float] | None:
+        """The box (x, y, w, h, theta) unclipped, or None where it cannot be used."""
         if len(box) == 4:
             self.fix(name, "axis-aligned box in a rotated run: theta is 0")
             box = [*box, 0.0]
         if abs(box[4]) > 2 * math.pi:
-            self.refuse(name, "theta is beyond ±2π: it must be in radians", f"theta {box[4]} is not in radians")
+            self.refuse(name, "theta beyond ±2π", f"theta {box[4]} is beyond ±2π: it must be in radians")
             return None
         center_x, center_y = box[0] + box[2] / 2, box[1] + box[3] / 2
         if not (0 <= center_x <= image.width and 0 <= center_y <= image.height):
@@ -192,7 +227,8 @@ class CocoReader:
             return None
         return box
 
-    def clip(self, name: str, box: list[float], image: Image) -> list[float] | None:
+    def clip_box(self, name: str, box: list[float], image: Image) -> list[float] | None:
+        """The part of a box (x, y, w, h) inside its image, or None where there is none."""
         x, y, w, h = box
         x1, y1 = min(max(x, 0), image.width), min(max(y, 0), image.height)
         x2, y2 = min(max(x + w, 0), image.width), min(max(y + h, 0), image.height)
@@ -203,26 +239,27 @@ class CocoReader:
             self.fix(name, "box clipped to the image", f"box {box} clipped to the image")
         return [x1, y1, x2 - x1, y2 - y1]
 
-    def check_training(self, categories: tuple[Category, ...]) -> None:
+    def check_trainable(self, categories: tuple[Category, ...]) -> None:
         if not self.boxes_of_label.total():
-            self.refuse("", "no usable boxes: there is nothing to learn from")
+            self.refuse("", "there are no usable boxes to learn from")
             return
         for label, category in enumerate(categories):
             if not self.boxes_of_label[label]:
                 self.refuse(
                     f"category {category.id}",
                     "category without annotations",
-                    f"{category.name!r} has no annotations, so it could never be learned: "
+                    f"{category.name!r} has no annotations, so it cannot be learned: "
                     "remove it from the categories or annotate it",
                 )
 
 
 def is_id(value: Any) -> TypeGuard[int]:
-    """Whether a value can be the id of an image or a category: tensors hold ids as int64."""
+    """Whether a value can be the id of an image or a category. Tensors hold ids as int64."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number; JSON's true and false are not. NaN and infinity are."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -231,7 +268,106 @@ def is_degenerate(box: Sequence[float]) -> bool:
     return not all(math.isfinite(value) for value in box) or box[2] <= 0 or box[3] <= 0
 
 
+def is_mask(value: Any) -> bool:
+    """Whether pycocotools can draw a "segmentation". It does not check that itself: a NaN makes it use all memory."""
+    if isinstance(value, list):
+        return all(
+            isinstance(polygon, list)
+            and len(polygon) >= 6
+            and len(polygon) % 2 == 0
+            and all(is_number(v) and math.isfinite(v) for v in polygon)
+            for polygon in value
+        )
+    if not isinstance(value, dict):
+        return False
+    size, counts = value.get("size"), value.get("counts")
+    if not isinstance(size, list) or len(size) != 2 or not all(is_id(side) and side > 0 for side in size):
+        return False
+    if isinstance(counts, list):  # lengths of runs, which together fill the mask
+        return all(is_id(run) and run >= 0 for run in counts) and sum(counts) == size[0] * size[1]
+    return isinstance(counts, (str, bytes))
+
+
+def reference_fault(entry: dict[str, Any], key: str, known: Container[Any], *, floats: bool = False) -> str:
+    """Why an "image_id" or "category_id" names nothing in the dataset, or an empty string.
+
+    Args:
+        known: the dataset's ids.
+        floats: 7.0 is taken for 7, as pycocotools does.
+    """
+    id = entry.get(key)
+    if id is None:
+        return f"it has no {key!r}"
+    if (is_number(id) if floats else is_id(id)) and id in known:
+        return ""
+    return f"its {key} {id!r} is not among the {'images' if key == 'image_id' else 'categories'}"
+
+
+def bbox_fault(entry: dict[str, Any], *, rotated: bool) -> str:
+    """Why a "bbox" does not have the form [x, y, w, h], or if ``rotated`` also [x, y, w, h, theta]; or an empty string.
+
+    The numbers themselves are not checked (see is_degenerate).
+    """
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) not in (4, 5) or not all(is_number(value) for value in box):
+        return f"its bbox is not a list of {'four or five' if rotated else 'four'} numbers"
+    if len(box) == 5 and not rotated:
+        return "its bbox has five numbers: rotated boxes require --rotated-bbox"
+    return ""
+
+
+def entry_fault(
+    entry: Any, image_ids: Container[int], category_ids: Container[int], *, segmentation: bool = False
+) -> str:
+    """Why an annotation or a detection cannot be scored, or an empty string.
+
+    Args:
+        image_ids, category_ids: those of the annotations.
+        segmentation: masks are scored, so they are checked too.
+    """
+    if not isinstance(entry, dict):
+        return "it is not a dictionary"
+    fault = (
+        reference_fault(entry, "image_id", image_ids, floats=True)
+        or reference_fault(entry, "category_id", category_ids, floats=True)
+        or bbox_fault(entry, rotated=True)
+    )
+    if not fault and segmentation and entry.get("segmentation") and not is_mask(entry["segmentation"]):
+        return (
+            "its 'segmentation' is neither a list of polygons [x, y, x, y, x, y, …] in pixels "
+            "nor an RLE mask {size, counts}"
+        )
+    return fault
+
+
 def categories_of(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The categories of a COCO object; where it lists none, those made from its annotations' category ids."""
+    """The categories of a COCO file; where it lists none, categories made from its annotations' category ids."""
     found = {a["category_id"] for a in content.get("annotations", []) if is_id(a.get("category_id"))}
     return content.get("categories") or [{"id": id, "name": str(id)} for id in sorted(found)]
+
+
+def prepare_ground_truth(truth: dict[str, Any], file: str = "", *, segmentation: bool = False) -> dict[str, Any]:
+    """A copy of annotations that can be scored: with every list that COCO files may lack, without degenerate boxes.
+
+    It accepts at least what training and `odtk check` accept; images are not opened, and crowds are kept.
+
+    Args:
+        truth: as load_json returns it; not modified.
+        file: its name for error messages.
+        segmentation: masks are scored, so they are checked too.
+
+    Raises:
+        OdtkError: names the first entry that cannot be used.
+    """
+    of = f" of {file}" if file else ""
+    boxes, categories = truth.get("annotations", []), categories_of(truth)
+    for what, entries in (("Image", truth["images"]), ("Category", categories)):
+        for entry in entries:
+            if not is_id(entry.get("id")):
+                raise OdtkError(f"{what} {entry.get('id')!r}{of}: {ID_FAULT}.")
+    image_ids, category_ids = {image["id"] for image in truth["images"]}, {category["id"] for category in categories}
+    for i, entry in enumerate(boxes):
+        if fault := entry_fault(entry, image_ids, category_ids, segmentation=segmentation):
+            raise OdtkError(f"Annotation {entry.get('id', f'at position {i}')}{of}: {fault}.")
+    kept = [a for a in boxes if not is_degenerate(a["bbox"])]
+    return {"images": truth["images"], "categories": categories, "annotations": kept}

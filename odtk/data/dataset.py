@@ -1,25 +1,7 @@
-"""COCO annotations → an index of images and boxes, checked by one set of rules. No pixels.
+"""The index of a dataset: its images with their boxes, its categories, and the faults found while reading. No pixels.
 
-Boxes are kept as COCO writes them: [x, y, w, h] in pixels of the image, x and y of the upper left corner;
-rotated ones [x, y, w, h, theta], the un-turned box and its anticlockwise turn about its center in radians.
-
-Each fault is either fixed, with one counted warning, or refused before the run starts:
-
-  fixed    degenerate box (w or h not above 0, or not finite): dropped
-           box beyond the image: clipped (rotated: kept); wholly outside (rotated: its center): dropped
-           crowd: not used in training; duplicate annotation id: both are kept
-           rotated run, box of four numbers: theta is 0
-           image without width or height: taken from the file; odd pixels: see ``images.py``
-           categories missing from the file: made from the annotations' category ids
-  refused  broken or unreadable JSON; missing, truncated or unreadable image; wrong width or height
-           duplicate image or category id; id that is no integer of 64 bits
-           annotation of an unknown image or category
-           bbox of the wrong form; five numbers in an axis-aligned run; theta beyond ±2π (degrees?)
-           in training: a category without annotations; no boxes at all
-
-EXIF: boxes belong to the raster whose width and height the annotations state. An image is turned by its EXIF
-orientation only where the annotated size is the turned one and not the stored one; otherwise it is used as stored.
-Without annotations there is no stated size, and images are turned as every viewer turns them.
+It comes from an annotation file (coco.py has its rules) or from a folder without annotations. Such a folder has no
+stated image sizes, so its images are turned by their EXIF orientation, as every viewer does.
 """
 
 from __future__ import annotations
@@ -30,14 +12,22 @@ from pathlib import Path
 
 from ..categories import Category
 from ..config import OdtkError
+from ..text import plural
 from .coco import CocoReader
 from .images import EXTENSIONS, ImageError, read_headers
-from .records import Fault, Image, image_of
+from .records import Fault, Image
 
 
 @dataclass
 class Dataset:
-    """Images in the order of their file, categories sorted by id (a label is an index into them), faults found."""
+    """A dataset that has been read.
+
+    Attributes:
+        images: in the order of the annotation file, or of the sorted folder.
+        categories: sorted by id; a label is an index into them.
+        faults: those found while reading.
+        rotated: boxes are (x, y, w, h, theta).
+    """
 
     images: list[Image]
     categories: tuple[Category, ...]
@@ -48,20 +38,27 @@ class Dataset:
     def load(
         cls, annotations: str | Path | None, images: str | Path, *, rotated: bool = False, training: bool = False
     ) -> Dataset:
-        """Read and check annotations (None: every image file of the folder, without boxes).
+        """Reads and checks a dataset.
+
+        Args:
+            annotations: COCO file; None takes every image file of the folder, without boxes.
+            images: folder of the images.
+            rotated: boxes are (x, y, w, h, theta).
+            training: check what training needs too.
 
         Raises:
-            OdtkError: for an unreadable file, or naming the first refused fault and their number.
+            OdtkError: a file cannot be read, or a fault is refused; names the first such fault and counts the others.
         """
         dataset = read(annotations, images, rotated=rotated, training=training)
         refused = [fault for fault in dataset.faults if not fault.fixed]
         if refused:
-            more = f" ({len(refused) - 1} more faults like this: `odtk check` lists them)" if len(refused) > 1 else ""
+            others = len(refused) - 1
+            more = f" ({plural(others, 'more fault')} like this: `odtk check` lists all)" if others else ""
             raise OdtkError(f"The dataset was refused: {refused[0]}{more}.")
         return dataset
 
     def warnings(self) -> list[str]:
-        """One sentence for each rule that fixed something, with its count and the first case."""
+        """One sentence for each kind of fixed fault, with their number and the first of them."""
         fixed = [fault for fault in self.faults if fault.fixed]
         counts = Counter(fault.rule for fault in fixed)
         first = {fault.rule: fault for fault in reversed(fixed)}
@@ -71,7 +68,7 @@ class Dataset:
 def read(
     annotations: str | Path | None, images: str | Path, *, rotated: bool = False, training: bool = False
 ) -> Dataset:
-    """The dataset with every fault listed in ``faults``; what is refused is left out of ``images``.
+    """Reads a dataset as Dataset.load does, but lists refused faults instead of raising; refused images are left out.
 
     Raises:
         OdtkError: the annotation file or the folder cannot be read at all.
@@ -96,5 +93,5 @@ def _read_folder(folder: Path, rotated: bool) -> Dataset:
             continue
         if header.rule:
             dataset.faults.append(Fault(str(path), f"image {number}", header.rule, True, header.rule))
-        dataset.images.append(image_of(number, path, header, header.orientation, rotated))
+        dataset.images.append(Image.from_header(number, path, header, header.orientation, rotated=rotated))
     return dataset

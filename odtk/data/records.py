@@ -1,4 +1,4 @@
-"""One image with its boxes, and one fault of a dataset: what every reader of annotations makes."""
+"""What every reader of a dataset produces: images with their boxes, and faults."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Fault:
     """Something wrong with a dataset.
 
     Attributes:
-        file: where it stands (annotation or image file).
+        file: the annotation or image file that has it.
         id: ``image 5``, ``annotation 7``, ``category 3`` or empty.
-        reason: what is wrong and, where it is fixed, what was done.
-        fixed: whether the run may go on.
-        rule: the reason without particulars; warnings are counted by it.
+        reason: what is wrong and, if it is fixed, what was done.
+        fixed: whether a run can go on.
+        rule: the reason without particulars, by which warnings are counted.
     """
 
     file: str
@@ -37,13 +37,14 @@ class Image:
     """One image and its boxes (crowd excluded).
 
     Attributes:
-        id: of the annotations; position in the sorted folder from 1 where there are none.
+        id: from the annotations; without annotations, the position in the sorted folder, from 1.
         path: of the file.
         width, height: pixels, after the turn by ``orientation``.
-        boxes: float64 [n, 4] (x, y, w, h) or [n, 5] (x, y, w, h, theta), pixels and radians.
+        boxes: as COCO writes them, in pixels, x and y of the upper left corner: float64 [n, 4] (x, y, w, h), or
+            [n, 5] (x, y, w, h, theta), the box before its turn and its anticlockwise turn about its center in radians.
         labels: int64 [n], index into ``Dataset.categories``.
-        orientation: the EXIF turn to apply when decoding; 1 for none.
-        plain: an upright 8-bit RGB or grayscale JPEG or PNG.
+        orientation: EXIF orientation (1…8) to apply when decoding; 1 for none.
+        plain: an upright 8-bit RGB or grayscale JPEG or PNG, which every decoder reads alike.
     """
 
     id: int
@@ -55,10 +56,11 @@ class Image:
     orientation: int = 1
     plain: bool = True
 
-
-def image_of(id: int, path: Path, header: Header, orientation: int, rotated: bool) -> Image:
-    width, height = header.width, header.height
-    if orientation in SWAPS_SIDES:
-        width, height = height, width
-    boxes, labels = np.zeros((0, 5 if rotated else 4)), np.zeros(0, dtype=np.int64)
-    return Image(id, path, width, height, boxes, labels, orientation, header.plain and orientation == 1)
+    @classmethod
+    def from_header(cls, id: int, path: Path, header: Header, orientation: int, *, rotated: bool) -> Image:
+        """An image without boxes, of the size that the file's header and the given EXIF orientation make."""
+        width, height = header.width, header.height
+        if orientation in SWAPS_SIDES:
+            width, height = height, width
+        boxes, labels = np.zeros((0, 5 if rotated else 4)), np.zeros(0, dtype=np.int64)
+        return cls(id, path, width, height, boxes, labels, orientation, header.plain and orientation == 1)

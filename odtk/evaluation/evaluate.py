@@ -1,7 +1,7 @@
-"""COCO figures of detections: axis-aligned boxes, rotated boxes, or masks. Never runs a model.
+"""COCO figures of detections: axis-aligned boxes, rotated boxes, or masks. No model is run here.
 
-The protocol is pycocotools' (https://cocodataset.org/#detection-eval): AP is the mean over IoU 0.50…0.95 by 0.05 and
-over 101 recall points. A figure for which nothing was to be found (no object of that size, say) is -1, as there.
+The protocol is pycocotools' (https://cocodataset.org/#detection-eval): AP is the mean over the IoU thresholds 0.50,
+0.55, …, 0.95 and over 101 recall points. A figure is -1 where there is nothing to find, such as no object of its size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ..boxes import area, coco_to_corners, corners
 from ..config import OdtkError
-from ..data.coco import categories_of, is_degenerate, is_id, is_number, load_json
+from ..data.coco import categories_of, entry_fault, is_number, load_json, prepare_ground_truth
 from ..ops import rotated_iou
 
 STATS = (
@@ -44,7 +44,13 @@ STATS = (
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """Figures of one category: ``images`` hold at least one of its ``instances`` (crowds are not counted)."""
+    """The figures of one category.
+
+    Attributes:
+        ap, ap50: 0…1, -1 where the category has no instances.
+        images: number of images with at least one instance.
+        instances: number of annotations; crowds are not counted.
+    """
 
     id: int
     name: str
@@ -56,7 +62,7 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class Metrics:
-    """The twelve COCO figures in the order of STATS (0…1, -1 where nothing was to be found), and those per class."""
+    """The twelve COCO figures in the order of STATS (0…1; -1 where there is nothing to find), and those per class."""
 
     stats: tuple[float, ...]
     classes: tuple[ClassMetrics, ...]
@@ -70,7 +76,7 @@ class Metrics:
         return self.stats[1]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The figures as dictionaries and lists, for JSON."""
         return {
             "stats": dict(zip(STATS, self.stats, strict=True)),
             "classes": [vars(c) for c in self.classes],
@@ -88,13 +94,13 @@ def evaluate(
 
     Args:
         detections: COCO results (or the path of their JSON file), boxes [x, y, w, h] or [x, y, w, h, theta] in pixels
-            of the original images, theta in radians, anticlockwise; further keys are not looked at.
+            of the original images, theta in radians, anticlockwise; other keys are ignored.
         annotations: COCO ground truth, or the path of its JSON file; never modified.
-        rotated: overlap is the IoU of the rotated boxes; None: when an annotation or a detection has five numbers.
-        segmentation: overlap is the IoU of masks ("segm"): of the polygons given, or of the rotated boxes.
+        rotated: overlap is the IoU of rotated boxes; None means: if any annotation or detection has five numbers.
+        segmentation: overlap is the IoU of masks ("segm"): of "segmentation", or where there is none, of the box.
 
     Raises:
-        OdtkError: for an unreadable file, a malformed entry, or an id that the annotations do not have.
+        OdtkError: a file cannot be read, an entry is malformed, or an id is not in the annotations.
     """
     truth = load_json(Path(annotations)) if isinstance(annotations, str) else annotations
     results = read_detections(detections) if isinstance(detections, str) else detections
@@ -103,12 +109,12 @@ def evaluate(
     check_detections(results, truth, results_file, segmentation=segmentation)
     if rotated is None:
         rotated = any(len(entry["bbox"]) == 5 for entry in (*truth["annotations"], *results))
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
-        numbers = 5 if rotated else 4
-        gt, dt = (coco_index(truth, entries, numbers) for entries in (truth["annotations"], results))
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints each step
+        box_values = 5 if rotated else 4
+        gt, dt = (coco_index(truth, entries, box_values) for entries in (truth["annotations"], results))
         if segmentation:
-            add_polygons([gt, dt])
-        coco_eval = (RotatedEval if rotated and not segmentation else COCOeval)(
+            add_missing_masks([gt, dt])
+        coco_eval = (RotatedCOCOeval if rotated and not segmentation else COCOeval)(
             gt, dt, "segm" if segmentation else "bbox"
         )
         coco_eval.evaluate()
@@ -117,17 +123,17 @@ def evaluate(
     return Metrics(tuple(float(s) for s in coco_eval.stats), class_metrics(coco_eval, gt))
 
 
-class RotatedEval(COCOeval):
-    """COCOeval in which the overlap of two boxes is their rotated IoU."""
+class RotatedCOCOeval(COCOeval):
+    """COCOeval with the IoU of rotated boxes as the overlap."""
 
-    def computeIoU(self, imgId: int, catId: int) -> Any:  # noqa: N802 (names of the base class)
+    def computeIoU(self, imgId: int, catId: int) -> Any:  # noqa: N802 (the names are those of the base class)
         gt = self._gts[imgId, catId]
         dt = sorted(self._dts[imgId, catId], key=lambda d: -d["score"])[: self.params.maxDets[-1]]
         if not gt or not dt:
             return []
         a, b = corner_boxes(dt), corner_boxes(gt)
         iou = rotated_iou(a, b)  # [detections, truth]
-        # A crowd's overlap is intersection / area of the detection (COCO); intersection = IoU · (a + b) / (1 + IoU).
+        # COCO's overlap with a crowd is intersection / area of the detection; intersection = IoU · (a + b) / (1 + IoU).
         area_a, area_b = area(a)[:, None], area(b)[None, :]
         of_detection = iou * (area_a + area_b) / (1 + iou) / area_a.clamp(min=1e-9)
         crowd = torch.tensor([bool(g["iscrowd"]) for g in gt])
@@ -135,32 +141,35 @@ class RotatedEval(COCOeval):
 
 
 def corner_boxes(entries: Sequence[dict[str, Any]]) -> torch.Tensor:
-    """COCO boxes [x, y, w, h(, theta)] of entries → [n, 5] of boxes.py."""
+    """The boxes of COCO entries as float64 [n, 5] (x1, y1, x2, y2, theta), inclusive corners (see boxes.py)."""
     return coco_to_corners(torch.tensor([(*e["bbox"], 0.0)[:5] for e in entries], dtype=torch.float64))
 
 
-def coco_index(truth: dict[str, Any], entries: Iterable[dict[str, Any]], numbers: int) -> COCO:
-    """pycocotools' index of annotations or results, of which it gets copies with the fields that it needs.
+def coco_index(truth: dict[str, Any], entries: Iterable[dict[str, Any]], box_values: int) -> COCO:
+    """pycocotools' index of annotations or results, made of copies with the fields that it needs.
 
-    Boxes get that many numbers: without the angle (4), or with one (5).
+    Entries are numbered from 1, as pycocotools takes a ground truth with id 0 for unmatched. An "area" that is not a
+    number, such as null, is replaced by that of the box.
 
-    Entries are numbered from 1: pycocotools takes a ground truth of id 0 for unmatched. An area that is no number
-    (null, say) is that of the box.
+    Args:
+        truth: gives the images and categories.
+        entries: annotations or results.
+        box_values: 4 for boxes without an angle, 5 for boxes with one.
     """
     coco = COCO()
     copies = []
     for number, entry in enumerate(entries, 1):
-        box = [*entry["bbox"], 0.0][:numbers]
-        own = entry.get("area")
-        size = own if is_number(own) and math.isfinite(own) else box[2] * box[3]
+        box = [*entry["bbox"], 0.0][:box_values]
+        stated = entry.get("area")
+        size = stated if is_number(stated) and math.isfinite(stated) else box[2] * box[3]
         copies.append({**entry, "id": number, "bbox": box, "area": size, "iscrowd": int(bool(entry.get("iscrowd")))})
     coco.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": copies}
     coco.createIndex()
     return coco
 
 
-def add_polygons(indices: Sequence[COCO]) -> None:
-    """Gives entries without a mask the polygon of their box, and images without a size one that holds every polygon."""
+def add_missing_masks(indices: Sequence[COCO]) -> None:
+    """Gives entries without a mask the polygon of their box, and images without a size one that fits all polygons."""
     extent: dict[int, tuple[float, float]] = defaultdict(lambda: (1.0, 1.0))
     for coco in indices:
         for entry in coco.dataset["annotations"]:
@@ -183,7 +192,7 @@ def add_polygons(indices: Sequence[COCO]) -> None:
 
 
 def class_metrics(coco_eval: COCOeval, gt: COCO) -> tuple[ClassMetrics, ...]:
-    """AP and AP50 of each category, all sizes, 100 detections per image."""
+    """AP and AP50 of each category, over all object sizes, with at most 100 detections per image."""
     precision = coco_eval.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, category]
     rows = []
     for k, category_id in enumerate(int(i) for i in coco_eval.params.catIds):
@@ -202,13 +211,19 @@ def class_metrics(coco_eval: COCOeval, gt: COCO) -> tuple[ClassMetrics, ...]:
 
 
 def mean_precision(precision: np.ndarray) -> float:
-    """Mean over IoU and recall, -1 where the category has no objects."""
+    """Mean of precisions [IoU, recall] of one category, -1 where it has no objects."""
     known = precision[precision > -1]
     return float(known.mean()) if known.size else -1.0
 
 
 def read_detections(path: str) -> list[dict[str, Any]]:
-    """COCO results: a list, or (as ODTK 0.2 wrote them) a dictionary that holds it under ``annotations``."""
+    """The COCO results in a file: a list, or (from ODTK 0.2) a dictionary with that list under "annotations".
+
+    What is in the list is not checked (see check_detections).
+
+    Raises:
+        OdtkError: the file cannot be read, or is not JSON.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
@@ -220,40 +235,23 @@ def read_detections(path: str) -> list[dict[str, Any]]:
 
 
 def filter_categories(detections: list[dict[str, Any]], truth: dict[str, Any]) -> list[dict[str, Any]]:
-    """The detections of categories that the annotations have: a model may know more than is to be scored."""
+    """The detections whose category the annotations have: a model may know more categories than are scored."""
     ids = {category["id"] for category in categories_of(truth)}
     return [d for d in detections if d["category_id"] in ids]
 
 
-def prepare_ground_truth(truth: dict[str, Any], file: str = "", *, segmentation: bool = False) -> dict[str, Any]:
-    """A copy of annotations with the lists that COCO files may lack, and without degenerate boxes.
-
-    The rules are those of data/dataset.py: what a run or `odtk check` accepts, this does too.
+def check_detections(detections: Any, truth: dict[str, Any], file: str = "", *, segmentation: bool = False) -> None:
+    """Checks that detections can be scored against a ground truth.
 
     Args:
-        truth: what load_json gives.
-        file: its name, for the sentence of an error.
-        segmentation: masks are to be scored, so they are looked at too.
+        detections: what a results file holds.
+        truth: as prepare_ground_truth returns it; only the ids of its images and categories are used.
+        file: the name of the results file for error messages.
+        segmentation: masks are scored, so they are checked too.
 
     Raises:
-        OdtkError: for the first entry that makes them unusable.
+        OdtkError: names the first detection that cannot be scored.
     """
-    of = f" of {file}" if file else ""
-    boxes, categories = truth.get("annotations", []), categories_of(truth)
-    for what, entries in (("an image", truth["images"]), ("a category", categories)):
-        for entry in entries:
-            if not is_id(entry.get("id")):
-                raise OdtkError(f"The annotations{of} have {what} without an integer id: {entry.get('id')!r}.")
-    image_ids, category_ids = {image["id"] for image in truth["images"]}, {category["id"] for category in categories}
-    for i, entry in enumerate(boxes):
-        name = f"Annotation {entry.get('id', f'at position {i}')}{of}"
-        check_entry(entry, name, image_ids, category_ids, segmentation)
-    kept = [a for a in boxes if not is_degenerate(a["bbox"])]
-    return {"images": truth["images"], "categories": categories, "annotations": kept}
-
-
-def check_detections(detections: Any, truth: dict[str, Any], file: str = "", *, segmentation: bool = False) -> None:
-    """One sentence for the first detection (of ``file``) that cannot be scored against a prepared ground truth."""
     of = f" of {file}" if file else ""
     if not isinstance(detections, list):
         raise OdtkError(
@@ -261,66 +259,27 @@ def check_detections(detections: Any, truth: dict[str, Any], file: str = "", *, 
         )
     image_ids, category_ids = ({entry["id"] for entry in truth[key]} for key in ("images", "categories"))
     for i, entry in enumerate(detections):
-        name = f"Detection {i}{of}"
-        check_entry(entry, name, image_ids, category_ids, segmentation)
-        if not all(math.isfinite(v) for v in entry["bbox"]):
-            raise OdtkError(f"{name} (image {entry['image_id']}) has a box that is not finite: {entry['bbox']}.")
-        if not is_number(entry.get("score")) or not math.isfinite(entry["score"]):
-            raise OdtkError(f"{name} has no finite 'score'.")
+        fault = entry_fault(entry, image_ids, category_ids, segmentation=segmentation)
+        if not fault and not all(math.isfinite(v) for v in entry["bbox"]):
+            fault = f"its bbox is not finite: {entry['bbox']}"
+        if not fault and not (is_number(entry.get("score")) and math.isfinite(entry["score"])):
+            fault = "it has no finite 'score'"
+        if fault:
+            raise OdtkError(f"Detection {i}{of}: {fault}.")
 
 
-def check_entry(entry: Any, name: str, image_ids: set[int], category_ids: set[int], segmentation: bool) -> None:
-    """An annotation or a detection: known ids, a box of four or five numbers and, if asked for, a mask."""
-    if not isinstance(entry, dict):
-        raise OdtkError(f"{name} is not a dictionary.")
-    for what, ids in (("image", image_ids), ("category", category_ids)):
-        id = entry.get(f"{what}_id")
-        if id is None:
-            raise OdtkError(f"{name} has no '{what}_id'.")
-        if not is_number(id) or id not in ids:
-            raise OdtkError(f"{name} is of {what} {id}, which the annotations do not list.")
-    box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) not in (4, 5) or not all(is_number(v) for v in box):
-        raise OdtkError(f"{name} (image {entry['image_id']}) has no box of four or five numbers.")
-    if segmentation and entry.get("segmentation") and not is_mask(entry["segmentation"]):
-        raise OdtkError(
-            f"{name} (image {entry['image_id']}) has a 'segmentation' that is neither a list of polygons "
-            "[x, y, x, y, x, y, …] in pixels nor an RLE mask {size, counts}."
-        )
-
-
-def is_mask(value: Any) -> bool:
-    """Whether pycocotools can draw a "segmentation". It does not look itself: a NaN, say, costs it all memory."""
-    if isinstance(value, list):
-        return all(
-            isinstance(polygon, list)
-            and len(polygon) >= 6
-            and len(polygon) % 2 == 0
-            and all(is_number(v) and math.isfinite(v) for v in polygon)
-            for polygon in value
-        )
-    if not isinstance(value, dict):
-        return False
-    size, counts = value.get("size"), value.get("counts")
-    if not isinstance(size, list) or len(size) != 2 or not all(is_id(side) and side > 0 for side in size):
-        return False
-    if isinstance(counts, list):  # of runs, which fill the mask
-        return all(is_id(run) and run >= 0 for run in counts) and sum(counts) == size[0] * size[1]
-    return isinstance(counts, (str, bytes))
-
-
-def report(metrics: Metrics) -> None:
-    """Prints the twelve figures and the table per class."""
+def print_metrics(metrics: Metrics) -> None:
+    """Prints the twelve figures and the table of classes."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)  # a file or a pipe has no width to keep to
+        console = Console(width=120)  # a file or a pipe does not limit the width
     figures = Table(title="COCO figures", title_justify="left")
     for name in STATS:
         figures.add_column(name, justify="right")
-    figures.add_row(*(shown(s) for s in metrics.stats))
+    figures.add_row(*(format_figure(s) for s in metrics.stats))
     console.print(figures)
     table = Table(title="Per class", title_justify="left")
     for name, justify in (
@@ -333,9 +292,10 @@ def report(metrics: Metrics) -> None:
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for c in metrics.classes:
-        table.add_row(str(c.id), c.name, shown(c.ap), shown(c.ap50), str(c.images), str(c.instances))
+        table.add_row(str(c.id), c.name, format_figure(c.ap), format_figure(c.ap50), str(c.images), str(c.instances))
     console.print(table)
 
 
-def shown(value: float) -> str:
+def format_figure(value: float) -> str:
+    """A figure with three decimals; a dash where there was nothing to find."""
     return "–" if value < 0 else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""One test for each rule of spec §3: what is fixed is counted, what is refused names file, id and reason."""
+"""One test for each rule of data/coco.py: what is fixed is counted; what is refused names file, id and reason."""
 
 import json
 import math
@@ -78,7 +78,7 @@ def test_categories_are_sorted_by_id_and_images_keep_the_order_of_the_file(coco)
         ([-5, -5, 15, 15], [0, 0, 10, 10], "clipped"),
         ([30, 20, 20, 20], [30, 20, 10, 10], "clipped"),
         ([50, 5, 10, 10], None, "outside"),
-        ([39.5, 5, 1, 5], [39.5, 5, 0.5, 5], None),  # half a pixel too far: clipped, not worth a warning
+        ([39.5, 5, 1, 5], [39.5, 5, 0.5, 5], None),  # clipped by half a pixel, which is not worth a warning
     ],
 )
 def test_odd_boxes_are_fixed_with_one_counted_warning(coco, bbox, kept, rule) -> None:
@@ -103,7 +103,7 @@ def test_duplicate_annotation_ids_are_kept(coco) -> None:
     assert "duplicate annotation id" in dataset.warnings()[0]
 
 
-def test_missing_size_and_categories_are_made_up_for(coco) -> None:
+def test_missing_sizes_and_categories_are_filled_in(coco) -> None:
     bare = {"id": 7, "file_name": "a.jpg"}
     dataset = Dataset.load(*coco(images=[bare]))
     assert (dataset.images[0].width, dataset.images[0].height) == SIZE
@@ -126,10 +126,10 @@ def test_missing_size_and_categories_are_made_up_for(coco) -> None:
     [
         ({"images": [image(7, "gone.jpg")]}, ["gone.jpg", "image 7", "missing"]),
         ({"images": [image(7, "a.jpg"), image(7, "b.jpg")]}, ["image 7", "duplicate image id"]),
-        ({"images": [image("x", "a.jpg")], "annotations": []}, ["image 'x'", "not an integer"]),
-        ({"images": [image(2**63, "a.jpg")], "annotations": []}, ["image 9223372036854775808", "integer of 64 bits"]),
+        ({"images": [image("x", "a.jpg")], "annotations": []}, ["image 'x'", "not a 64-bit integer"]),
+        ({"images": [image(2**63, "a.jpg")], "annotations": []}, ["image 9223372036854775808", "64-bit integer"]),
         ({"images": [image(7, "a.jpg", width=50)]}, ["image 7", "50×30", "a.jpg is 40×30"]),
-        ({"images": [{"id": 7, "width": 1, "height": 1}]}, ["image 7", "no file_name"]),
+        ({"images": [{"id": 7, "width": 1, "height": 1}]}, ["image 7", "no 'file_name'"]),
         ({"annotations": [box(1, 8, 4, [1, 1, 5, 5])]}, ["annotation 1", "image_id 8"]),
         ({"annotations": [box(1, 7, 5, [1, 1, 5, 5])]}, ["annotation 1", "category_id 5"]),
         ({"annotations": [box(1, 7, 4, [1, 1, 5])]}, ["annotation 1", "bbox is not a list of four numbers"]),
@@ -137,8 +137,8 @@ def test_missing_size_and_categories_are_made_up_for(coco) -> None:
         ({"annotations": [box(1, 7, 4, [1, 1, 5, "5"])]}, ["annotation 1", "bbox is not"]),
         ({"annotations": [box(1, 7, 4, [1, 1, 5, 5, 0.3])]}, ["annotation 1", "--rotated-bbox"]),
         ({"categories": [{"id": 4}, {"id": 4}, {"id": 90}]}, ["category 4", "duplicate category id"]),
-        ({"categories": [{"id": "4"}, {"id": 4}, {"id": 90}]}, ["category '4'", "not an integer"]),
-        ({"categories": [{"id": 4}, {"id": 90}, {"id": 2**63}]}, ["category 9223372036854775808", "64 bits"]),
+        ({"categories": [{"id": "4"}, {"id": 4}, {"id": 90}]}, ["category '4'", "not a 64-bit integer"]),
+        ({"categories": [{"id": 4}, {"id": 90}, {"id": 2**63}]}, ["category 9223372036854775808", "64-bit integer"]),
     ],
 )
 def test_refused_before_the_run(coco, changes, words) -> None:
@@ -148,14 +148,16 @@ def test_refused_before_the_run(coco, changes, words) -> None:
 
 def test_a_refusal_counts_the_other_faults(coco) -> None:
     paths = coco(annotations=[box(i, 99, 4, [1, 1, 5, 5]) for i in range(4)])
-    assert "3 more faults" in refusal(paths)
+    assert "(3 more faults like this" in refusal(paths)
+    two = coco(annotations=[box(i, 99, 4, [1, 1, 5, 5]) for i in range(2)])
+    assert "(1 more fault like this" in refusal(two)
 
 
 def test_training_needs_every_category_and_some_boxes(coco) -> None:
     paths = coco(annotations=[box(1, 7, 4, [1, 1, 5, 5])])
     assert "category 90: 'cat' has no annotations" in refusal(paths, training=True)
     assert len(Dataset.load(*paths).images) == 2  # other commands may use it
-    assert "no usable boxes" in refusal(coco(annotations=[]), training=True)
+    assert "there are no usable boxes" in refusal(coco(annotations=[]), training=True)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,7 @@ def test_rotated_boxes(coco) -> None:
     entries = [
         box(1, 7, 4, [5, 5, 10, 6, 0.5]),
         box(2, 7, 90, [5, 5, 10, 6]),
-        box(3, 7, 4, [-4, -2, 12, 6, 1.0]),  # reaches out, its center is inside: kept as it is
+        box(3, 7, 4, [-4, -2, 12, 6, 1.0]),  # leaves the image, but its center is inside: kept as it is
         box(4, 7, 4, [38, 5, 10, 6, 1.0]),
     ]
     dataset = Dataset.load(*coco(annotations=entries), rotated=True, training=True)
@@ -197,7 +199,7 @@ def test_rotated_boxes(coco) -> None:
         "axis-aligned box in a rotated run: theta is 0",
         "box with its center outside the image dropped",
     ]
-    assert "radians" in refusal(coco(annotations=[box(1, 7, 4, [5, 5, 10, 6, 45])]), rotated=True)
+    assert "must be in radians" in refusal(coco(annotations=[box(1, 7, 4, [5, 5, 10, 6, 45])]), rotated=True)
 
 
 @pytest.mark.parametrize("cut", [0, 100, 0.5, -9])
@@ -211,11 +213,11 @@ def test_truncated_jpeg_and_png_are_refused(coco, cut) -> None:
         sentence = refusal(coco(images=[image(7, name)]))
         assert name in sentence and "image 7" in sentence
         before = (folder / name).read_bytes()
-        assert [f.id for f in check(path, folder).faults if not f.fixed] == ["image 7"]  # and no fault follows from it
+        assert [f.id for f in check(path, folder).faults if not f.fixed] == ["image 7"]  # no further fault from it
         assert (folder / name).read_bytes() == before
 
 
-def test_bytes_behind_a_jpeg_are_no_truncation(coco) -> None:
+def test_bytes_after_the_end_of_a_jpeg_are_not_a_truncation(coco) -> None:
     path, folder = coco()
     with open(folder / "a.jpg", "ab") as file:
         file.write(b"\0" * 500)
@@ -235,8 +237,8 @@ def test_damage_inside_is_found_by_check(coco) -> None:
     assert report.refused == 1 and "cannot be read" in str(report.faults[0])
 
 
-def kind_of_image(kind: str) -> tuple[PILImage.Image, str, dict[str, Any]]:
-    """An image whose left half is of one color and whose right half of another, of an odd kind."""
+def image_of_kind(kind: str) -> tuple[PILImage.Image, str, dict[str, Any]]:
+    """An image of an unusual kind whose left and right halves have different colors."""
     halves = np.zeros((SIZE[1], SIZE[0], 3), np.uint8)
     halves[:, :20], halves[:, 20:] = (220, 220, 220), (60, 60, 60)
     rgb = PILImage.fromarray(halves)
@@ -245,18 +247,19 @@ def kind_of_image(kind: str) -> tuple[PILImage.Image, str, dict[str, Any]]:
         return PILImage.fromarray(gray), ".png", {}
     alpha = rgb.convert("RGBA")
     alpha.putalpha(7)
-    return {
+    kinds: dict[str, tuple[PILImage.Image, str, dict[str, Any]]] = {
         "grayscale": (rgb.convert("L"), ".jpg", {"quality": 95}),
         "CMYK": (rgb.convert("CMYK"), ".jpg", {"quality": 95}),
         "palette": (rgb.quantize(4), ".png", {}),
         "alpha": (alpha, ".png", {}),
         "animation": (rgb, ".gif", {"save_all": True, "append_images": [rgb.rotate(180)]}),
-    }[kind]
+    }
+    return kinds[kind]
 
 
 @pytest.mark.parametrize("kind", ["grayscale", "CMYK", "palette", "alpha", "16-bit", "animation"])
 def test_odd_images_become_rgb(coco, kind) -> None:
-    picture, suffix, options = kind_of_image(kind)
+    picture, suffix, options = image_of_kind(kind)
     path, folder = coco()
     picture.save(folder / f"odd{suffix}", **options)
     dataset = Dataset.load(*coco(images=[image(7, f"odd{suffix}")]))
@@ -281,9 +284,9 @@ def test_exif_turns_only_where_the_annotated_size_says_so(coco) -> None:
     turned = Dataset.load(*coco(images=[image(7, "c.jpg", width=30, height=40)]))
     assert turned.images[0].orientation == 6 and turned.images[0].width == 30 and "turned" in turned.warnings()[0]
     assert decode(folder / "c.jpg", 6).shape == (40, 30, 3)
-    save_turned(folder / "c.jpg", 3)  # the size cannot tell: as stored
+    save_turned(folder / "c.jpg", 3)  # the size does not tell: used as stored
     assert Dataset.load(*coco(images=[image(7, "c.jpg")])).images[0].orientation == 1
-    assert "wrong" not in refusal(coco(images=[image(7, "c.jpg", width=30, height=40)]))  # 180°: no exchange of sides
+    assert "wrong" not in refusal(coco(images=[image(7, "c.jpg", width=30, height=40)]))  # 180° keeps the sides
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -317,7 +320,7 @@ def test_check_reports_every_fault_and_a_summary(coco) -> None:
     assert report.refused == 3  # the missing file, the unknown image, the category without annotations
     assert sorted(f.id for f in report.faults) == ["annotation 1", "annotation 2", "category 90", "image 3"]
     text = "\n".join(report.summary())
-    assert "1 usable images" in text and "category 4 dog: 1 boxes" in text and "1 boxes, width 9" in text
+    assert "1 usable image, 0 of them" in text and "category 4 dog: 1 box" in text and "1 box, width 9" in text
 
 
 def test_unreadable_pixels_have_a_reason(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Figures of detections: against pycocotools used plainly, against counts by hand, and on bad input."""
+"""COCO figures against bare pycocotools and against counts made by hand; bad input."""
 
 import contextlib
 import io
@@ -11,7 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from odtk.config import OdtkError
-from odtk.evaluation.evaluate import STATS, evaluate, filter_categories, prepare_ground_truth, report
+from odtk.data.coco import prepare_ground_truth
+from odtk.evaluation.evaluate import STATS, evaluate, filter_categories, print_metrics
 
 
 def dataset(images: int = 6, seed: int = 0) -> dict:
@@ -104,7 +105,7 @@ def test_table_per_class(capsys) -> None:
     boxes = [a for a in truth["annotations"] if a["category_id"] == 3]
     assert (cell.instances, cell.images) == (len(boxes), len({a["image_id"] for a in boxes}))
     assert metrics.ap == pytest.approx(0.5)  # the category without annotations does not count
-    report(metrics)
+    print_metrics(metrics)
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("AP small", "cell", "plate", "never", "–", "1.000", "0.500"))
 
@@ -126,9 +127,9 @@ def test_annotations_without_area_crowd_or_categories_and_with_a_degenerate_box(
     found = results(truth)
     truth["annotations"].append({"image_id": 10, "category_id": 3, "bbox": [5, 5, 0, 10]})
     metrics = evaluate(found, truth)
-    assert metrics.ap == pytest.approx(1)  # nothing could have found the box without an area
+    assert metrics.ap == pytest.approx(1)  # the box without an area is not expected to be found
     assert [c.name for c in metrics.classes] == ["3", "7"]
-    assert filter_categories(found, truth) == found  # infer asks before it evaluates
+    assert filter_categories(found, truth) == found  # infer filters before it evaluates
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -169,13 +170,13 @@ def test_rotated_boxes_overlap_by_their_polygons() -> None:
     truth["annotations"] = [a | {"bbox": [*a["bbox"][:2], 60, 20, 0.0]} for a in truth["annotations"]]
     found = results(truth)
     assert evaluate(found, truth).ap == pytest.approx(1)
-    # The same rectangle, written as its other side and turned by a quarter: still the same.
+    # The same rectangle with its sides exchanged and turned by a quarter.
     swapped = [d | {"bbox": [d["bbox"][0] + 20, d["bbox"][1] - 20, 20, 60, math.pi / 2]} for d in found]
     assert evaluate(swapped, truth).ap == pytest.approx(1)
-    # Turned about its center it is another one: two bars of 60×20 that cross overlap by 400 of 2000 pixels.
+    # Turned by a quarter about its center it is another box: two crossed bars of 60×20 share 400 of 2000 pixels.
     crossed = [d | {"bbox": [*d["bbox"][:4], math.pi / 2]} for d in found]
     assert evaluate(crossed, truth).ap < 0.1
-    # As axis-aligned boxes the angle is not looked at.
+    # Between axis-aligned boxes the angle is ignored.
     assert evaluate(crossed, truth, rotated=False).ap == pytest.approx(1)
 
 
@@ -218,18 +219,21 @@ def test_categories_that_only_the_model_has_are_left_out() -> None:
     truth = dataset()
     found = [*results(truth), {"image_id": 10, "category_id": 5, "bbox": [0, 0, 9, 9], "score": 0.9}]
     assert evaluate(filter_categories(found, truth), truth).ap == pytest.approx(1)
-    with pytest.raises(OdtkError, match="category 5"):
+    with pytest.raises(OdtkError, match="category_id 5 is not among the categories"):
         evaluate(found, truth)
 
 
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [
-        ({"image_id": 99, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}, "image 99"),
-        ({"image_id": 10, "category_id": 3, "bbox": [0, 0, 1], "score": 1}, "four or five numbers"),
-        ({"image_id": 10, "category_id": 3, "bbox": [0, 0, 1, math.nan], "score": 1}, "not finite"),
-        ({"image_id": [10], "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}, r"image \[10\]"),
-        ({"image_id": 10, "category_id": {}, "bbox": [0, 0, 1, 1], "score": 1}, r"category \{\}"),
+        ({"image_id": 99, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}, "image_id 99 is not among the images"),
+        (
+            {"image_id": 10, "category_id": 3, "bbox": [0, 0, 1], "score": 1},
+            "not a list of four or five numbers",
+        ),
+        ({"image_id": 10, "category_id": 3, "bbox": [0, 0, 1, math.nan], "score": 1}, "bbox is not finite"),
+        ({"image_id": [10], "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}, r"image_id \[10\] is not among"),
+        ({"image_id": 10, "category_id": {}, "bbox": [0, 0, 1, 1], "score": 1}, r"category_id \{\} is not among"),
         ({"image_id": 10, "bbox": [0, 0, 1, 1], "score": 1}, "no 'category_id'"),
         ({"image_id": 10, "category_id": 3, "bbox": [0, 0, 1, 1]}, "score"),
         ("box", "not a dictionary"),
@@ -237,7 +241,7 @@ def test_categories_that_only_the_model_has_are_left_out() -> None:
 )
 def test_a_malformed_detection_is_named(entry, sentence: str) -> None:
     truth = dataset()
-    with pytest.raises(OdtkError, match=rf"Detection \d+ .*{sentence}"):
+    with pytest.raises(OdtkError, match=rf"Detection \d+: .*{sentence}"):
         evaluate([*results(truth), entry], truth)
 
 
@@ -246,7 +250,7 @@ def test_a_malformed_detection_is_named(entry, sentence: str) -> None:
 def test_an_entry_without_an_integer_id_is_refused(key: str, id) -> None:
     truth = dataset()
     truth[key][0]["id"] = id
-    with pytest.raises(OdtkError, match="without an integer id"):
+    with pytest.raises(OdtkError, match="its id is not a 64-bit integer"):
         evaluate([], truth)
 
 
@@ -258,7 +262,7 @@ def test_an_annotation_without_category_is_named_with_its_file(tmp_path, listed:
     if not listed:
         del truth["categories"]
     (tmp_path / "truth.json").write_text(json.dumps(truth))
-    with pytest.raises(OdtkError, match=r"Annotation 1234 of .*truth\.json has no 'category_id'"):
+    with pytest.raises(OdtkError, match=r"Annotation 1234 of .*truth\.json: it has no 'category_id'"):
         evaluate([], str(tmp_path / "truth.json"))
 
 
@@ -287,12 +291,12 @@ def test_a_malformed_mask_is_named_where_masks_are_scored(mask) -> None:
     truth = dataset()
     found = results(truth)
     truth["annotations"][2]["segmentation"] = mask
-    assert evaluate(found, truth).ap == pytest.approx(1)  # boxes are scored: it is not looked at
-    with pytest.raises(OdtkError, match=r"Annotation 2 .*'segmentation'"):
+    assert evaluate(found, truth).ap == pytest.approx(1)  # boxes are scored: it is not checked
+    with pytest.raises(OdtkError, match=r"Annotation 2: .*'segmentation'"):
         evaluate(found, truth, segmentation=True)
     del truth["annotations"][2]["segmentation"]
     found[1]["segmentation"] = mask
-    with pytest.raises(OdtkError, match=r"Detection 1 .*'segmentation'"):
+    with pytest.raises(OdtkError, match=r"Detection 1: .*'segmentation'"):
         evaluate(found, truth, segmentation=True)
 
 
@@ -304,7 +308,7 @@ def test_masks_of_each_form_are_scored(mask) -> None:
     assert evaluate(found, truth, segmentation=True).ap == pytest.approx(1)
 
 
-def test_usable_annotations_stay_so() -> None:
+def test_preparing_prepared_annotations_changes_nothing() -> None:
     truth = prepare_ground_truth(dataset())
     assert prepare_ground_truth(truth) == truth
 
@@ -312,7 +316,7 @@ def test_usable_annotations_stay_so() -> None:
 def test_an_annotation_of_an_unknown_image_is_named() -> None:
     truth = dataset()
     truth["annotations"][2]["image_id"] = 12345
-    with pytest.raises(OdtkError, match="Annotation 2 .*image 12345"):
+    with pytest.raises(OdtkError, match="Annotation 2: .*image_id 12345"):
         evaluate([], truth)
 
 
