@@ -7,13 +7,13 @@
 ARG BASE=nvcr.io/nvidia/pytorch:25.10-py3
 FROM ${BASE}
 
-# Compute capabilities to build for, e.g. "80;90"; empty: all that this nvcc knows.
+# Compute capabilities to build for, e.g. "80;90"; if empty, all that this nvcc knows.
 ARG ODTK_CUDA_ARCH=""
-# The build fails rather than leave the kernels out.
+# The build fails if the kernels cannot be built, instead of leaving them out.
 ENV ODTK_CUDA=1
 
 COPY . /opt/odtk
-# The image's own torch, DALI and numpy stay: it pins them in PIP_CONSTRAINT.
+# torch, DALI and numpy stay those of the image, which pins them in PIP_CONSTRAINT.
 RUN cd /opt/odtk && \
     python -m pip install --no-cache-dir "setuptools>=77" "pybind11>=3" "cmake>=3.25" ninja && \
     ODTK_CUDA_ARCH="${ODTK_CUDA_ARCH}" python -m pip install --no-cache-dir --no-build-isolation -v '.[plot]' && \

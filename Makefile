@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := demo
-# One architecture is enough to see that the CUDA code compiles; an installation builds for all (setup.py).
+# One architecture is enough to see that the CUDA code compiles; `pip install .` builds for all (setup.py).
 export ODTK_CUDA_ARCH ?= 90
 
 .PHONY: setup hooks test quick lint demo clean
 setup: $(VENV)/ready
 
-# torch comes first: then the ranges of the package find it there and pull nothing else.
+# torch comes first, at the tested version, so that the ranges in pyproject.toml are met and pull in no other.
 $(VENV)/ready: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
