@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from odtk.categories import Category
 from odtk.config import ModelConfig
@@ -14,13 +15,15 @@ from odtk.model.detector import Detector
 
 
 def detector_of(config: ModelConfig, bias: float = -1.0) -> Detector:
-    """Random weights that give many scores above the threshold, and different ones; more with a greater bias."""
+    """Random weights that give many different scores above the threshold; a greater bias gives more of them."""
     torch.manual_seed(0)
     detector = Detector(config)
     detector.initialize()
     for parameter in detector.head.parameters():
         parameter.data = 0.0224 * torch.randn_like(parameter)
-    detector.head.cls_head[-1].bias.data.fill_(bias)  # type: ignore[union-attr, index]
+    last = detector.head.cls_head[-1]
+    assert isinstance(last, nn.Conv2d) and last.bias is not None
+    last.bias.data.fill_(bias)
     return detector
 
 

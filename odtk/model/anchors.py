@@ -1,4 +1,4 @@
-"""Anchors: the shapes at one cell, and all of them placed on the maps."""
+"""Anchors: those of one cell, and their copies on every cell of the feature maps."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from ..config import ModelConfig
 
 
 def base_anchors(stride: int, config: ModelConfig) -> Tensor:
-    """Anchors of the cell (0, 0) of a level; those of the cell (x, y) lie x·stride and y·stride further (spec §2).
+    """Anchors of the cell (0, 0) of a level; those of the cell (x, y) lie x·stride and y·stride pixels further.
 
-    For scale k and ratio h/w = r: w = √(stride²/r), h = w·r, corners 0.5·(stride ∓ (w, h)·k); rotated anchors
-    repeat these for each angle. Order: angle outermost, then scale, then ratio.
+    They are the anchors of NVIDIA's ODTK 0.2, so that its checkpoints keep their meaning. For scale k and ratio
+    h/w = r: w = √(stride²/r), h = w·r, corners 0.5·(stride ∓ (w, h)·k). Rotated anchors repeat these for each angle.
+    Order: angle outermost, then scale, then ratio.
 
-    ODTK 0.2 drew its rotated anchors (only those) otherwise: w and h rounded, the right and bottom corners one
-    pixel further in. ``config.rounded_anchors`` does the same, for its checkpoints.
+    Rotated anchors, and only those, ODTK 0.2 computed differently: w and h rounded to whole pixels, the right and
+    bottom corners one pixel less. ``config.rounded_anchors`` does the same, for its checkpoints.
 
     Returns:
-        [A, 4] x1, y1, x2, y2 in pixels of the input, [A, 5] with theta when rotated, float32, on the CPU.
-        FCOS: the cell itself as an inclusive box, whose center is the point.
+        [A, 4] x1, y1, x2, y2 in pixels of the input; [A, 5] with theta in radians when rotated; float32, on the CPU.
+        For FCOS [1, 4]: the cell itself as a box with inclusive corners, whose center is the point.
     """
     if config.head == "fcos":
         return torch.tensor([[0.0, 0.0, stride - 1.0, stride - 1.0]], device="cpu")
@@ -44,7 +45,16 @@ def base_anchors(stride: int, config: ModelConfig) -> Tensor:
 def place_anchors(
     anchors: Sequence[Tensor], strides: Sequence[int], shapes: Sequence[tuple[int, ...]], device: torch.device
 ) -> Tensor:
-    """The anchors of every cell of every level: [P, 4 or 5] px, order (y, x, a) within a level of shape (h, w)."""
+    """The anchors of every cell of every level.
+
+    Args:
+        anchors: base_anchors, [A, 4 or 5], of each level.
+        strides: of each level, in pixels.
+        shapes: (h, w) of each level's feature map.
+
+    Returns:
+        [P, 4 or 5] in pixels of the input, float32 on ``device``: level after level, in the order (y, x, a) within one.
+    """
     placed = []
     for base, stride, (height, width) in zip(anchors, strides, shapes, strict=True):
         y, x = torch.meshgrid(

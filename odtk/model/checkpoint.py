@@ -1,13 +1,13 @@
-"""Files of a detector: what odtk writes, and what NVIDIA's ODTK 0.2.x wrote.
+"""Checkpoint files: those of odtk, and those that NVIDIA's ODTK 0.2.x wrote.
 
-A file holds plain values and tensors only, so that it loads with ``weights_only`` and runs no code:
+A file of odtk holds plain values and tensors only, so that it loads with ``weights_only`` and runs no code:
 
     format       "odtk"
     version      1
     model        config.to_dict(ModelConfig)
     categories   [[id, name], …] in the order of the class indices, or None
-    state_dict   the weights to detect with: those of the moving average where training kept one
-    training     what resuming needs (see train.py), or None
+    state_dict   the weights to detect with: the moving average (EMA) if training kept one
+    training     what resuming needs (see training/run.py), or None
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A detector on its way to or from a file.
+    """What a file says of a detector.
 
     Attributes:
-        model: what to build.
-        categories: entry c names class index c; None where the file does not say (ODTK 0.2.x).
-        state_dict: Detector's parameters and buffers, float32: the moving average where training kept one.
-        training: optimizer, iteration, loader position …, to resume from; None after a plain conversion.
+        model: the settings that the detector is built from.
+        categories: entry c is the category of class index c; None if the file does not say (ODTK 0.2.x).
+        state_dict: the detector's parameters and buffers, float32: the moving average (EMA) if training kept one.
+        training: optimizer, iteration, loader position and so on, to resume from; None if it cannot be resumed.
     """
 
     model: ModelConfig
@@ -50,7 +50,11 @@ class Checkpoint:
 
 
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint, whole or not at all (see atomic_write)."""
+    """Writes a checkpoint, whole or not at all.
+
+    Raises:
+        OdtkError: if it cannot be written; a file that was there before is left as it was.
+    """
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -67,9 +71,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads a checkpoint of odtk or of ODTK 0.2.x onto the CPU.
 
     Raises:
-        OdtkError: no such file, a truncated one, no checkpoint, or one of a newer or another program.
+        OdtkError: no such file, a truncated one, not a checkpoint, or one of a newer odtk or of another program.
     """
-    content = read(path)
+    content = read_dictionary(path)
     if content.get("format") == FORMAT:
         if content["version"] > VERSION:
             raise OdtkError(f"{path} was written by a newer odtk (format {content['version']}): update odtk.")
@@ -80,29 +84,39 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             training=content["training"],
         )
     if content.keys() >= {"backbone", "classes", "state_dict"}:
-        return from_odtk_02(content)
+        return convert_odtk_02(content)
     if content and all(isinstance(value, Tensor) for value in content.values()):
-        raise OdtkError(f"{path} holds bare weights, not a detector: to start from them, pass --backbone-weights.")
-    raise OdtkError(f"{path} is a checkpoint of another program: odtk reads its own and those of ODTK 0.2.x.")
+        raise OdtkError(
+            f"{path} holds bare weights, not a detector: to start training from them, use --backbone-weights."
+        )
+    raise OdtkError(f"{path} was written by another program: odtk reads its own checkpoints and those of ODTK 0.2.x.")
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The dictionary in a file written by torch.save, on the CPU; errors as load() states them."""
+def read_dictionary(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The dictionary in a file written by torch.save, its tensors on the CPU.
+
+    Raises:
+        OdtkError: no such file, one that cannot be read, or one that holds no dictionary.
+    """
     if not os.path.isfile(path):
         raise OdtkError(f"There is no checkpoint {path}.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         if isinstance(error, PermissionError):
-            raise OdtkError(f"The checkpoint {path} may not be read: check its permissions.") from error
-        raise OdtkError(f"{path} {fault(path)}.") from error
+            raise OdtkError(f"The checkpoint {path} cannot be read: check its permissions.") from error
+        raise OdtkError(f"{path} {describe_damage(path)}.") from error
     if not isinstance(content, dict):
         raise OdtkError(f"{path} is not a checkpoint: it holds a {type(content).__name__}.")
     return content
 
 
-def fault(path: str | os.PathLike[str]) -> str:
-    """Why torch.load may have refused a file, by its first and last bytes."""
+def describe_damage(path: str | os.PathLike[str]) -> str:
+    """Why torch.load refused a file, judged by its first bytes and whether the zip archive is whole.
+
+    Returns:
+        The end of a sentence that begins with the path.
+    """
     with open(path, "rb") as file:
         start = file.read(4)
     if not start:
@@ -110,15 +124,15 @@ def fault(path: str | os.PathLike[str]) -> str:
     if start == b"PK\x03\x04" and not zipfile.is_zipfile(path):
         return "is truncated: copy it again, or go back to an older one"
     if start == b"PK\x03\x04":
-        return "is damaged, or holds objects that are not plain weights, which odtk does not load"
+        return "is damaged, or holds objects that are not plain weights: odtk does not load those"
     return "is not a checkpoint"
 
 
-def from_odtk_02(content: Mapping[str, Any]) -> Checkpoint:
-    """A file of NVIDIA's ODTK 0.2.x as a Checkpoint without categories and training.
+def convert_odtk_02(content: Mapping[str, Any]) -> Checkpoint:
+    """The content of a file of NVIDIA's ODTK 0.2.x as a Checkpoint, without categories and training.
 
-    Its names are ours, but for ``cls_head`` and ``box_head``, which stood outside a head; every norm was fixed; the
-    trunks kept the classifier that detection never used, which is left out here.
+    The weights have the same names as ours, except that ``cls_head`` and ``box_head`` were not inside ``head``. Every
+    norm was frozen. The files also hold classifiers of the backbones, which detection never used: those are dropped.
     """
     backbones = content["backbone"]
     model = ModelConfig(
@@ -127,7 +141,7 @@ def from_odtk_02(content: Mapping[str, Any]) -> Checkpoint:
         ratios=tuple(float(ratio) for ratio in content.get("ratios", ModelConfig.ratios)),
         scales=tuple(float(scale) for scale in content.get("scales", ModelConfig.scales)),
         angles=tuple(float(angle) for angle in content.get("angles") or ()),
-        rounded_anchors=bool(content.get("angles")),  # how ODTK 0.2 drew them, beside what spec §2 states
+        rounded_anchors=bool(content.get("angles")),  # ODTK 0.2 rounded the rotated anchors only (see anchors.py)
         norm="frozen",
     )
     with torch.device("meta"):
@@ -140,11 +154,11 @@ def from_odtk_02(content: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(model=model, categories=None, state_dict=weights)
 
 
-def build(checkpoint: Checkpoint) -> Detector:
-    """The detector with its weights, on the CPU, in training mode.
+def build_detector(checkpoint: Checkpoint) -> Detector:
+    """The detector that a checkpoint describes, with its weights, on the CPU, in training mode.
 
     Raises:
-        OdtkError: the weights are not those of the model that the checkpoint describes.
+        OdtkError: the weights do not fit the model that the checkpoint describes.
     """
     detector = Detector(checkpoint.model)
     load_weights(detector, checkpoint.state_dict)
@@ -152,24 +166,28 @@ def build(checkpoint: Checkpoint) -> Detector:
 
 
 def load_weights(detector: Detector, state_dict: Mapping[str, Tensor]) -> None:
-    """Copies weights into a detector of the very same model, or raises OdtkError with the first difference."""
+    """Copies weights into a detector; names and shapes must all be the same.
+
+    Raises:
+        OdtkError: for the first name that only one of them has, or the first shape that differs.
+    """
     own = detector.state_dict()
     for name in [*own, *state_dict]:
         if name not in state_dict:
-            raise OdtkError(f"The checkpoint is of another model: it has no {name}.")
+            raise OdtkError(f"The checkpoint belongs to another model: it lacks {name}.")
         if name not in own:
-            raise OdtkError(f"The checkpoint is of another model: {name} has no place in it.")
+            raise OdtkError(f"The checkpoint belongs to another model: it has {name}, which this model lacks.")
         if own[name].shape != state_dict[name].shape:
             theirs, ours = tuple(state_dict[name].shape), tuple(own[name].shape)
-            raise OdtkError(f"The checkpoint is of another model: {name} is {theirs}, not {ours}.")
+            raise OdtkError(f"The checkpoint belongs to another model: {name} has shape {theirs}, not {ours}.")
     detector.load_state_dict(dict(state_dict))
 
 
-def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hexadecimal) over names, types, shapes and values of the weights: equal for equal weights only."""
+def weights_hash(state_dict: Mapping[str, Tensor]) -> str:
+    """SHA-256 in hexadecimal of the names, types, shapes and values of all weights, whatever their order or layout."""
     digest = hashlib.sha256()
     for name in sorted(state_dict):
         tensor = state_dict[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())  # any shape -> bytes
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())  # any shape → bytes
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What the trunks are built of: the three normalizations, convolution + norm, deformable convolution, checkpointing.
+"""Layers that several backbones share: norms and their folding, deformable convolution, gradient checkpointing.
 
 Feature maps are [N, C, h, w] throughout, in either memory format.
 """
@@ -20,15 +20,15 @@ from ..config import OdtkError
 
 GROUPS = 32  # of GroupNorm, https://arxiv.org/abs/1803.08494
 
-
-BatchNorm: TypeAlias = "FrozenBatchNorm2d | _BatchNorm"  # what a folded convolution can take in
+BatchNorm: TypeAlias = "FrozenBatchNorm2d | _BatchNorm"  # the norms that can be folded into a convolution
 
 
 class FrozenBatchNorm2d(nn.Module):
     """BatchNorm2d whose statistics and affine parameters are fixed: y = x·scale + shift, per channel.
 
-    The four tensors are buffers under BatchNorm2d's names, so its weights load and no optimizer sees them.
-    After a convolution `convolve` makes scale and shift part of the kernel; calling the module is the slow way.
+    The four tensors are buffers with BatchNorm2d's names: its weights can be loaded, and no optimizer sees them.
+    Call it through `apply_conv_norm`, which makes scale and shift part of the convolution before it; calling the
+    module itself costs a pass over the feature map.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -52,14 +52,18 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def scale_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """The affine map [C], [C] that a batch norm is at inference (https://arxiv.org/abs/1502.03167, algorithm 2)."""
+    """A batch norm at inference as x·scale + shift, both [C] (https://arxiv.org/abs/1502.03167, algorithm 2)."""
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     return scale, norm.bias - norm.running_mean * scale
 
 
 def create_norm(kind: str, channels: int) -> nn.Module:
-    """A normalization layer: ``frozen``, ``batch`` or ``group`` (32 groups, fewer where they do not divide)."""
+    """A normalization layer of ``kind`` frozen, batch or group (32 groups, or fewer where 32 does not divide).
+
+    Raises:
+        OdtkError: for any other kind.
+    """
     if kind == "frozen":
         return FrozenBatchNorm2d(channels)
     if kind == "batch":
@@ -69,8 +73,8 @@ def create_norm(kind: str, channels: int) -> nn.Module:
     raise OdtkError(f"The norm {kind!r} does not exist: use frozen, batch or group.")
 
 
-def convolve(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(conv(x)). A frozen norm is multiplied into the kernel: a pass over weights, none over activations."""
+def apply_conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)). A frozen norm is multiplied into the kernel, which is cheaper than a pass over the output."""
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
     scale, shift = scale_and_shift(norm)
@@ -78,24 +82,24 @@ def convolve(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class ConvNorm(nn.Sequential):
-    """nn.Sequential (same parameter names) in which a frozen norm costs nothing after its convolution."""
+    """nn.Sequential, with the same parameter names, that applies a frozen norm inside the convolution before it."""
 
     def forward(self, x: Tensor) -> Tensor:
         layers = list(self)
         while layers:
             layer = layers.pop(0)
             if isinstance(layer, nn.Conv2d) and layers and isinstance(layers[0], FrozenBatchNorm2d):
-                x = convolve(layer, layers.pop(0), x)
+                x = apply_conv_norm(layer, layers.pop(0), x)
             else:
                 x = layer(x)
         return x
 
 
-def fold_norms(model: nn.Module) -> None:
+def fold_batch_norms(model: nn.Module) -> None:
     """Write every batch norm into the convolution before it, in place; the norm becomes an identity.
 
-    Relies on the trunks' order of registration: a norm is the child after the convolution (or the Sequential
-    that ends in the convolution) whose output it takes. GroupNorm depends on its input and stays.
+    It relies on the order in which modules are registered: a norm comes right after the convolution whose output it
+    takes, or after a Sequential that ends in that convolution. GroupNorm depends on its input and stays.
     """
     for parent in list(model.modules()):
         children = list(parent.named_children())
@@ -103,40 +107,41 @@ def fold_norms(model: nn.Module) -> None:
             if isinstance(conv, nn.Sequential) and len(conv):
                 conv = conv[-1]
             if isinstance(conv, nn.Conv2d) and isinstance(norm, (_BatchNorm, FrozenBatchNorm2d)):
-                weight, bias = folded_kernel(conv, norm)
+                weight, bias = folded_conv_bn(conv, norm)
                 conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
                 setattr(parent, name, nn.Identity())
 
 
 @torch.no_grad()
-def folded_kernel(conv: nn.Conv2d, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Weight [O, C/groups, k, k] and bias [O] of the one convolution that equals norm(conv(x)) at inference."""
+def folded_conv_bn(conv: nn.Conv2d, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight [O, C/groups, k, k] and bias [O] of the single convolution that equals norm(conv(x)) at inference."""
     scale, shift = scale_and_shift(norm)
     bias = shift if conv.bias is None else shift + scale * conv.bias
     return conv.weight * scale[:, None, None, None], bias
 
 
 class DeformConv2d(nn.Conv2d):
-    """Deformable 3×3 convolution, https://arxiv.org/abs/1703.06211 eq. 2; ``modulated`` is v2, 1811.11168 eq. 1.
+    """Deformable 3×3 convolution: https://arxiv.org/abs/1703.06211 eq. 2; ``modulated`` is v2, 1811.11168 eq. 1.
 
-    Built of GridSample and a 1×1 convolution, so that it exports as standard operators. `offset` predicts for
-    each of the nine taps (dy, dx) in pixels of the input, then for v2 nine masks; it starts at zero, as in the
-    papers: no displacement, masks of sigmoid(0) = 0.5. Beyond the border the input is zero.
+    [N, C, H, W] → [N, O, ⌈H/stride⌉, ⌈W/stride⌉]. It is made of GridSample and a 1×1 convolution, so that it exports
+    as standard operators. `offset` predicts (dy, dx) for each of the nine taps, in pixels of the input map, and for
+    v2 also nine mask logits. It starts at zero, as in the papers: no displacement, masks of sigmoid(0) = 0.5.
+    Outside its border the input is zero.
     """
 
-    def __init__(self, channels_in: int, channels: int, stride: int, groups: int, modulated: bool) -> None:
-        super().__init__(channels_in, channels, 3, stride, padding=1, groups=groups, bias=False)
+    def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int, modulated: bool) -> None:
+        super().__init__(in_channels, out_channels, 3, stride, padding=1, groups=groups, bias=False)
         self.modulated = modulated
-        self.offset = nn.Conv2d(channels_in, 27 if modulated else 18, 3, stride, padding=1)
+        self.offset = nn.Conv2d(in_channels, 27 if modulated else 18, 3, stride, padding=1)
         self.initialize()
 
     def initialize(self) -> None:
-        """No displacement at the start."""
+        """Offsets and mask logits of zero. The kernel itself is initialized like any other."""
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        fields = self.offset(x).float()  # coordinates need more than the 11 bits of half precision
+        fields = self.offset(x).float()  # coordinates need more than the 11 significant bits of fp16
         grid = sampling_grid(fields[:, :18], self.stride[0], x.shape[2], x.shape[3])
         samples = F.grid_sample(x.float(), grid.flatten(1, 2), align_corners=False)  # [N, C, 9·h, w]
         samples = samples.unflatten(2, (9, fields.shape[2]))  # [N, C, 9, h, w]
@@ -147,14 +152,16 @@ class DeformConv2d(nn.Conv2d):
 
 
 def sampling_grid(offsets: Tensor, stride: int, height: int, width: int) -> Tensor:
-    """Where the nine taps of a padded 3×3 convolution look, in grid_sample's [−1, 1] (pixel x is at (2x + 1)/W − 1).
+    """Where the nine taps of a 3×3 convolution with padding 1 sample the input.
 
     Args:
-        offsets: [N, 18, h, w], (dy, dx) of each tap in pixels.
-        height, width: of the sampled map.
+        offsets: [N, 18, h, w], (dy, dx) of each tap in pixels of the input map.
+        stride: of the convolution.
+        height, width: of the input map.
 
     Returns:
-        [N, 9, h, w, 2], (x, y) last.
+        [N, 9, h, w, 2], (x, y) last, as grid_sample takes them: the center of pixel x is (2x + 1)/width − 1, so that
+        the map reaches from −1 to 1.
     """
     dy, dx = offsets.unflatten(1, (9, 2)).unbind(2)  # [N, 9, h, w] each
     tap = torch.arange(9, device=offsets.device)
@@ -165,97 +172,24 @@ def sampling_grid(offsets: Tensor, stride: int, height: int, width: int) -> Tens
     return torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
 
 
-def recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """block(x), of which backward recomputes what is inside (https://arxiv.org/abs/1604.06174)."""
+def run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """block(x), whose inner feature maps backward computes again instead of keeping (https://arxiv.org/abs/1604.06174)."""
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), _statistics_kept(block)
+        return nullcontext(), _frozen_statistics(block)  # around forward, around its repetition
 
     return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 @contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Recomputing must not update the running statistics, nor the counter, a second time."""
+def _frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """Inside, batch norms do not update their running statistics and counters: that must happen once, not twice."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, (momentum, counter) in zip(norms, kept, strict=True):
+        for norm, (momentum, counter) in zip(norms, saved, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, counter
-
-
-def linear_parameters(channels_in: int, channels: int) -> int:
-    """Numbers in a linear layer with bias; a 1×1 convolution without bias and a batch norm have ``channels`` more."""
-    return channels_in * channels + channels
-
-
-class Trunk(nn.Module):
-    """A classification network without its classifier: images [N, 3, H, W] → feature maps, finest first.
-
-    A stage ends at stride 2^number: stage 1 is the stem, stage 5 gives C5.
-
-    Attributes:
-        outputs: the stages whose last feature map is returned.
-        channels, strides: of each feature map.
-        stride: the input's height and width must be multiples of it.
-        grad_checkpoint: backward recomputes the blocks.
-    """
-
-    outputs: tuple[int, ...] = (3, 4, 5)
-    channels: tuple[int, ...]
-    grad_checkpoint: bool
-
-    @property
-    def classifier_parameters(self) -> int:
-        """Numbers in the published 1000-class classifier that would follow C5: a linear layer of the pooled map."""
-        return linear_parameters(self.channels[-1], 1000)
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return tuple(2**number for number in self.outputs)
-
-    @property
-    def stride(self) -> int:
-        return max(self.strides)
-
-    def stem(self, images: Tensor) -> Tensor:
-        """Stage 1, and the pooling after it where there is one."""
-        raise NotImplementedError
-
-    def stages(self) -> list[list[nn.Module]]:
-        """The modules of stages 1, 2 …; from stage 2 on they run one after another."""
-        raise NotImplementedError
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(images)
-        features = []
-        for number, blocks in enumerate(self.stages()[1:], start=2):
-            for block in blocks:
-                x = recomputed(block, x) if self.grad_checkpoint and torch.is_grad_enabled() else block(x)
-            if number in self.outputs:
-                features.append(x)
-        return features
-
-    def freeze(self, stages: int) -> None:
-        """No gradient for stages 1…``stages``. Detector.train() keeps their batch norms in eval mode."""
-        for stage in self.stages()[:stages]:
-            for module in stage:
-                module.requires_grad_(False)
-
-    def initialize(self) -> None:
-        """Kaiming normal, fan out (https://arxiv.org/abs/1502.01852); norms to identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, (_BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, DeformConv2d):
-                module.initialize()

@@ -1,4 +1,4 @@
-"""Pretrained and partial weights."""
+"""What a detector's weights start from: random numbers, pretrained backbones, or another detector."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..config import OdtkError, TrainConfig
-from .checkpoint import load, read
+from ..config import OdtkError
+from ..text import plural
+from .checkpoint import load, read_dictionary
 from .detector import Detector
 
-# ImageNet weights of pytorch/vision (IMAGENET1K_V1), whose names are the trunks' own
+# torchvision's ImageNet weights (IMAGENET1K_V1); our feature extractors have torchvision's parameter names
 TORCHVISION_URLS = {
     "ResNet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
     "ResNet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
@@ -24,75 +25,95 @@ TORCHVISION_URLS = {
     "ResNeXt101_32x8d": "https://download.pytorch.org/models/resnext101_32x8d-8ba56ff5.pth",
     "MobileNetV2": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
 }
+DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 
 
-def initialize(detector: Detector, config: TrainConfig) -> None:
-    """Random weights, and over them those of --fine-tune, or the pretrained ones of the backbones."""
+def initialize_weights(detector: Detector, *, fine_tune: str | None, backbone_weights: str | None) -> None:
+    """Initializes a detector at random, then replaces what can be loaded, and prints which weights those are.
+
+    Args:
+        fine_tune: a checkpoint file, of which every weight is loaded that fits; the other argument is then ignored.
+        backbone_weights: a file of weights for the backbones; "none" leaves them random; None downloads torchvision's
+            ImageNet weights.
+
+    Raises:
+        OdtkError: a file that cannot be read or fits no weight of a backbone, or a download that is not possible.
+    """
     detector.initialize()
-    if config.fine_tune is not None:
-        taken, left = load_matching(detector, load(config.fine_tune).state_dict)
-        print_taken(config.fine_tune, taken, left)
-    elif config.backbone_weights != "none":
-        for name, trunk in detector.trunks().items():
-            path = config.backbone_weights
-            weights = imagenet_weights(name) if path is None else backbone_weights(path)
-            taken, left = load_matching(trunk, weights)
-            if not taken:
-                source = path or "The file of torchvision"
-                raise OdtkError(f"{source} has no tensor of {name}: give its own with --backbone-weights.")
-            print_taken(path or f"ImageNet, for {name}", taken, left)
+    if fine_tune is not None:
+        loaded, unmatched = load_matching(detector, load(fine_tune).state_dict)
+        print_loaded(fine_tune, loaded, unmatched)
+    elif backbone_weights != "none":
+        for name, features in detector.feature_extractors().items():
+            path = backbone_weights
+            weights = download_imagenet_weights(name) if path is None else read_weights(path)
+            loaded, unmatched = load_matching(features, weights)
+            if not loaded:
+                source = path or "torchvision's file"
+                raise OdtkError(f"{source} has no tensor that fits {name}: pass a file for it as --backbone-weights.")
+            print_loaded(path or f"ImageNet, for {name}", loaded, unmatched)
 
 
-def print_taken(source: str, taken: list[str], left: list[str]) -> None:
-    """The two lists, by module."""
-    for text, names in ((f"Taken from {source}", taken), ("Initialized", left)):
+def print_loaded(source: str, loaded: list[str], unmatched: list[str]) -> None:
+    """Prints how many tensors came from ``source`` and how many stay random, and the modules that they are in."""
+    for text, names in ((f"Loaded from {source}", loaded), ("Initialized at random", unmatched)):
         modules = sorted({name.rpartition(".")[0] for name in names})
-        print(f"{text} ({len(names)} tensors): {', '.join(modules) or 'nothing'}.", flush=True)
+        print(f"{text} ({plural(len(names), 'tensor')}): {', '.join(modules) or 'nothing'}.", flush=True)
 
 
-def backbone_weights(path: str) -> dict[str, Tensor]:
-    """Tensors by name from a file of weights, bare or under "state_dict"."""
-    content = read(path)
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The tensors in a file of weights by name, whether they are its content or under the key "state_dict".
+
+    The prefix ``module.`` of DistributedDataParallel is removed from the names.
+
+    Raises:
+        OdtkError: as checkpoint.read_dictionary.
+    """
+    content = read_dictionary(path)
     content = content.get("state_dict", content)
     return {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def imagenet_weights(backbone: str) -> dict[str, Tensor]:
-    """torchvision's weights of a trunk, by URL (kept in torch's cache)."""
-    trunk = re.sub("(FPN|C4)$", "", backbone)
-    ways_out = "pass --backbone-weights PATH (a file of torchvision's), or none to train from scratch"
-    if trunk not in TORCHVISION_URLS:
-        raise OdtkError(f"No pretrained weights are published for {backbone}: {ways_out}.")
-    url = TORCHVISION_URLS[trunk]
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)
+def download_imagenet_weights(backbone: str) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights for a backbone's feature extractor, from the internet or torch's cache.
+
+    Raises:
+        OdtkError: torchvision has none, or they could not be downloaded.
+    """
+    name = re.sub("(FPN|C4)$", "", backbone)
+    alternative = "pass torchvision's file as --backbone-weights PATH, or none to train from scratch"
+    if name not in TORCHVISION_URLS:
+        raise OdtkError(f"torchvision has no pretrained weights for {backbone}: {alternative}.")
+    url = TORCHVISION_URLS[name]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network; a download that does not match its hash
-        raise OdtkError(f"The weights {url} could not be fetched ({error}): {ways_out}.") from error
+        raise OdtkError(f"The weights {url} could not be downloaded ({error}): {alternative}.") from error
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout)
 
 
 @torch.no_grad()
 def load_matching(module: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Copy every tensor of ``state_dict`` whose name and shape the module has too; ignore the rest.
+    """Copies every tensor of ``state_dict`` whose name and shape the module has too, and ignores the rest.
 
-    For --fine-tune (a Detector and a detector's file) and --backbone-weights (one of Detector.trunks() and
-    torchvision's file, whose classifier ``fc.*`` matches nothing).
+    For --fine-tune the module is a detector. For --backbone-weights it is a feature extractor, and the classifier
+    ``fc.*`` in torchvision's file matches nothing.
 
     Returns:
-        (taken, left): names of the module's own parameters and buffers that were copied, and that were not
-        and so keep their value. BatchNorm's counter of batches, which nothing reads, is in neither list.
+        (loaded, unmatched): names of the module's parameters and buffers that were copied, and of those that keep
+        their value. BatchNorm's counter of batches, which nothing reads, is in neither list.
     """
-    taken: list[str] = []
-    left: list[str] = []
+    loaded: list[str] = []
+    unmatched: list[str] = []
     for name, tensor in module.state_dict().items():
         source = state_dict.get(name)
         if source is not None and source.shape == tensor.shape:
             tensor.copy_(source)
-            taken.append(name)
+            loaded.append(name)
         else:
-            left.append(name)
+            unmatched.append(name)
     counter = "num_batches_tracked"
-    return [n for n in taken if not n.endswith(counter)], [n for n in left if not n.endswith(counter)]
+    return [n for n in loaded if not n.endswith(counter)], [n for n in unmatched if not n.endswith(counter)]

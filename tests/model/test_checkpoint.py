@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, refused in one sentence, and ODTK 0.2's read with equal detections."""
+"""Checkpoints: written whole or not at all, refused in one sentence; files of ODTK 0.2 give equal detections."""
 
 import math
 import os
@@ -39,7 +39,7 @@ def saved(tmp_path: Path, weights: dict[str, Tensor]) -> Path:
 def test_what_is_saved_is_loaded(saved: Path, weights: dict[str, Tensor]) -> None:
     found = files.load(saved)
     assert (found.model, found.categories, found.training) == (MODEL, CATEGORIES, {"iteration": 5, "best": 0.25})
-    assert files.fingerprint(files.build(found).state_dict()) == files.fingerprint(weights)
+    assert files.weights_hash(files.build_detector(found).state_dict()) == files.weights_hash(weights)
 
 
 def test_saving_leaves_nothing_beside_and_goes_through_links(saved: Path, weights: dict[str, Tensor]) -> None:
@@ -126,29 +126,34 @@ def test_files_that_are_refused(saved: Path, tmp_path: Path, weights: dict[str, 
 
 
 def test_weights_of_another_model_are_refused(weights: dict[str, Tensor]) -> None:
-    with pytest.raises(OdtkError, match=r"another model: head\.cls_head\.8\.weight is \(18, .*, not \(27, "):
-        files.build(Checkpoint(ModelConfig(backbones=("ResNet18FPN",), classes=3), None, weights))
-    with pytest.raises(OdtkError, match="another model: it has no backbones"):
-        files.build(Checkpoint(ModelConfig(backbones=("ResNet34FPN",), classes=2), None, weights))
+    with pytest.raises(OdtkError, match=r"another model: head\.cls_head\.8\.weight has shape \(18, .*, not \(27, "):
+        files.build_detector(Checkpoint(ModelConfig(backbones=("ResNet18FPN",), classes=3), None, weights))
+    with pytest.raises(OdtkError, match="another model: it lacks backbones"):
+        files.build_detector(Checkpoint(ModelConfig(backbones=("ResNet34FPN",), classes=2), None, weights))
 
 
-def test_the_fingerprint_is_of_the_values(weights: dict[str, Tensor]) -> None:
-    first = files.fingerprint(weights)
+def test_the_hash_is_of_the_values(weights: dict[str, Tensor]) -> None:
+    first = files.weights_hash(weights)
     same = {name: tensor.clone() for name, tensor in reversed(weights.items())}
     for name, tensor in same.items():
         if tensor.ndim == 4:
             same[name] = tensor.contiguous(memory_format=torch.channels_last)
-    assert files.fingerprint(same) == first
+    assert files.weights_hash(same) == first
     same["head.box_head.8.bias"][3] += 1e-7
-    assert files.fingerprint(same) != first
+    assert files.weights_hash(same) != first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# ODTK 0.2.x: its model, decoding and NMS once more, in plain torch and loops, from the formulas of its documentation
+# ODTK 0.2.x: its model, decoding and NMS written again in plain torch and loops, from the formulas of its documentation
 
 
 class FixedNorm(nn.Module):
     """Four buffers and no parameter, as its checkpoints hold them."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -219,6 +224,13 @@ class OldResNet(nn.Module):
 
 
 class OldFPN(nn.Module):
+    lateral3: nn.Conv2d
+    lateral4: nn.Conv2d
+    lateral5: nn.Conv2d
+    smooth3: nn.Conv2d
+    smooth4: nn.Conv2d
+    smooth5: nn.Conv2d
+
     def __init__(self, features: OldResNet, channels: tuple[int, int, int]) -> None:
         super().__init__()
         self.features = features
@@ -328,7 +340,7 @@ def old_resnet50() -> nn.Module:
     return OldFPN(OldResNet((3, 4, 6, 3), bottleneck=True), (512, 1024, 2048))
 
 
-def livened(model: OldModel, images: Tensor) -> OldModel:
+def randomized(model: OldModel, images: Tensor) -> OldModel:
     """Weights that give scores on both sides of the threshold and boxes that overlap."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -337,8 +349,8 @@ def livened(model: OldModel, images: Tensor) -> OldModel:
         features = [f for backbone in model.backbones.values() for f in backbone(images)]
         for tower, deviation in ((model.cls_head, 1.0), (model.box_head, 0.3)):
             outputs = torch.cat([tower(f).flatten() for f in features])
-            tower[-1].weight.mul_(deviation / outputs.std())
-        model.cls_head[-1].bias.fill_(-4.5)
+            tower.get_parameter("8.weight").mul_(deviation / outputs.std())
+        model.cls_head.get_parameter("8.bias").fill_(-4.5)
     return model
 
 
@@ -362,13 +374,13 @@ OLD = {"ResNet18FPN": old_resnet18, "ResNet18C4": old_resnet18_c4, "ResNet50FPN"
 )
 def test_odtk_02_files_give_the_same_detections(case: str, tmp_path: Path) -> None:
     images = torch.randn(2, 3, 128, 128)
-    old = livened(OldModel({name: OLD[name]() for name in CASES[case]}, classes=3), images).eval()
+    old = randomized(OldModel({name: OLD[name]() for name in CASES[case]}, classes=3), images).eval()
     torch.save(old.file(), tmp_path / "old.pth")
 
     found = files.load(tmp_path / "old.pth")
     assert found.model.backbones == tuple(CASES[case]) and found.model.norm == "frozen"
     assert found.categories is None and found.training is None
-    detector = files.build(found).eval()
+    detector = files.build_detector(found).eval()
     with torch.no_grad():
         expected = old(images)
         actual = postprocess(

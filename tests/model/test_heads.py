@@ -1,4 +1,4 @@
-"""Anchors against a plain restatement of spec §2; layout, prior and scales of the heads."""
+"""Anchors against their formulas, written out plainly; layout, prior and scales of the heads."""
 
 import math
 
@@ -12,8 +12,8 @@ from odtk.model.heads import FCOSHead, RetinaNetHead, create_head
 STRIDES = (8, 16, 32, 64, 128)
 
 
-def anchor_of_the_spec(stride: int, index: int) -> list[float]:
-    """Anchor number index = scale·3 + ratio by the formulas of spec §2."""
+def expected_anchor(stride: int, index: int) -> list[float]:
+    """Anchor number index = scale·3 + ratio by the formulas of ODTK 0.2."""
     ratio = [1, 2, 0.5][index % 3]
     scale = [4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)][index // 3]
     w = (stride**2 / ratio) ** 0.5
@@ -27,10 +27,10 @@ def anchor_of_the_spec(stride: int, index: int) -> list[float]:
 
 
 @pytest.mark.parametrize("stride", STRIDES)
-def test_anchors_follow_the_spec(stride: int) -> None:
+def test_anchors_follow_their_formulas(stride: int) -> None:
     anchors = base_anchors(stride, ModelConfig())
     assert anchors.dtype == torch.float32 and anchors.shape == (9, 4)
-    expected = [anchor_of_the_spec(stride, index) for index in range(9)]
+    expected = [expected_anchor(stride, index) for index in range(9)]
     torch.testing.assert_close(anchors, torch.tensor(expected), atol=1e-4, rtol=0)
 
 
@@ -43,7 +43,7 @@ def test_rotated_anchors_repeat_the_upright_ones_angle_outermost(stride: int) ->
     anchors = base_anchors(stride, ModelConfig(angles=ROTATED_ANGLES))
     assert anchors.shape == (27, 5)
     for index, row in enumerate(anchors.tolist()):
-        expected = [*anchor_of_the_spec(stride, index % 9), [-math.pi / 6, 0, math.pi / 6][index // 9]]
+        expected = [*expected_anchor(stride, index % 9), [-math.pi / 6, 0, math.pi / 6][index // 9]]
         assert row == pytest.approx(expected, abs=1e-4)
 
 
@@ -86,11 +86,13 @@ def test_the_towers_pass_the_variance_on_and_the_last_layers_start_small() -> No
     head = RetinaNetHead(ModelConfig())
     head.initialize()
     x = torch.randn(1, 256, 16, 16)
-    for layers, last in (head.cls_head, 0.01), (head.box_head, 0.001):
+    for layers, deviation in (head.cls_head, 0.01), (head.box_head, 0.001):
+        last = layers[-1]
+        assert isinstance(last, torch.nn.Conv2d)
         with torch.no_grad():
             power = float(layers[:-1](x).square().mean())
         assert power == pytest.approx(1.0, rel=0.3)  # 0.0002 with normals of 0.01; zeros at the border cost a little
-        assert float(layers[-1].weight.detach().std()) == pytest.approx(last, rel=0.05)
+        assert float(last.weight.detach().std()) == pytest.approx(deviation, rel=0.05)
 
 
 def test_towers_of_fcos_have_group_norm_of_32_groups() -> None:

@@ -12,10 +12,10 @@ from odtk.model.layers import (
     ConvNorm,
     DeformConv2d,
     FrozenBatchNorm2d,
-    convolve,
+    apply_conv_norm,
     create_norm,
-    fold_norms,
-    recomputed,
+    fold_batch_norms,
+    run_checkpointed,
     sampling_grid,
 )
 
@@ -32,6 +32,7 @@ def randomize(module: nn.Module) -> nn.Module:
 
 def frozen_and_batch(channels: int) -> tuple[FrozenBatchNorm2d, nn.BatchNorm2d]:
     batch = nn.BatchNorm2d(channels).eval()
+    assert batch.running_mean is not None and batch.running_var is not None
     for tensor in (batch.weight, batch.bias, batch.running_mean, batch.running_var):
         nn.init.uniform_(tensor, 0.5, 1.5)
     frozen = FrozenBatchNorm2d(channels)
@@ -51,7 +52,7 @@ def test_frozen_norm_in_the_kernel_gives_the_same_output_and_gradients() -> None
     frozen, batch = frozen_and_batch(6)
     conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False)
     x = torch.randn(2, 4, 9, 9, requires_grad=True)
-    fused, apart = convolve(conv, frozen, x), batch(conv(x))
+    fused, apart = apply_conv_norm(conv, frozen, x), batch(conv(x))
     torch.testing.assert_close(fused, apart)
     weights = torch.randn_like(fused)
     for ours, reference in zip(
@@ -84,17 +85,14 @@ def test_an_unknown_norm_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["batch", "frozen"])
 def test_folding_keeps_the_output_and_removes_the_norms(kind: str) -> None:
-    model = nn.Module()
-    model.conv1 = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3, bias=kind == "batch"))
-    model.bn1 = create_norm(kind, 8)
-    model.gn = create_norm("group", 8)
-    model.forward = lambda x: model.gn(model.bn1(model.conv1(x)))  # type: ignore[method-assign]
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3, bias=kind == "batch"))
+    model = nn.Sequential(convolutions, create_norm(kind, 8), create_norm("group", 8))
     randomize(model).eval()
     x = torch.randn(2, 3, 8, 8)
-    before = model.forward(x)
-    fold_norms(model)
-    assert isinstance(model.bn1, nn.Identity) and isinstance(model.gn, nn.GroupNorm)
-    torch.testing.assert_close(model.forward(x), before)
+    before = model(x)
+    fold_batch_norms(model)
+    assert isinstance(model[1], nn.Identity) and isinstance(model[2], nn.GroupNorm)
+    torch.testing.assert_close(model(x), before)
 
 
 def bilinear(plane: Tensor, y: float, x: float) -> float:
@@ -133,7 +131,8 @@ def deformable_reference(x: Tensor, weight: Tensor, offsets: Tensor, masks: Tens
 def test_deformable_convolution_equals_direct_sampling(modulated: bool, stride: int, groups: int) -> None:
     layer = DeformConv2d(4, 4, stride, groups, modulated)
     nn.init.normal_(layer.offset.weight, std=0.3)
-    nn.init.normal_(layer.offset.bias, std=1.5)  # far enough to leave the map  # type: ignore[arg-type]
+    assert layer.offset.bias is not None
+    nn.init.normal_(layer.offset.bias, std=1.5)  # far enough to leave the map
     x = torch.randn(2, 4, 6, 5)
     with torch.no_grad():
         fields = layer.offset(x)
@@ -165,16 +164,17 @@ def test_sampling_grid_without_offsets_looks_at_the_pixels_of_a_convolution() ->
 
 
 def test_recomputing_gives_the_same_gradients_and_counts_statistics_once() -> None:
-    block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    norm = nn.BatchNorm2d(4)
+    block = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU())
     x = torch.randn(2, 3, 6, 6, requires_grad=True)
     results = []
     start = {k: v.clone() for k, v in block.state_dict().items()}
-    for run in (lambda: block(x), lambda: recomputed(block, x)):
+    for run in (lambda: block(x), lambda: run_checkpointed(block, x)):
         block.load_state_dict(start)
         block.zero_grad()
         run().square().sum().backward()
         gradients = [p.grad.clone() for p in block.parameters() if p.grad is not None]
         results.append([*gradients, *(v.clone() for v in block.state_dict().values())])
-    assert int(block[1].num_batches_tracked) == 1 and block[1].momentum == 0.1
+    assert norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 1 and norm.momentum == 0.1
     for plain, checkpointed in zip(*results, strict=True):
         assert torch.equal(plain, checkpointed)

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from odtk.config import ModelConfig
-from odtk.model.backbones.catalog import TRUNKS
-from odtk.model.neck import FPN, halve
+from odtk.model.backbones.catalog import FEATURE_EXTRACTORS
+from odtk.model.neck import FPN, downsample
 
 
 def test_levels_follow_the_paper() -> None:
-    fpn = FPN(TRUNKS["ResNet18"](ModelConfig())).eval()
+    fpn = FPN(FEATURE_EXTRACTORS["ResNet18"](ModelConfig())).eval()
     fpn.initialize()
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -29,11 +29,13 @@ def test_levels_follow_the_paper() -> None:
 
 
 def test_starts_from_xavier_without_bias() -> None:
-    fpn = FPN(TRUNKS["ResNet18"](ModelConfig()))
+    fpn = FPN(FEATURE_EXTRACTORS["ResNet18"](ModelConfig()))
     fpn.initialize()
     bound = (6 / (2 * 256 * 9)) ** 0.5  # Glorot & Bengio 2010 eq. 16
     assert 0.99 * bound < float(fpn.smooth3.weight.detach().abs().max()) <= bound
-    assert all(float(m.bias.detach().abs().max()) == 0 for n, m in fpn.named_children() if n != "features")
+    biases = {f"{name}.bias" for name, _ in fpn.named_children() if name != "features"}
+    assert len(biases) == 8
+    assert all(float(p.detach().abs().max()) == 0 for n, p in fpn.named_parameters() if n in biases)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (4, 3)])
@@ -46,6 +48,6 @@ def test_gradients_of_the_smallest_maps_are_right(size: tuple[int, int], dtype: 
     for _ in range(4):
         conv.zero_grad()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            halve(conv, x).float().sum().backward()
+            downsample(conv, x).float().sum().backward()
         assert conv.weight.grad is not None
         torch.testing.assert_close(conv.weight.grad, windows.expand(16, 16, 3, 3), atol=0.05, rtol=0.02)

@@ -1,7 +1,7 @@
-"""Every backbone by name: a function of the ModelConfig that builds it, untrained.
+"""Every backbone by name: a function that builds it, untrained, from a ModelConfig.
 
-A backbone has `channels` and `strides` (one per level), `stride` (its input's height and width must be multiples
-of it), `initialize()`, and maps images [N, 3, H, W] to a list of levels [N, 256, ⌈H/s⌉, ⌈W/s⌉].
+A backbone maps images [N, 3, H, W] to a list of levels [N, 256, ⌈H/s⌉, ⌈W/s⌉]. It has `channels` and `strides` (one
+number per level), `stride` (its input's height and width must be multiples of it) and `initialize()`.
 """
 
 from __future__ import annotations
@@ -10,32 +10,30 @@ from collections.abc import Callable
 from functools import partial
 
 from ...config import ModelConfig
-from ..layers import Trunk
 from ..neck import FPN
+from .feature_extractor import FeatureExtractor
 from .ghost import GhostNet
 from .mobilenet import MobileNetV2
-from .repvgg import DESIGNS as REPVGGS
-from .repvgg import RepVGG
-from .resnet import DESIGNS as RESNETS
-from .resnet import Design, ResNet
+from .repvgg import REPVGG_DESIGNS, RepVGG
+from .resnet import RESNET_DESIGNS, ResNet, ResNetDesign
 
 
-def pyramid(trunk: Callable[[ModelConfig], Trunk], config: ModelConfig) -> FPN:
-    """P3…P7 over a trunk."""
-    return FPN(trunk(config))
+def create_fpn(feature_extractor: Callable[[ModelConfig], FeatureExtractor], config: ModelConfig) -> FPN:
+    """P3…P7 over the maps of a feature extractor."""
+    return FPN(feature_extractor(config))
 
 
-def single(design: Design, config: ModelConfig) -> ResNet:
-    """C4 alone, stride 16; of the designs with basic blocks it has the 256 channels that the heads take."""
+def create_c4(design: ResNetDesign, config: ModelConfig) -> ResNet:
+    """C4 alone, of stride 16. It has the 256 channels that the heads take only in ResNets of basic blocks."""
     return ResNet(design, config, outputs=(4,))
 
 
-TRUNKS: dict[str, Callable[[ModelConfig], Trunk]] = {
-    **{name: partial(ResNet, design) for name, design in RESNETS.items()},
-    **{name: partial(RepVGG, design) for name, design in REPVGGS.items()},
+FEATURE_EXTRACTORS: dict[str, Callable[[ModelConfig], FeatureExtractor]] = {
+    **{name: partial(ResNet, design) for name, design in RESNET_DESIGNS.items()},
+    **{name: partial(RepVGG, design) for name, design in REPVGG_DESIGNS.items()},
     "MobileNetV2": MobileNetV2,
     "GhostNet": GhostNet,
 }
-BACKBONES: dict[str, Callable[[ModelConfig], FPN | Trunk]] = {
-    f"{name}FPN": partial(pyramid, trunk) for name, trunk in TRUNKS.items()
-} | {f"{name}C4": partial(single, RESNETS[name]) for name in ("ResNet18", "ResNet34")}
+BACKBONES: dict[str, Callable[[ModelConfig], FPN | FeatureExtractor]] = {
+    f"{name}FPN": partial(create_fpn, create) for name, create in FEATURE_EXTRACTORS.items()
+} | {f"{name}C4": partial(create_c4, RESNET_DESIGNS[name]) for name in ("ResNet18", "ResNet34")}

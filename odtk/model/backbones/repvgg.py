@@ -1,6 +1,6 @@
-"""RepVGG: https://arxiv.org/abs/2101.03697. Three branches while training, one 3×3 convolution after folding.
+"""RepVGG: https://arxiv.org/abs/2101.03697. Three branches in training, a single 3×3 convolution after folding.
 
-Parameter names equal the authors' (stage1.0.rbr_dense.conv …).
+Parameter names are the authors' (stage1.0.rbr_dense.conv …).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config import ModelConfig, OdtkError
-from ..layers import BatchNorm, ConvNorm, Trunk, create_norm, folded_kernel, scale_and_shift
+from ..layers import BatchNorm, ConvNorm, create_norm, folded_conv_bn, scale_and_shift
+from .feature_extractor import FeatureExtractor
 
 
 @dataclass(frozen=True)
-class Design:
-    """Blocks in stages 2 to 5, and the factors a (all stages but the last) and b (the last) of table 2."""
+class RepVGGDesign:
+    """One member of the family (table 2): blocks in stages 2 to 5, and width factors: b of the last stage, a before."""
 
     depths: tuple[int, int, int, int]
     a: float
@@ -31,48 +32,49 @@ class Design:
         return (min(64, early[0]), *early, int(512 * self.b))  # type: ignore[return-value]
 
 
-DESIGNS = {
-    "RepVGGA0": Design((2, 4, 14, 1), a=0.75),
-    "RepVGGA1": Design((2, 4, 14, 1), a=1.0),
-    "RepVGGB0": Design((4, 6, 16, 1), a=1.0),
+REPVGG_DESIGNS = {
+    "RepVGGA0": RepVGGDesign((2, 4, 14, 1), a=0.75),
+    "RepVGGA1": RepVGGDesign((2, 4, 14, 1), a=1.0),
+    "RepVGGB0": RepVGGDesign((4, 6, 16, 1), a=1.0),
 }
 
 
 class Branch(ConvNorm):
-    """A size×size convolution and its norm.
+    """A convolution and its norm.
 
-    A 1×1 picks its pixels before it convolves: as a strided convolution of three channels, channels-last, its weight
-    gradient on the CPU corrupts the heap (uxlfoundation/oneDNN 6035).
+    A strided 1×1 convolution takes every second pixel first and then convolves without a stride: a strided one of three
+    channels, channels-last on the CPU, writes its weight gradient past its buffer (uxlfoundation/oneDNN 6035).
     """
 
-    def __init__(self, channels_in: int, channels: int, size: int, stride: int, norm: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: str) -> None:
         super().__init__()
-        self.step = stride if size == 1 else 1
-        self.conv = nn.Conv2d(channels_in, channels, size, stride // self.step, padding=size // 2, bias=False)
-        self.bn = create_norm(norm, channels)
+        self.step = stride if kernel_size == 1 else 1
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride // self.step, padding, bias=False)
+        self.bn = create_norm(norm, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[:, :, :: self.step, :: self.step])
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the one convolution that equals both."""
-        return folded_kernel(self.conv, cast(BatchNorm, self.bn))
+        """Weight [O, C, k, k] and bias [O] of the single convolution that equals both."""
+        return folded_conv_bn(self.conv, cast(BatchNorm, self.bn))
 
 
 class RepVGGBlock(nn.Module):
-    """relu(norm(3×3) + norm(1×1) + norm(x)), the last where the shapes allow; after `fold`, relu(3×3)."""
+    """relu(norm(3×3) + norm(1×1) + norm(x)), the last only if the shape stays the same; after `fold`, relu(3×3)."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int, norm: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str) -> None:
         super().__init__()
-        keeps_shape = stride == 1 and channels_in == channels
-        self.rbr_identity = create_norm(norm, channels) if keeps_shape else None
-        self.rbr_dense = Branch(channels_in, channels, 3, stride, norm)
-        self.rbr_1x1 = Branch(channels_in, channels, 1, stride, norm)
+        keeps_shape = stride == 1 and in_channels == out_channels
+        self.rbr_identity = create_norm(norm, out_channels) if keeps_shape else None
+        self.rbr_dense = Branch(in_channels, out_channels, 3, stride, norm)
+        self.rbr_1x1 = Branch(in_channels, out_channels, 1, stride, norm)
         self.rbr_reparam: nn.Conv2d | None = None
 
     @property
     def norms(self) -> list[nn.Module]:
-        """The norms that end the branches."""
+        """The last layer of each branch."""
         return [self.rbr_dense.bn, self.rbr_1x1.bn, *([] if self.rbr_identity is None else [self.rbr_identity])]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +87,10 @@ class RepVGGBlock(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """One convolution for the branches, in place: a 1×1 is a 3×3 with a center only, the identity a 1×1 (§3.3)."""
+        """Replaces the branches by one convolution, in place (§3.3).
+
+        A 1×1 kernel is a 3×3 one with nothing but its center, and the identity is a 1×1 one.
+        """
         dense = self.rbr_dense.conv
         weight, bias = self.rbr_dense.folded()
         pointwise_weight, pointwise_bias = self.rbr_1x1.folded()
@@ -100,10 +105,10 @@ class RepVGGBlock(nn.Module):
         del self.rbr_dense, self.rbr_1x1, self.rbr_identity
 
 
-class RepVGG(Trunk):
-    """images [N, 3, H, W] → the authors' stages 2, 3 and 4 (they count from 0) at strides 8, 16 and 32."""
+class RepVGG(FeatureExtractor):
+    """images [N, 3, H, W] → the maps of the authors' stages 2, 3 and 4 (counted from 0), of strides 8, 16 and 32."""
 
-    def __init__(self, design: Design, config: ModelConfig) -> None:
+    def __init__(self, design: RepVGGDesign, config: ModelConfig) -> None:
         super().__init__()
         if config.norm == "group":
             raise OdtkError("RepVGG cannot be folded with GroupNorm: use --norm batch or frozen.")
@@ -117,7 +122,7 @@ class RepVGG(Trunk):
         self.freeze(config.freeze_at)
 
     def initialize(self) -> None:
-        """As every trunk, with the branches' norms scaled so that their sum has the variance of one."""
+        """As every feature extractor; the norms of a block's branches are scaled so that their sum has variance 1."""
         super().initialize()
         for block in self.modules():
             if isinstance(block, RepVGGBlock):
