@@ -57,7 +57,7 @@ def spread_predictions(path: Path) -> None:
     After two iterations every score is still at the prior, and every tap at its place.
     """
     trained = checkpoint.load(path)
-    detector = checkpoint.build(trained).eval()
+    detector = checkpoint.build_detector(trained).eval()
     for module in detector.modules():
         if isinstance(module, DeformConv2d):
             torch.nn.init.uniform_(module.offset.bias, -2, 2)  # type: ignore[arg-type]

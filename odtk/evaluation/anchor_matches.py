@@ -40,7 +40,7 @@ def draw_anchors(path: str, data: LoaderConfig, assign: Assign, folder: str, *, 
     Raises:
         OdtkError: the model has the fcos head, which has no anchors.
     """
-    detector = checkpoint.build(checkpoint.load(path))
+    detector = checkpoint.build_detector(checkpoint.load(path))
     if detector.config.head == "fcos":
         raise OdtkError("--anchors requires a model with the retinanet head: the fcos head has points, not anchors.")
     writer = open_pictures(data, folder, rotated=detector.config.rotated)

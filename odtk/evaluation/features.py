@@ -35,7 +35,7 @@ def draw_features(path: str, layer: str, data: LoaderConfig, folder: str, *, cou
     Raises:
         OdtkError: there is no such layer, or it returns no feature maps [N, C, h, w].
     """
-    detector = checkpoint.build(checkpoint.load(path)).eval()
+    detector = checkpoint.build_detector(checkpoint.load(path)).eval()
     writer = open_pictures(data, folder, rotated=detector.config.rotated)
     name, module = find_layer(detector, layer)
     # The detector may call the parts of a Sequential one by one, so a hook on it would not run; its last part does.
