@@ -409,7 +409,7 @@ def test_a_model_of_other_categories(coco: Path, tmp_path: Path, capsys) -> None
     edit(coco, lambda c: c["categories"][0].update(name="cow"))
     argv = ["infer", tiny_model(tmp_path / "m.pth"), "--images", coco, "--annotations", coco / "truth.json"]
     argv += ["--devices", "cpu", "--output", tmp_path / "o.json"]
-    assert "Category 3 is 'cell' to the model and 'cow' in the annotations" in fails(capsys, *argv)
+    assert "Category 3 is 'cell' in the model and 'cow' in the annotations" in fails(capsys, *argv)
 
 
 def test_a_category_that_is_a_list(coco: Path, tmp_path: Path, capsys) -> None:

@@ -1,5 +1,6 @@
 // detect MODEL.plan IMAGE.ppm: loads an engine and prints the boxes of one image.
-// The image (8-bit RGB, "P6") must fit in the engine's input size: convert photo.jpg -resize 1280x1280 photo.ppm
+// The image (8-bit RGB, "P6") must not be larger than the engine's input; `convert photo.jpg -resize 1280x1280 photo.ppm`
+// makes one.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
@@ -10,15 +11,15 @@
 #include "cuda/check.h"
 #include "engine/engine.h"
 
-/// Normalizes the image into the upper left corner of `input` [3, height, width], zero elsewhere.
+/// Writes the normalized image into the upper left corner of `input` [3, height, width]; the rest stays zero.
 static void read_image(const char* path, float* input, long height, long width) {
-  const float mean[] = {0.485f, 0.456f, 0.406f}, deviation[] = {0.229f, 0.224f, 0.225f};  // ImageNet's, of 0 … 1
+  const float mean[] = {0.485f, 0.456f, 0.406f}, deviation[] = {0.229f, 0.224f, 0.225f};  // ImageNet, values from 0 to 1
   std::ifstream file(path, std::ios::binary);
   std::string magic;
-  long w = 0, h = 0, white = 0;
-  file >> magic >> w >> h >> white;
-  if (magic != "P6" || white != 255 || w > width || h > height)
-    throw std::invalid_argument(std::string(path) + " is not a P6 image that fits in the engine's input");
+  long w = 0, h = 0, max_value = 0;
+  file >> magic >> w >> h >> max_value;
+  if (magic != "P6" || max_value != 255 || w > width || h > height)
+    throw std::invalid_argument(std::string(path) + " is not an 8-bit P6 image that fits into the engine's input");
   file.get();
   for (long y = 0; y < h; ++y)
     for (long x = 0; x < w; ++x)
@@ -32,12 +33,12 @@ int main(int argc, char** argv) try {
   const std::vector<char> plan{std::istreambuf_iterator<char>(file), {}};
   odtk::Engine engine(plan.data(), plan.size());
 
-  std::map<std::string, odtk::Binding> tensors;  // of batch 1, in memory that host and device see
+  std::map<std::string, odtk::Binding> tensors;  // for batch 1, in memory that host and device share
   for (const odtk::TensorInfo& info : engine.tensors()) {
     odtk::Binding& tensor = tensors[info.name];
     tensor.shape = info.shape;
     tensor.shape[0] = 1;
-    std::size_t bytes = 4;  // of a float32 or int32
+    std::size_t bytes = 4;  // of one element, which is float32 or int32
     for (const std::int64_t size : tensor.shape) bytes *= static_cast<std::size_t>(size);
     ODTK_CHECK(cudaMallocManaged(&tensor.data, bytes));
     ODTK_CHECK(cudaMemset(tensor.data, 0, bytes));
@@ -51,10 +52,10 @@ int main(int argc, char** argv) try {
   const auto* scores = static_cast<const float*>(tensors.at("scores").data);
   const auto* boxes = static_cast<const float*>(tensors.at("boxes").data);
   const auto* classes = static_cast<const std::int32_t*>(tensors.at("classes").data);
-  const auto rows = tensors.at("boxes").shape[1], values = tensors.at("boxes").shape[2];
+  const auto rows = tensors.at("boxes").shape[1], box_values = tensors.at("boxes").shape[2];
   for (std::int64_t i = 0; i < rows && scores[i] > 0; ++i) {
     std::printf("class %d %.3f:", classes[i], static_cast<double>(scores[i]));
-    for (std::int64_t v = 0; v < values; ++v) std::printf(" %.1f", static_cast<double>(boxes[i * values + v]));
+    for (std::int64_t v = 0; v < box_values; ++v) std::printf(" %.1f", static_cast<double>(boxes[i * box_values + v]));
     std::printf("\n");
   }
 } catch (const std::exception& error) {
