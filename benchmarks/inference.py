@@ -23,7 +23,7 @@ def variant(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(2)
     size = OnnxBackend(args.models[1], device="cpu").size
-    backend = open_backend(args.variant, device="cpu", precision="fp32", postprocess=None)
+    backend = open_backend(args.variant, device="cpu", precision="fp32", thresholds=None)
     loader = create_loader(
         Dataset.load(None, args.images),
         LoaderConfig(images=args.images, size=size, batch=args.batch, stride=backend.stride, loader="torch"),

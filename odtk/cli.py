@@ -898,13 +898,13 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    from .info import environment, report_environment
+    from .info import environment, print_environment
 
     found = environment()
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        report_environment(found)
+        print_environment(found)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""The written file itself beside PyTorch in fp32, on one annotated set, through inference's own path.
+"""The written file beside PyTorch in fp32: both run on one annotated set, through the code of inference.
 
-For INT8 also which layers cost most, and FP16 for the worst of them until the loss of accuracy is inside the bar.
-Points are of COCO AP × 100.
+For INT8 it also measures which layers cost the most accuracy, and reverts the worst of them to FP16 until the drop is
+within the limit. Drops are in points: COCO AP × 100.
 """
 
 from __future__ import annotations
@@ -20,61 +20,66 @@ from typing import Any
 from torch import Tensor
 
 from ..config import ExportConfig, LoaderConfig
-from ..data.coco import load_json
+from ..data.coco import load_json, prepare_ground_truth
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
-from ..export import calibration_table, precision
+from ..export.calibration_table import load_table, save_table, table_path
 from ..export.export import export
 from ..export.graph import trace
 from ..export.metadata import ENGINES
+from ..export.precision import quantizable_layers
 from ..files import atomic_write
 from ..inference.backends import Backend, open_backend
 from ..inference.detect import detect
-from ..inference.infer import loader_config, resolve_categories
-from ..model.checkpoint import build, load
+from ..inference.infer import loader_config, match_categories
+from ..model.checkpoint import build_detector, load
 from ..postprocess import Detections
 from ..ranks import silent
-from . import sensitivity
-from .evaluate import evaluate, filter_categories, prepare_ground_truth
+from ..text import plural
+from .evaluate import evaluate, filter_categories
 from .report import Run, Verdict, ap_drop, html_page, print_verdict
+from .sensitivity import measure_sensitivity
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8")  # from the highest to the lowest
 SENSITIVITY_IMAGES = 4
 
 
 def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: float = 0.3) -> bool:
-    """Runs ``config.output``, which export has written, and its higher precisions, beside PyTorch in fp32.
+    """Compares ``config.output``, which export has written, with PyTorch in fp32, and exports in higher precisions too.
 
-    Prints a table, and writes OUT.verify.json and OUT.verify.html beside the file. An INT8 file that loses too much is
-    written again with more layers in FP16, and its calibration table with it.
+    Prints a table and writes OUTPUT.verify.json and OUTPUT.verify.html. An INT8 file that loses too much is written
+    again, and so is its calibration table, with more layers in FP16.
 
     Args:
-        annotations, images: the set: COCO JSON and image folder.
-        max_ap_drop: points of AP that may be lost.
+        annotations: COCO JSON of the set.
+        images: its image folder.
+        max_ap_drop: points of AP that the file may lose against PyTorch.
 
     Returns:
-        Whether the file, as it now is, stays inside the bar.
+        Whether the file, as it is in the end, loses no more than that.
     """
     device = "cuda:0" if config.output.endswith(ENGINES) else "cpu"
-    bench = Bench(config, annotations, images, device)
-    config = dataclasses.replace(config, size=bench.size)  # rounded up
+    evaluator = Evaluator(config, annotations, images, device)
+    config = dataclasses.replace(config, size=evaluator.size)  # rounded up to the stride
     with tempfile.TemporaryDirectory() as folder:
-        runs = [bench.run(config.path, "PyTorch fp32")]
+        runs = [evaluator.run(config.path, "PyTorch fp32")]
         for precision in PRECISIONS[: PRECISIONS.index(config.precision)]:
             path = os.path.join(folder, precision + os.path.splitext(config.output)[1])
             export(dataclasses.replace(config, output=path, precision=precision))
-            runs.append(bench.run(path))
-    runs.append(bench.run(config.output))
+            runs.append(evaluator.run(path))
+    runs.append(evaluator.run(config.output))
     sensitivity: dict[str, float] = {}
     fp16_layers: tuple[str, ...] = ()
     if config.precision == "int8":
-        sensitivity = measure_sensitivity(config, bench)
-        runs[-1], fp16_layers = restore_accuracy(config, bench, runs[0], runs[-1], list(sensitivity), max_ap_drop)
+        sensitivity = load_or_measure_sensitivity(config, evaluator)
+        runs[-1], fp16_layers = revert_layers_to_fp16(
+            config, evaluator, runs[0], runs[-1], list(sensitivity), max_ap_drop
+        )
     verdict = Verdict(tuple(runs), max_ap_drop, sensitivity, fp16_layers)
     print_verdict(verdict, config.output)
     for suffix, text in (
         ("json", json.dumps(verdict.to_dict(), indent=1)),
-        ("html", html_page(verdict, config.output, bench.dataset.images)),
+        ("html", html_page(verdict, config.output, evaluator.dataset.images)),
     ):
         with atomic_write(f"{config.output}.verify.{suffix}") as file:
             file.write(text.encode())
@@ -82,85 +87,97 @@ def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: 
     return verdict.passed
 
 
-class Bench:
-    """The set that all runs see, prepared as inference prepares it for the written file."""
+class Evaluator:
+    """Evaluates models on one annotated set, whose images are prepared as inference prepares them for the written file.
+
+    Attributes:
+        size: (H, W) of the written file's input in pixels.
+        dataset: the images and their annotations.
+    """
 
     def __init__(self, config: ExportConfig, annotations: str, images: str, device: str) -> None:
         self.config, self.device = config, device
-        written = open_backend(config.output, device=device, precision="fp32", postprocess=None)
-        wanted = LoaderConfig(images=images, annotations=annotations, batch=1, device=device)
-        self.data = loader_config(wanted, written)
-        assert self.data.size is not None  # of an exported file
+        written = open_backend(config.output, device=device, precision="fp32", thresholds=None)
+        data = LoaderConfig(images=images, annotations=annotations, batch=1, device=device)
+        self.data = loader_config(data, written)
+        assert self.data.size is not None  # an exported file has one
         self.size = self.data.size
         self.dataset = Dataset.load(annotations, images, rotated=written.rotated)
-        self.truth = prepare_ground_truth(load_json(Path(annotations)), annotations)
-        self.categories = resolve_categories(written, self.dataset.categories)
-        self.thresholds = written.postprocess
+        self.ground_truth = prepare_ground_truth(load_json(Path(annotations)), annotations)
+        self.categories = match_categories(written, self.dataset.categories)
+        self.thresholds = written.thresholds
 
     def run(self, path: str, name: str = "") -> Run:
-        """One model on the whole set."""
-        backend = open_backend(path, device=self.device, precision="fp32", postprocess=self.thresholds, say=silent)
-        timed = Timed(backend)
+        """Runs a model on the whole set and evaluates its detections."""
+        backend = open_backend(path, device=self.device, precision="fp32", thresholds=self.thresholds, log=silent)
+        timed = TimedBackend(backend)
         name = name or f"{'TensorRT' if path.endswith(ENGINES) else 'ONNX'} {backend.precision}"
-        print(f"Running {name} on {len(self.dataset.images)} images", flush=True)
+        print(f"Running {name} on {plural(len(self.dataset.images), 'image')}", flush=True)
         results = detect(timed, create_loader(self.dataset, self.data), self.categories)
-        metrics = evaluate(filter_categories(results, self.truth), self.truth, rotated=backend.rotated)
-        return Run(name, os.path.getsize(path), metrics, statistics.median(timed.times), results)
+        metrics = evaluate(filter_categories(results, self.ground_truth), self.ground_truth, rotated=backend.rotated)
+        return Run(name, os.path.getsize(path), metrics, statistics.median(timed.milliseconds), results)
 
-    def images(self, count: int) -> list[Any]:
-        """The first few images of the set as arrays [1, 3, H, W] float32."""
+    def first_images(self, count: int) -> list[Any]:
+        """The first images of the set, each [1, 3, H, W] float32, normalized."""
         batches = itertools.islice(create_loader(self.dataset, self.data), count)
         return [batch.images.cpu().numpy() for batch in batches]
 
 
-class Timed:
-    """A backend that notes the milliseconds of each call."""
+class TimedBackend:
+    """A backend that records how long each call takes."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.times: list[float] = []
+        self.milliseconds: list[float] = []
 
     def __call__(self, images: Tensor) -> Detections:
         start = time.perf_counter()
         found = self.backend(images)
-        found.scores.cpu()  # waits for a GPU
-        self.times.append(1e3 * (time.perf_counter() - start))
+        found.scores.cpu()  # waits for the GPU
+        self.milliseconds.append(1e3 * (time.perf_counter() - start))
         return found
 
 
-def measure_sensitivity(config: ExportConfig, bench: Bench) -> dict[str, float]:
-    """Decibels per layer, the worst first (quantize.sensitivity), on a few images; also put into the table."""
-    table = calibration_table.load_table(calibration_table.table_path(config))
+def load_or_measure_sensitivity(config: ExportConfig, evaluator: Evaluator) -> dict[str, float]:
+    """The layers' sensitivity (sensitivity.py) from the calibration table; measured and saved there if it has none."""
+    path = table_path(config)
+    table = load_table(path)
     if not table.sensitivity:
-        model = trace(build(load(config.path)).fold(), bench.size)
-        print(f"Quantizing each of {len(precision.layers(model))} layers alone, to see what it costs", flush=True)
-        found = sensitivity.sensitivity(model, table, bench.images(SENSITIVITY_IMAGES))
-        table = dataclasses.replace(table, sensitivity=found)
-        calibration_table.save_table(calibration_table.table_path(config), table)
+        model = trace(build_detector(load(config.path)).fold(), evaluator.size)
+        layers = plural(len(quantizable_layers(model)), "layer")
+        print(f"Measuring the sensitivity of {layers}, quantizing one at a time", flush=True)
+        images = evaluator.first_images(SENSITIVITY_IMAGES)
+        table = dataclasses.replace(table, sensitivity=measure_sensitivity(model, table, images))
+        save_table(path, table)
     return table.sensitivity
 
 
-def restore_accuracy(
-    config: ExportConfig, bench: Bench, reference: Run, run: Run, ranked: Sequence[str], allowed: float
+def revert_layers_to_fp16(
+    config: ExportConfig, evaluator: Evaluator, reference: Run, run: Run, ranked: Sequence[str], allowed: float
 ) -> tuple[Run, tuple[str, ...]]:
-    """Writes an INT8 file again with the 1, 2, 4 … most costly layers in FP16 until it is inside the bar.
+    """Writes an INT8 file again with the 1, 2, 4 … most sensitive layers in FP16, until the drop is within the limit.
 
     Args:
-        ranked: the layers, the most costly first.
+        reference: PyTorch's run.
+        run: the INT8 file's run.
+        ranked: the quantizable layers, the most sensitive first.
+        allowed: points of AP that may be lost against the reference.
 
     Returns:
-        The run of the last file written, and the layers it has in FP16.
+        The run of the last file written, and the layers that it has in FP16.
     """
-    path = calibration_table.table_path(config)
-    table = calibration_table.load_table(path)
-    own = tuple(dict.fromkeys([*table.fp16_layers, *config.fp16_layers]))
-    kept, count = own, 1
-    while ap_drop(reference, run) > allowed and not set(ranked) <= set(kept):
-        kept = tuple(dict.fromkeys([*own, *ranked[:count]]))
-        lost = ap_drop(reference, run)
-        print(f"INT8 loses {lost:.2f} points of AP, {allowed:g} allowed. FP16 for {', '.join(kept)}.")
-        calibration_table.save_table(path, dataclasses.replace(table, fp16_layers=kept))
+    path = table_path(config)
+    table = load_table(path)
+    given = tuple(dict.fromkeys([*table.fp16_layers, *config.fp16_layers]))
+    fp16_layers, count = given, 1
+    while ap_drop(reference, run) > allowed and not set(ranked) <= set(fp16_layers):
+        fp16_layers = tuple(dict.fromkeys([*given, *ranked[:count]]))
+        print(
+            f"INT8 loses {ap_drop(reference, run):.2f} points of AP; {allowed:g} are allowed. "
+            f"Writing it again with {', '.join(fp16_layers)} in FP16."
+        )
+        save_table(path, dataclasses.replace(table, fp16_layers=fp16_layers))
         export(dataclasses.replace(config, calibration_table=path))
-        run = bench.run(config.output)
+        run = evaluator.run(config.output)
         count *= 2
-    return run, kept
+    return run, fp16_layers

@@ -1,4 +1,4 @@
-"""The calibration table of INT8: a readable file."""
+"""The calibration table of INT8, a readable JSON file."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..files import atomic_write
 
 
 @dataclass(frozen=True)
-class Table:
-    """What calibration found: all that INT8 needs beside the weights, as a readable JSON file.
+class CalibrationTable:
+    """All that INT8 needs besides the weights.
 
     Attributes:
-        model: fingerprint of the checkpoint's weights.
+        model: hash of the weights (checkpoint.weights_hash).
         size: (H, W) of the network's input in pixels.
         method: entropy, percentile or minmax.
-        images: the files of the sample, in the order they were used.
-        scales: activation → what one step of its int8 stands for.
-        fp16_layers: convolutions that stay in FP16.
-        sensitivity: layer → decibels by which the raw outputs stand above the error that quantizing this layer
-            alone makes; the worst first; empty before `odtk export --verify` has measured it.
+        images: files of the calibration images, in the order in which they were used.
+        scales: activation → the value of one step of its int8.
+        fp16_layers: convolution layers that stay in FP16.
+        sensitivity: layer → signal-to-noise ratio of the raw outputs in decibels when this layer alone is quantized
+            (evaluation/sensitivity.py), lowest first; empty until `odtk export --verify` has measured it.
     """
 
     model: str
@@ -38,28 +38,30 @@ class Table:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
-def load_table(path: str) -> Table:
+def load_table(path: str) -> CalibrationTable:
     """Reads a table.
 
     Raises:
-        OdtkError: no table.
+        OdtkError: the file cannot be read, or is not a calibration table.
     """
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
         for name in ("size", "images", "fp16_layers"):
             values[name] = tuple(values[name])
-        return Table(**values)
+        return CalibrationTable(**values)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OdtkError(f"{path} is not a calibration table of odtk ({type(error).__name__}).") from error
+        raise OdtkError(
+            f"{path} is not a calibration table of odtk ({type(error).__name__}): calibrate again with images."
+        ) from error
 
 
-def save_table(path: str, table: Table) -> None:
+def save_table(path: str, table: CalibrationTable) -> None:
     """Writes a table, whole or not at all."""
     with atomic_write(path) as file:
         file.write(table.to_json().encode())
 
 
 def table_path(config: ExportConfig) -> str:
-    """Where the table of an export lies: as given, else beside the output."""
+    """Path of an export's table: the one given, else OUTPUT.calibration.json without the output's own suffix."""
     return config.calibration_table or os.path.splitext(config.output)[0] + ".calibration.json"

@@ -1,27 +1,27 @@
-"""TensorRT's build."""
+"""TensorRT: what it needs on this machine, and the build of an engine. Importable without onnx, for running a .plan."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from onnx import ModelProto
 
 from ..config import ExportConfig, OdtkError
-from .graph import serialize
 from .metadata import Metadata
-from .tensorrt8 import layers_in_float, spell_out_norms
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 logger = logging.getLogger("odtk.tensorrt")
 
 
-def need_engine() -> Any:
-    """The compiled extension with its TensorRT half, on a machine with a GPU and TensorRT's library.
+def require_tensorrt() -> Any:
+    """The compiled extension ``odtk._C``, on a machine where it can build and run engines.
 
     Raises:
-        OdtkError: naming which of GPU, extension and TensorRT is missing, and how to get it.
+        OdtkError: names which of GPU, extension and TensorRT is missing, and how to get it.
     """
     try:
         extension = importlib.import_module("odtk._C")
@@ -29,30 +29,36 @@ def need_engine() -> Any:
         extension = None
     missing = []
     if not torch.cuda.is_available():
-        missing.append("a GPU that PyTorch sees (an engine is built where it runs)")
+        missing.append("a GPU that PyTorch can use (an engine runs only on the kind of GPU it was built on)")
     if extension is None:
         missing.append("odtk's compiled extension (`pip install .` with CUDA's nvcc on the PATH)")
     elif not hasattr(extension, "Engine"):
-        missing.append("TensorRT (set TENSORRT_ROOT to its folder and `pip install .` again)")
+        missing.append("TensorRT (set TENSORRT_ROOT to its folder and run `pip install .` again)")
     if missing:
-        raise OdtkError(f"A .plan or .engine needs {' and '.join(missing)}; an .onnx needs neither.")
+        raise OdtkError(f"A .plan or .engine needs {' and '.join(missing)}; an .onnx needs none of this.")
     assert extension is not None
     try:
         extension.tensorrt_version()
-    except RuntimeError as error:  # built with its headers, the library is missing
+    except RuntimeError as error:  # compiled against its headers, but its library cannot be loaded
         raise OdtkError(str(error)) from error
     return extension
 
 
 def build_engine(model: ModelProto, metadata: Metadata, config: ExportConfig) -> bytes:
-    """The plan of a plugin-ended graph, built by TensorRT on this machine's GPU.
+    """The serialized engine (plan) of a graph whose postprocessing is our plugins, built for this machine's GPU.
 
-    TensorRT's lines go to the logger ``odtk.tensorrt``, and all of them to the screen with ``config.verbose``.
+    TensorRT's messages go to the logger ``odtk.tensorrt``, and with ``config.verbose`` all of them to the screen.
+
+    Args:
+        model: the graph; TensorRT 8 gets it rewritten in place (tensorrt8.py).
 
     Raises:
         OdtkError: with TensorRT's own message.
     """
-    extension = need_engine()
+    from .graph import serialize  # here, as both import onnx
+    from .tensorrt8 import expand_instance_norm, float32_nodes
+
+    extension = require_tensorrt()
     if config.verbose:
         logging.basicConfig()
         logger.setLevel(logging.DEBUG)
@@ -60,9 +66,9 @@ def build_engine(model: ModelProto, metadata: Metadata, config: ExportConfig) ->
     gpu, version = torch.cuda.get_device_name(), extension.tensorrt_version()
     float_layers: list[str] = []
     if int(version.partition(".")[0]) < 10:
-        spell_out_norms(model)
-        float_layers = layers_in_float(model)
-    print(f"TensorRT {version} times kernels on {gpu}: this takes minutes.", flush=True)
+        expand_instance_norm(model)
+        float_layers = float32_nodes(model)
+    print(f"TensorRT {version} is timing kernels on {gpu}, which takes minutes.", flush=True)
     try:
         return extension.engine_build(
             serialize(model),

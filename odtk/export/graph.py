@@ -1,4 +1,4 @@
-"""Trace and surgery: from a Detector to one ONNX graph of raw levels."""
+"""Trace and surgery: from a Detector to one ONNX graph of raw levels, and what any change of a graph needs."""
 
 from __future__ import annotations
 
@@ -16,46 +16,29 @@ from .. import __version__
 from ..config import OdtkError
 from ..model.detector import Detector
 
-
-def replace_graph(model: ModelProto, graph: GraphProto, nodes: list[NodeProto], constants: list[TensorProto]) -> None:
-    """Puts nodes and constants, and the graph's inputs and outputs, into the model; value types are inferred anew."""
-    name, inputs, outputs = graph.name, list(graph.input), list(graph.output)
-    model.graph.CopyFrom(helper.make_graph(nodes, name, inputs, outputs, constants))
-    model.CopyFrom(onnx.shape_inference.infer_shapes(model))
-
-
-def makers_of(graph: GraphProto) -> dict[str, NodeProto]:
-    """The node that makes each value."""
-    return {name: node for node in graph.node for name in node.output}
-
-
-def with_outputs(model: ModelProto, names: Sequence[str]) -> ModelProto:
-    """A copy of a raw graph whose outputs are the named values."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    del copy.graph.output[:]
-    copy.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-    return copy
-
-
-OPSET = 18  # what torch.onnx writes natively, and the least that is accepted
+OPSET = 18  # the operator set that torch.onnx writes without conversion, and the lowest that is accepted
 
 
 def trace(detector: Detector, size: tuple[int, int], opset: int = OPSET) -> ModelProto:
-    """The raw graph of a folded detector: images [N, 3, H, W] float32, normalized → logits_i, boxes_i of each level.
+    """The raw graph of a folded detector: images [N, 3, H, W] → logits_0 …, boxes_0 … of the levels, all float32.
 
-    The batch is dynamic, H and W are fixed. Values are named by the layers they come from, whatever names the version
-    of torch gives, so that a calibration table reads well and stays valid.
+    The batch size is dynamic; H and W are fixed. Values are named after the layers that they come from, whatever names
+    this version of torch gives them, so that a calibration table is readable and stays valid.
+
+    Args:
+        detector: with its norms folded (Detector.fold).
+        size: (H, W) of the images in pixels, multiples of the detector's stride. The images are normalized.
+        opset: ONNX operator set.
 
     Raises:
-        OdtkError: an operator set that torch.onnx cannot write.
+        OdtkError: the operator set is one that torch.onnx cannot write.
     """
     if opset < OPSET:
-        raise OdtkError(f"--opset {opset}: the least that can be written is {OPSET}.")
-    example = torch.zeros(2, 3, *size)  # a batch of 1 would be taken for a constant
+        raise OdtkError(f"--opset {opset}: {OPSET} is the lowest operator set that can be written.")
+    example = torch.zeros(2, 3, *size)  # torch.export would treat a batch of 1 as a constant
     batch = torch.export.Dim("batch", min=1, max=65536)
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "no torchvision"
-    logging.getLogger("onnxscript.version_converter").setLevel(logging.CRITICAL)  # a traceback, where it gives up
+    logging.getLogger("onnxscript.version_converter").setLevel(logging.CRITICAL)  # a traceback when it fails
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch.onnx
         program = torch.onnx.export(
@@ -73,7 +56,7 @@ def trace(detector: Detector, size: tuple[int, int], opset: int = OPSET) -> Mode
     written = next(entry.version for entry in model.opset_import if not entry.domain)
     if written != opset:
         raise OdtkError(f"--opset {opset} is unknown to this onnx, which wrote {written}: use {OPSET}, or update onnx.")
-    for node in model.graph.node:  # where torch found it: long, and different on each machine
+    for node in model.graph.node:  # its place in the Python source: long, and different on each machine
         del node.metadata_props[:]
         node.doc_string = ""
     del model.graph.metadata_props[:], model.metadata_props[:], model.graph.value_info[:]
@@ -81,15 +64,15 @@ def trace(detector: Detector, size: tuple[int, int], opset: int = OPSET) -> Mode
     for output in model.graph.output:
         del output.metadata_props[:]
     fold_constants(model)
-    pool_by_name(model)
-    rename_values(model)
+    replace_spatial_means(model)
+    name_values_by_layer(model)
     return onnx.shape_inference.infer_shapes(model)
 
 
 def fold_constants(model: ModelProto) -> None:
-    """Works out what depends on constants alone, such as reshaped weights; the result keeps the weight's name.
+    """Evaluates what depends on constants alone, such as reshaped weights; the result keeps the weight's name.
 
-    torch.onnx leaves those that are large, and INT8 needs weights that are constants.
+    torch.onnx does not fold large ones, and INT8 needs the weights to be constants.
     """
     graph = model.graph
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -118,8 +101,8 @@ def fold_constants(model: ModelProto) -> None:
         field.extend(copies)
 
 
-def pool_by_name(model: ModelProto) -> None:
-    """A mean over H and W becomes GlobalAveragePool: TensorRT 8 overlooks the axes of ReduceMean-18, and means all."""
+def replace_spatial_means(model: ModelProto) -> None:
+    """Replaces a ReduceMean over H and W by GlobalAveragePool: TensorRT 8 ignores the axes, an input since opset 18."""
     values = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type != "ReduceMean" or len(node.input) < 2:
@@ -130,10 +113,10 @@ def pool_by_name(model: ModelProto) -> None:
             node.CopyFrom(helper.make_node("GlobalAveragePool", [node.input[0]], list(node.output)))
 
 
-def rename_values(model: ModelProto) -> None:
-    """Names each value by what made it: ``layer1.0.conv1``, ``layer1.0.conv1/relu``; levels ``logits_0``, ``boxes_0`` …
+def name_values_by_layer(model: ModelProto) -> None:
+    """Names each value after its operators: ``layer1.0.conv1``, ``layer1.0.conv1/relu``; outputs ``logits_0`` …
 
-    A convolution is named by its weight; where it is used on several levels, ``:1``, ``:2`` … follow.
+    A convolution is named after its weight; where a layer runs on several levels, ``:1``, ``:2`` … are appended.
     """
     graph = model.graph
     outputs = [output.name for output in graph.output]
@@ -158,19 +141,40 @@ def rename_values(model: ModelProto) -> None:
         output.name = names[output.name]
 
 
-def level_names(model: ModelProto) -> list[tuple[str, str, int, int]]:
-    """(logits, boxes, h, w) of each level of a raw graph."""
+def level_outputs(model: ModelProto) -> list[tuple[str, str, int, int]]:
+    """Of each level of a raw graph: the names of its logits and boxes, and its height and width in cells."""
     outputs = list(model.graph.output)
     half = len(outputs) // 2
     shapes = [[d.dim_value for d in output.type.tensor_type.shape.dim] for output in outputs]  # [N, channels, h, w]
     return [(outputs[i].name, outputs[half + i].name, *shapes[i][2:]) for i in range(half)]  # type: ignore[misc]
 
 
+def replace_graph(model: ModelProto, graph: GraphProto, nodes: list[NodeProto], constants: list[TensorProto]) -> None:
+    """Makes nodes, constants and ``graph``'s inputs and outputs the model's graph; value types are inferred again."""
+    name, inputs, outputs = graph.name, list(graph.input), list(graph.output)
+    model.graph.CopyFrom(helper.make_graph(nodes, name, inputs, outputs, constants))
+    model.CopyFrom(onnx.shape_inference.infer_shapes(model))
+
+
+def producers_of(graph: GraphProto) -> dict[str, NodeProto]:
+    """Value → the node that computes it; graph inputs and constants have none."""
+    return {name: node for node in graph.node for name in node.output}
+
+
+def with_outputs(model: ModelProto, names: Sequence[str]) -> ModelProto:
+    """A copy of a raw float32 graph whose outputs are the named values."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    copy.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    return copy
+
+
 def serialize(model: ModelProto) -> bytes:
-    """The bytes of an ONNX file, the same at every run.
+    """The content of an ONNX file: the same bytes for the same model.
 
     Raises:
-        OdtkError: more than the 2 GiB that such a file may hold.
+        OdtkError: the model is larger than the 2 GiB that an ONNX file may hold.
     """
     try:
         return model.SerializeToString(deterministic=True)

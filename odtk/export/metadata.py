@@ -1,4 +1,4 @@
-"""What an exported file says of itself."""
+"""What an exported file says about itself. Importable without onnx, for running a .plan."""
 
 from __future__ import annotations
 
@@ -12,23 +12,35 @@ from .. import __version__
 from ..categories import Category, from_pairs, to_pairs
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OdtkError, PostprocessConfig
 
-FORMAT = 2  # of the metadata
+FORMAT = 2  # version of the fields: in version 1, "postprocessing" was called "ending"
 ENGINES = (".plan", ".engine")
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What travels inside an exported file, so that running it needs nothing else.
+    """What is stored in an exported file, so that running it needs nothing else.
 
     Attributes:
-        size: (height, width) of the input in pixels.
-        stride: size is a multiple of it.
-        categories: in the order of the class indices, or None where the checkpoint does not say.
-        model: fingerprint of the checkpoint's weights.
+        size: (H, W) of the input in pixels.
+        stride: H and W are multiples of it.
+        classes: number of classes.
+        categories: in the order of the class indices, or None if the checkpoint has none.
+        precision: fp32, fp16 or int8.
+        postprocessing: what the graph's outputs are, one of
+            ``detections``: scores [N, D], boxes [N, D, 4], classes [N, D] from decoding and NMS in standard operators;
+            the rows in use come first, the others are zero.
+            ``candidates``: the decoded candidates of all levels, of rotated boxes, for which ONNX has no NMS: scores
+            [N, T], boxes [N, T, 6], classes [N, T]; inference/backends.py applies ops.nms to them.
+            ``plugins``: as ``detections``, by odtk's TensorRT plugins, and for rotated boxes [N, D, 6] too.
+            ``raw``: the levels themselves, logits_0 …, boxes_0 …
+            Boxes are x1, y1, x2, y2 (and sin, cos) in pixels of the input, inclusive corners (boxes.py).
+        box_values: numbers of a box: 4, or 6 if it is rotated.
+        score_threshold, nms_threshold, detections, top_n: as in config.PostprocessConfig.
+        batch: (MIN, OPT, MAX) of an engine, which takes MIN to MAX images; ONNX Runtime takes any number.
+        model: hash of the weights (checkpoint.weights_hash).
         mean, std: of RGB values in [0, 1]; padding is 0 after normalization.
-        box_values: 4, or 6 when rotated.
-        postprocessing: see the module's text.
-        batch: MIN, OPT, MAX. ONNX Runtime takes any batch, an engine those from MIN to MAX.
+        odtk, torch: the versions that wrote the file.
+        format: version of these fields.
     """
 
     size: tuple[int, int]
@@ -52,20 +64,20 @@ class Metadata:
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self) | {"categories": to_pairs(self.categories)}
-        return json.dumps(values, separators=(",", ":"))  # short: TensorRT holds 4 kB in a plan
+        return json.dumps(values, separators=(",", ":"))  # compact: a plan's name holds 4 kB
 
     @classmethod
     def from_json(cls, text: str, path: str) -> Metadata:
         """The inverse of to_json.
 
         Raises:
-            OdtkError: text of a newer odtk, or damaged.
+            OdtkError: a newer odtk wrote the text, or it is damaged.
         """
         try:
             values = json.loads(text)
             if values["format"] > FORMAT:
                 raise OdtkError(f"{path} was written by a newer odtk ({values['odtk']}): update odtk.")
-            if values["format"] < 2:  # the field's name then
+            if values["format"] < 2:
                 values["postprocessing"] = values.pop("ending")
             for name in ("size", "batch", "mean", "std"):
                 values[name] = tuple(values[name])
@@ -75,6 +87,11 @@ class Metadata:
             raise OdtkError(f"The metadata in {path} is damaged: export the model again.") from error
 
     @property
-    def postprocess(self) -> PostprocessConfig:
-        """The thresholds that are baked in."""
+    def rotated(self) -> bool:
+        """Whether boxes have an angle."""
+        return self.box_values == 6
+
+    @property
+    def thresholds(self) -> PostprocessConfig:
+        """The thresholds that are fixed in the file."""
         return PostprocessConfig(self.score_threshold, self.nms_threshold, self.detections, self.top_n)

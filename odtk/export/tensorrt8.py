@@ -1,4 +1,4 @@
-"""What TensorRT 8 needs of a graph that 10 and 11 do not."""
+"""What TensorRT 8 needs of a graph that TensorRT 10 and 11 do not."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from . import precision
 from .graph import replace_graph
+from .precision import int8_island_nodes
 
 
-def spell_out_norms(model: ModelProto) -> None:
-    """GroupNorm's InstanceNormalization [N, G, L] in plain operators, in place: (x − mean) / √(variance + ε).
+def expand_instance_norm(model: ModelProto) -> None:
+    """Replaces each InstanceNormalization [N, G, L] by plain operators, in place: (x − mean) / √(variance + ε).
 
-    TensorRT 8 makes a plugin of it that needs cuDNN, and that an engine then looks for in vain where only odtk's own
-    plugins are registered. torch.onnx gives it no scale and bias: those of GroupNorm are nodes behind it.
+    They come from GroupNorm, whose own scale and bias torch.onnx writes as nodes of their own, so that here they are
+    all 1 and 0. TensorRT 8 would implement the node by a plugin that needs cuDNN and that cannot be found when an
+    engine is loaded where only odtk's plugins are registered.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes: list[NodeProto] = []
@@ -29,9 +30,9 @@ def spell_out_norms(model: ModelProto) -> None:
             f"{node.name}/{part}"
             for part in ("map", "mean", "centered", "square", "variance", "sum", "deviation", "shape", "epsilon")
         )
-        least = np.array([helper.get_node_attr_value(node, "epsilon")], np.float32)
+        epsilon_value = np.array([helper.get_node_attr_value(node, "epsilon")], np.float32)
         constants[shape] = numpy_helper.from_array(np.array([0, 0, -1, 1]), shape)
-        constants[epsilon] = numpy_helper.from_array(least, epsilon)
+        constants[epsilon] = numpy_helper.from_array(epsilon_value, epsilon)
         nodes += [
             helper.make_node("Reshape", [x, shape], [map_], map_),  # [N, G, L] → [N, G, L, 1]
             helper.make_node("GlobalAveragePool", [map_], [mean], mean),
@@ -46,16 +47,17 @@ def spell_out_norms(model: ModelProto) -> None:
     replace_graph(model, model.graph, nodes, [tensor for name, tensor in constants.items() if name in used])
 
 
-def layers_in_float(model: ModelProto) -> list[str]:
-    """Names of the nodes that compute in float32 in a half-precision graph, INT8's islands left out.
+def float32_nodes(model: ModelProto) -> list[str]:
+    """Names of the nodes that compute in float32 in a graph of float16; none for a graph of float32 alone.
 
-    TensorRT 8 gives its layers types of its own choice unless it is told; 10 and 11 take those of the graph.
+    TensorRT 8 chooses the types of its layers itself unless it is told; TensorRT 10 and 11 take the graph's. The nodes
+    of INT8 islands (precision.py) are left out: INT8 kernels replace them.
     """
     graph = onnx.shape_inference.infer_shapes(model).graph
     types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     if TensorProto.FLOAT16 not in types.values():
         return []
-    islands = {node.name for node in precision.island_nodes(graph)}
+    islands = {node.name for node in int8_island_nodes(graph)}
     return [
         node.name
         for node in graph.node

@@ -1,4 +1,4 @@
-"""A backend over a loader → COCO results of all processes."""
+"""A backend over the images of a loader → the COCO results of all processes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from ..boxes import coco_to_corners, corners, corners_to_coco
 from ..categories import Category
 from ..data.batch import Batch
-from ..launch import gather
 from ..postprocess import Detections
+from ..ranks import gather
 
-Progress = Callable[[int], None]  # called after each batch with the number of images that it held
-Rows = tuple[np.ndarray, np.ndarray]  # see to_rows
+ProgressCallback = Callable[[int], None]  # called after each batch with its number of images
+Rows = tuple[np.ndarray, np.ndarray]  # (image ids, detections), see detection_rows
 
 
 @torch.inference_mode()
@@ -26,51 +26,53 @@ def detect(
     loader: Iterable[Batch],
     categories: Sequence[Category],
     *,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs a backend over this process's shard and gathers the detections of all processes on rank 0.
+    """Runs a backend over this process's share of the images and gathers the detections of all processes on rank 0.
 
     Args:
-        backend: images [N, 3, H, W] → Detections (boxes [N, D, 4] corners, or [N, D, 6] with sin and cos,
-            in pixels of the network's input).
-        loader: an inference loader: each image once over all ranks.
-        categories: entry c names class index c of the backend.
-        group: all ranks, to gather over; None: the default group, whose timeout then is all that a rank may be behind.
+        backend: images [N, 3, H, W] → Detections (boxes [N, D, 4], or [N, D, 6] with sin and cos, in pixels of the
+            network's input, inclusive corners).
+        loader: an inference loader, which gives each image once over all ranks.
+        categories: in the order of the backend's class indices.
+        progress: called after each batch with its number of images.
+        group: a group of all ranks to gather over; None: the default group, whose timeout limits how far a rank may
+            fall behind.
 
     Returns:
-        On rank 0 the COCO results of all ranks, by image id and then by falling score: ``image_id``, ``category_id``
-        (the dataset's own), ``category`` (its name), ``bbox`` [x, y, w, h] in pixels of the original image and
-        ``score``; for rotated boxes ``bbox`` [x, y, w, h, theta] (radians, anticlockwise) and its four corners as
-        ``segmentation``. On the other ranks an empty list.
+        On rank 0 the COCO results of all ranks, by image id and then by descending score: ``image_id``,
+        ``category_id`` (the dataset's own), ``category`` (its name), ``bbox`` [x, y, w, h] in pixels of the original
+        image and ``score``; for rotated boxes ``bbox`` [x, y, w, h, theta] (radians, counterclockwise) and its four
+        corners as ``segmentation``. On the other ranks an empty list.
     """
     found: list[Rows] = []
     ids: list[int] = []
     pending: Callable[[], Rows] | None = None
     for batch in loader:
-        reading = read_back(backend(batch.images), batch)
+        copying = start_copy(backend(batch.images), batch)
         ids += batch.ids.tolist()
-        if pending is not None:  # one batch behind: the device has this batch to work on while the last one is read
+        if pending is not None:  # one batch behind: the device computes this batch while the previous one is copied
             found.append(pending())
-        pending = reading
+        pending = copying
         if progress is not None:
             progress(len(batch.images))
     if pending is not None:
         found.append(pending())
     gathered = gather((ids, found), group)
-    all_ids = [i for shard_ids, _ in gathered for i in shard_ids]
+    all_ids = [i for rank_ids, _ in gathered for i in rank_ids]
     if len(all_ids) != len(set(all_ids)):
-        raise RuntimeError("An image went through the model twice: the loader's shards overlap.")
-    batches = [batch_rows for _, shard in gathered for batch_rows in shard if len(batch_rows[0])]
+        raise RuntimeError("An image went through the model twice: the shares of the ranks overlap.")
+    batches = [batch_rows for _, rank_rows in gathered for batch_rows in rank_rows if len(batch_rows[0])]
     if not batches:
         return []
     image_ids, rows = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    return to_results(image_ids, rows, categories)
+    return coco_results(image_ids, rows, categories)
 
 
-def read_back(detections: Detections, batch: Batch) -> Callable[[], Rows]:
-    """Starts the copy of detections to the host; the function returned waits for it and gives to_rows."""
-    on_host = Detections(
+def start_copy(detections: Detections, batch: Batch) -> Callable[[], Rows]:
+    """Starts to copy detections to the CPU; the function returned waits for the copy and gives its detection_rows."""
+    on_cpu = Detections(
         *(t.to("cpu", non_blocking=True) for t in (detections.scores, detections.boxes, detections.classes))
     )
     copied = None
@@ -81,17 +83,17 @@ def read_back(detections: Detections, batch: Batch) -> Callable[[], Rows]:
     def rows() -> Rows:
         if copied is not None:
             copied.synchronize()
-        return to_rows(on_host, batch)
+        return detection_rows(on_cpu, batch)
 
     return rows
 
 
-def to_rows(detections: Detections, batch: Batch) -> Rows:
-    """The used rows of a batch.
+def detection_rows(detections: Detections, batch: Batch) -> Rows:
+    """The used rows of a batch's detections.
 
     Returns:
-        Image ids int64 [n], apart as float64 would round them beyond 2⁵³; and float64 [n, 2 + 4|5]: class index, score,
-        COCO box in original pixels.
+        Image ids int64 [n], and float64 [n, 2 + 4|5]: class index, score, and COCO box in pixels of the original image.
+        The ids are apart because float64 would round those beyond 2⁵³.
     """
     used = detections.scores > 0  # [N, D]
     image = used.nonzero()[:, 0]  # [n], position in the batch
@@ -100,13 +102,13 @@ def to_rows(detections: Detections, batch: Batch) -> Rows:
     return batch.ids[image].numpy(), torch.cat([torch.stack([classes, scores], dim=1), boxes], dim=1).numpy()
 
 
-def to_results(image_ids: np.ndarray, rows: np.ndarray, categories: Sequence[Category]) -> list[dict[str, Any]]:
-    """Rows of to_rows as COCO results, by image id and then by falling score."""
-    order = np.lexsort((-rows[:, 1], image_ids))  # stable: ties keep the order of the postprocess
+def coco_results(image_ids: np.ndarray, rows: np.ndarray, categories: Sequence[Category]) -> list[dict[str, Any]]:
+    """What detection_rows gives as COCO results, by image id and then by descending score."""
+    order = np.lexsort((-rows[:, 1], image_ids))  # stable: ties keep the order of the postprocessing
     image_ids, rows = image_ids[order], rows[order]
     scores = np.round(rows[:, 1], 7).tolist()
     boxes = np.round(rows[:, 2:], 4).tolist()  # 1e-4 px
-    outlines = np.round(polygons(rows[:, 2:]), 2).tolist() if rows.shape[1] == 7 else None
+    outlines = np.round(box_outlines(rows[:, 2:]), 2).tolist() if rows.shape[1] == 7 else None
     results = []
     for i, (image_id, label) in enumerate(zip(image_ids.tolist(), rows[:, 0], strict=True)):
         category = categories[int(label)]
@@ -118,6 +120,6 @@ def to_results(image_ids: np.ndarray, rows: np.ndarray, categories: Sequence[Cat
     return results
 
 
-def polygons(boxes: np.ndarray) -> np.ndarray:
-    """Rotated COCO boxes [n, 5] → their corners [n, 8]: x and y four times, clockwise on the screen."""
+def box_outlines(boxes: np.ndarray) -> np.ndarray:
+    """Rotated COCO boxes [n, 5] → their corners [n, 8]: x, y of each of the four, clockwise as displayed."""
     return corners(coco_to_corners(torch.from_numpy(boxes))).reshape(-1, 8).numpy()  # [n, 4, 2] -> [n, 8]

@@ -1,4 +1,4 @@
-"""Loader × backend → detections in COCO result form, over one or several processes."""
+"""The detections of a model on a dataset or a folder, as COCO results, over one or several processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..categories import Category
 from ..config import InferConfig, LoaderConfig, OdtkError
@@ -15,78 +15,73 @@ from ..data.dataset import Dataset
 from ..data.loader import create_loader
 from ..data.sampler import round_up
 from ..files import check_writable, write_json
-from ..launch import patient_group
-from .detect import Progress, detect
+from ..ranks import new_cpu_group, silent
+from ..text import plural
+from .backends import Backend, open_backend
+from .detect import ProgressCallback, detect
 
-if TYPE_CHECKING:
-    from .backends import Backend
-
-REPORT_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+PROGRESS_SECONDS = 10.0  # between lines of progress where the output is not a terminal
 
 
 def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
-    """Detects objects in this rank's share of the images; rank 0 writes the detections of all to config.output.
+    """Detects objects in this rank's share of the images; rank 0 writes the detections of all ranks to config.output.
 
     Returns:
-        As detect: COCO results of all images on rank 0, an empty list on the others.
+        As detect: on rank 0 the COCO results of all images, on the other ranks an empty list.
 
     Raises:
-        OdtkError: for a file that cannot be read or written, or annotations of other categories than the model's.
+        OdtkError: a file cannot be read or written, thresholds or size are not the exported file's, or the annotations
+            have other categories than the model.
     """
-    from ..launch import silent  # here, as training needs detect() and no ONNX Runtime
-    from .backends import open_backend
-
-    group = patient_group(world)
+    group = new_cpu_group(world)
     for path in config.output:
         check_writable(path)
     backend = open_backend(
-        config.path, device=config.data.device, precision=config.precision, postprocess=config.postprocess
+        config.path,
+        device=config.data.device,
+        precision=config.precision,
+        thresholds=config.postprocess,
+        explicit=config.explicit,
     )
-    check_explicit(config, backend)
-    say = print if rank == 0 else silent
-    data = loader_config(config.data, backend, say)
+    log = print if rank == 0 else silent
+    data = loader_config(config.data, backend, log)
     dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated)
-    categories = resolve_categories(backend, dataset.categories, say)
+    categories = match_categories(backend, dataset.categories, log)
     loader = create_loader(dataset, data)
-    say(
-        f"{backend.name} on {world} × {data.device.partition(':')[0]}: {len(dataset.images)} images, "
-        f"batch {data.batch * world}, {size_line(data)}, precision {backend.precision}."
-    )
     total = len(dataset.images)
-    with progress_line(total, world) if rank == 0 else contextlib.nullcontext() as progress:
+    log(
+        f"{backend.name} on {world} × {data.device.partition(':')[0]}: {plural(total, 'image')}, "
+        f"batch {data.batch * world}, {describe_size(data)}, precision {backend.precision}."
+    )
+    with image_progress(total, world) if rank == 0 else contextlib.nullcontext() as progress:
         detections = detect(backend, loader, categories, progress=progress, group=group)
     if rank == 0:
         for path in config.output:
             write_json(detections, path)
         found = len({d["image_id"] for d in detections})
-        say(f"{len(detections)} detections in {found} of {total} images" + "".join(f", {p}" for p in config.output))
+        summary = f"{plural(len(detections), 'detection')} in {found} of {plural(total, 'image')}"
+        log(", ".join([summary, *config.output]))
     return detections
 
 
-def check_explicit(config: InferConfig, backend: Backend) -> None:
-    """Refuses a threshold of the command line that a file contradicts, were it the default."""
-    for name in config.explicit:
-        asked, own = getattr(config.postprocess, name), getattr(backend.postprocess, name)
-        if asked != own:
-            flag = "--" + name.replace("_", "-")
-            raise OdtkError(f"{flag} {asked:g} contradicts the {own:g} baked into {config.path}: leave it out.")
+def loader_config(data: LoaderConfig, backend: Backend, log: Callable[[str], None] = print) -> LoaderConfig:
+    """The settings of the loader that a backend needs: its size, stride, normalization and kind of boxes, its batch.
 
-
-def loader_config(data: LoaderConfig, backend: Backend, say: Callable[[str], None] = print) -> LoaderConfig:
-    """The loader that a backend needs: its size, stride, normalization and kind of boxes, no more than its batch.
+    Args:
+        log: takes a message where a size or a batch is not the one asked for.
 
     Raises:
-        OdtkError: a size is asked for and the file has another one.
+        OdtkError: a size is asked for that is not the exported file's.
     """
     asked = round_up(data.size, backend.stride) if data.size else None
     if asked and backend.size and asked != tuple(backend.size):
         sizes = f"{asked[0]}×{asked[1]} contradicts the {backend.size[0]}×{backend.size[1]}"
-        raise OdtkError(f"--size {sizes} of {backend.name}: leave it out, or export it again.")
+        raise OdtkError(f"--size {sizes} of {backend.name}: omit it, or export the model again.")
     if data.size and asked and asked != tuple(data.size):
         sizes = f"{data.size[0]} {data.size[1]} becomes {asked[0]} {asked[1]}"
-        say(f"--size {sizes}: sides are multiples of {backend.stride}.")
+        log(f"--size {sizes}: both must be multiples of {backend.stride}.")
     if backend.max_batch and data.batch > backend.max_batch:
-        say(f"{backend.name} takes {backend.max_batch} images at a time at most, not {data.batch}.")
+        log(f"{backend.name} takes at most {plural(backend.max_batch, 'image')} at a time, not {data.batch}.")
     return dataclasses.replace(
         data,
         training=False,
@@ -99,32 +94,37 @@ def loader_config(data: LoaderConfig, backend: Backend, say: Callable[[str], Non
     )
 
 
-def size_line(data: LoaderConfig) -> str:
+def describe_size(data: LoaderConfig) -> str:
+    """How images are resized, for a message."""
     if data.size:
         return f"fitted inside {data.size[0]}×{data.size[1]}"
     return f"shorter side {data.resize}, longer at most {data.max_size}"
 
 
-def resolve_categories(
-    backend: Backend, annotated: Sequence[Category], say: Callable[[str], None] = print
+def match_categories(
+    backend: Backend, annotated: Sequence[Category], log: Callable[[str], None] = print
 ) -> tuple[Category, ...]:
-    """What the class indices of a model stand for.
+    """The categories of a model, in the order of its class indices, compared with those of the annotations.
 
-    The model's own categories, once those of the annotations (if any) are seen to mean the same: one id, one name.
-    Ids that only one side has are said. A model that has none (ODTK 0.2) takes the annotations', and without
-    annotations its class indices.
+    They are the model's own, after a check that no id has another name in the annotations. A model without categories
+    (ODTK 0.2) gets those of the annotations, and without annotations its class indices serve as ids.
+
+    Args:
+        annotated: the categories of the annotations; empty without annotations.
+        log: takes a warning about categories that only one side has.
 
     Raises:
-        OdtkError: the two name an id differently, share no id, or differ in number where the model has none.
+        OdtkError: an id has two names, no id is common to both, or a model without categories has another number of
+            classes.
     """
     if backend.categories is None:
         if not annotated:
-            say("The model has no category ids: detections have class indices from 0.")
+            log("The model has no categories: the category ids of its detections are class indices, from 0.")
             return tuple(Category(c, f"class {c}") for c in range(backend.classes))
         if len(annotated) != backend.classes:
             raise OdtkError(
-                f"The model has {backend.classes} classes and the annotations {len(annotated)} categories: "
-                "they are not of the same dataset."
+                f"The model has {plural(backend.classes, 'class', 'classes')} and the annotations "
+                f"{plural(len(annotated), 'category', 'categories')}: they do not belong to the same dataset."
             )
         return tuple(annotated)
     own = {c.id: c.name for c in backend.categories}
@@ -132,30 +132,35 @@ def resolve_categories(
     for id in own.keys() & theirs.keys():
         if own[id] != theirs[id]:
             raise OdtkError(
-                f"Category {id} is '{own[id]}' to the model and '{theirs[id]}' in the annotations: "
-                "they are not of the same dataset."
+                f"Category {id} is '{own[id]}' in the model and '{theirs[id]}' in the annotations: "
+                "they do not belong to the same dataset."
             )
     if theirs and not own.keys() & theirs.keys():
         raise OdtkError(
-            f"The model's category ids ({listed(own)}) and those of the annotations ({listed(theirs)}) "
-            "have nothing in common: they are not of the same dataset."
+            f"The category ids of the model ({format_categories(own)}) and of the annotations "
+            f"({format_categories(theirs)}) have nothing in common: they do not belong to the same dataset."
         )
     if unknown := theirs.keys() - own.keys():
-        say(f"Warning: the model does not know the categories {listed({i: theirs[i] for i in unknown})}.")
+        names = format_categories({i: theirs[i] for i in unknown})
+        log(f"Warning: the annotations have categories that the model does not detect: {names}.")
     if theirs and (extra := own.keys() - theirs.keys()):
-        say(f"Warning: the annotations have no categories {listed({i: own[i] for i in extra})}: they are not scored.")
+        names = format_categories({i: own[i] for i in extra})
+        log(f"Warning: the model detects categories that the annotations do not have and that are not scored: {names}.")
     return tuple(backend.categories)
 
 
-def listed(names: dict[int, str]) -> str:
-    """A few ids and names for a sentence."""
+def format_categories(names: dict[int, str]) -> str:
+    """Up to five ids with their names, for a message."""
     shown = [f"{id} {name}" for id, name in sorted(names.items())[:5]]
     return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @contextlib.contextmanager
-def progress_line(total: int, world: int = 1) -> Iterator[Progress]:
-    """A bar on a terminal, a line every few seconds elsewhere; rank 0 speaks for `world` equal shares."""
+def image_progress(total: int, world: int = 1) -> Iterator[ProgressCallback]:
+    """Progress over ``total`` images: a bar on a terminal, elsewhere a line every PROGRESS_SECONDS.
+
+    Rank 0 shows it, and counts each of its images for ``world`` ranks, whose shares are equal.
+    """
     start = last = time.monotonic()
     done = 0
     if sys.stdout.isatty():
@@ -173,12 +178,12 @@ def progress_line(total: int, world: int = 1) -> Iterator[Progress]:
             yield advance
         return
 
-    def line(images: int) -> None:
+    def print_line(images: int) -> None:
         nonlocal done, last
         done = min(total, done + images * world)
         now = time.monotonic()
-        if done == total or now - last > REPORT_EVERY:
+        if done == total or now - last > PROGRESS_SECONDS:
             last = now
             print(f"{done}/{total} images, {done / (now - start):.1f} im/s", flush=True)
 
-    yield line
+    yield print_line

@@ -58,7 +58,7 @@ def test_what_is_said_of_the_machine(capsys) -> None:
         assert "GPU" in str(found["abilities"]["TensorRT engines (.plan)"])
     for state in found["abilities"].values():
         assert state is True or len(str(state)) > 10  # no "no" without what to do
-    info.report_environment(found)
+    info.print_environment(found)
     shown = capsys.readouterr().out
     assert "torch" in shown and "DALI loader" in shown
     json.dumps(found)
@@ -66,7 +66,7 @@ def test_what_is_said_of_the_machine(capsys) -> None:
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch) -> None:
     monkeypatch.setattr("odtk.info.has_module", lambda name: False)
-    monkeypatch.setattr("odtk.ops.kernels", None)
+    monkeypatch.setattr("odtk.kernels.extension", None)
     abilities = info.abilities()
     assert "pip install" in str(abilities["DALI loader"]) and "pip install" in str(abilities["training curves"])
     assert "not built" in str(abilities["compiled kernels (odtk._C)"])

@@ -46,7 +46,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportConfig, str, st
         Image.fromarray(pixels).resize((60 - i, 64), Image.Resampling.NEAREST).save(images / f"{i}.png")
     dataset = Dataset.load(None, images)
     loader = create_loader(dataset, LoaderConfig(images=str(images), size=(64, 64), stride=16))
-    backend = open_backend(path, device="cpu", precision="fp32", postprocess=LIMITS)
+    backend = open_backend(path, device="cpu", precision="fp32", thresholds=LIMITS)
     found = detect(backend, loader, CATEGORIES)
     assert len(found) > 20
     annotations = folder / "truth.json"
@@ -123,7 +123,7 @@ class FakeBackend:
     """Finds the square [8, 8, 16, 16] in every image, once as each category."""
 
     name, precision, size, stride, max_batch = "m.onnx", "fp32", (64, 64), 32, None
-    classes, categories, rotated, postprocess = 2, CATEGORIES, False, LIMITS
+    classes, categories, rotated, thresholds = 2, CATEGORIES, False, LIMITS
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
     def __call__(self, images: torch.Tensor) -> Detections:
@@ -146,7 +146,7 @@ def test_a_set_may_lack_categories_of_the_model(tmp_path: Path, monkeypatch: pyt
     )
     monkeypatch.setattr(verify, "open_backend", lambda *_, **__: FakeBackend())
     config = ExportConfig(path="", output=str(tmp_path / "a.png"))
-    run = verify.Bench(config, str(tmp_path / "truth.json"), str(tmp_path), "cpu").run(config.output)
+    run = verify.Evaluator(config, str(tmp_path / "truth.json"), str(tmp_path), "cpu").run(config.output)
     assert run.metrics.ap == pytest.approx(1) and len(run.results) == 2
 
 
@@ -169,7 +169,7 @@ def run_of(ap: float) -> Run:
     return Run("x", 1, Metrics((ap, ap, *[0.0] * 10), classes), 1.0, [])
 
 
-class FakeBench:
+class FakeEvaluator:
     """A set on which INT8 is good enough once the given layers are in FP16."""
 
     def __init__(self, table: str, needed: set[str]) -> None:
@@ -187,13 +187,13 @@ def test_the_worst_layers_stay_in_fp16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: str, kept: str, good: bool
 ) -> None:
     path = str(tmp_path / "table.json")
-    calibration_table.save_table(path, calibration_table.Table("m", (32, 32), "entropy", (), {}, ("z",)))
-    written = []
+    calibration_table.save_table(path, calibration_table.CalibrationTable("m", (32, 32), "entropy", (), {}, ("z",)))
+    written: list[ExportConfig] = []
     monkeypatch.setattr(verify, "export", written.append)
     config = ExportConfig(path="", output=str(tmp_path / "x.onnx"), precision="int8", calibration_table=path)
-    bench = FakeBench(path, set(needed))
-    first = bench.run("")
-    run, layers = verify.restore_accuracy(config, bench, run_of(0.5), first, list("abcdef"), 0.3)  # type: ignore[arg-type]
+    evaluator = FakeEvaluator(path, set(needed))
+    first = evaluator.run("")
+    run, layers = verify.revert_layers_to_fp16(config, evaluator, run_of(0.5), first, list("abcdef"), 0.3)  # type: ignore[arg-type]
     assert "".join(layers) == kept and (ap_drop(run_of(0.5), run) <= 0.3) == good
     assert calibration_table.load_table(path).fp16_layers == tuple(kept)
     assert all(config.calibration_table == path for config in written) and bool(written) == (kept != "z")

@@ -1,4 +1,4 @@
-"""The ONNX file against PyTorch: endings in standard operators, FP32 and FP16, metadata, refusals."""
+"""The ONNX file against PyTorch: postprocessing in standard operators, FP32 and FP16, metadata, refusals."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from odtk import ops
+from odtk.box_coder import BOX_CODERS
 from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
-from odtk.export import calibration, calibration_table, export, tensorrt8
-from odtk.export import precision as quantize
+from odtk.export import calibration, calibration_table, export, precision, tensorrt8
 from odtk.export.graph import OPSET, serialize, trace
 from odtk.export.metadata import Metadata
 from odtk.export.precision import to_fp16
@@ -38,13 +38,15 @@ def images_of(batch: int, size: tuple[int, int] = SIZE) -> Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
-def finished(graph: onnx.ModelProto, detector: Detector, limits: PostprocessConfig, postprocessing: str = "") -> bytes:
-    """A raw graph with the postprocessing of its kind, as the bytes of a file."""
+def with_postprocess(
+    graph: onnx.ModelProto, detector: Detector, limits: PostprocessConfig, postprocessing: str = ""
+) -> bytes:
+    """The content of a file: a raw graph with the postprocessing named, or else with that of its kind of boxes."""
     config = ExportConfig(path="", output="", size=SIZE, postprocess=limits)
     source = checkpoint.Checkpoint(detector.config, None, {})
     postprocessing = postprocessing or ("candidates" if detector.config.rotated else "detections")
     return serialize(
-        export.append_postprocess(graph, detector, export.describe(detector, source, config, postprocessing))
+        export.append_postprocess(graph, detector, export.metadata_of(detector, source, config, postprocessing))
     )
 
 
@@ -82,20 +84,21 @@ def traced(detector: Detector) -> onnx.ModelProto:
 
 def test_detections_are_those_of_pytorch_for_any_batch(detector: Detector, traced: onnx.ModelProto) -> None:
     limits = PostprocessConfig()
-    content = finished(copy.deepcopy(traced), detector, limits)
+    content = with_postprocess(copy.deepcopy(traced), detector, limits)
     onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
     for batch in (1, 3):
         images = images_of(batch)
         with torch.no_grad():
-            expected = by_torch(detector, *detector(images), limits)
+            logits, boxes = detector(images)
+        expected = by_torch(detector, logits, boxes, limits)
         assert (expected[0] > 0).sum() > 50
         assert_same(run(content, {"images": images}), expected)
 
 
 def test_values_are_named_by_their_layers(traced: onnx.ModelProto) -> None:
     names = {name for node in traced.graph.node for name in node.output}
-    trunk = "backbones.ResNet18FPN"
-    assert {f"{trunk}.features.layer1.0.conv1/relu", f"{trunk}.lateral4/add", "head.cls_head.0:4/relu"} <= names
+    backbone = "backbones.ResNet18FPN"
+    assert {f"{backbone}.features.layer1.0.conv1/relu", f"{backbone}.lateral4/add", "head.cls_head.0:4/relu"} <= names
     assert [output.name for output in traced.graph.output][::5] == ["logits_0", "boxes_0"]
     assert len(names) == len(traced.graph.node)
 
@@ -125,8 +128,8 @@ def test_what_depends_on_constants_alone_is_worked_out() -> None:
         torch.testing.assert_close(actual, expected.detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_raw_ending_has_the_levels_as_outputs(detector: Detector, traced: onnx.ModelProto) -> None:
-    content = finished(copy.deepcopy(traced), detector, PostprocessConfig(), "raw")
+def test_raw_postprocessing_has_the_levels_as_outputs(detector: Detector, traced: onnx.ModelProto) -> None:
+    content = with_postprocess(copy.deepcopy(traced), detector, PostprocessConfig(), "raw")
     images = images_of(2)
     with torch.no_grad():
         logits, boxes = detector(images)
@@ -137,7 +140,7 @@ def test_raw_ending_has_the_levels_as_outputs(detector: Detector, traced: onnx.M
 def test_fp16_is_close_and_keeps_box_arithmetic_in_fp32(detector: Detector, traced: onnx.ModelProto) -> None:
     graph = copy.deepcopy(traced)
     to_fp16(graph)
-    content = finished(graph, detector, PostprocessConfig())
+    content = with_postprocess(graph, detector, PostprocessConfig())
     model = onnx.load_from_string(content)
     assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT
     weights = [t for t in model.graph.initializer if t.name.startswith(("head", "backbones"))]
@@ -149,7 +152,8 @@ def test_fp16_is_close_and_keeps_box_arithmetic_in_fp32(detector: Detector, trac
         if node.name.startswith("postprocess/") and types.get(node.output[0]) == TensorProto.FLOAT16:
             raise AssertionError(f"{node.name} is in half precision")
     with torch.no_grad():
-        expected = by_torch(detector, *detector(images_of(1)), PostprocessConfig())
+        logits, boxes = detector(images_of(1))
+    expected = by_torch(detector, logits, boxes, PostprocessConfig())
     np.testing.assert_allclose(run(content, {"images": images_of(1)})[0], expected[0], atol=2e-2)
 
 
@@ -161,7 +165,7 @@ def test_a_constant_beyond_fp16_is_refused(traced: onnx.ModelProto) -> None:
         to_fp16(graph)
 
 
-# Endings alone, on planted levels
+# The postprocessing alone, on planted levels
 
 
 def on_levels(
@@ -171,7 +175,7 @@ def on_levels(
     detector = Detector(config)
     shapes = [
         (f"{kind}_{i}", [None, config.num_anchors * channels, *cell])
-        for kind, channels in (("logits", config.classes), ("boxes", config.box_values))
+        for kind, channels in (("logits", config.classes), ("boxes", BOX_CODERS[config.box_coder].head_values))
         for i, cell in enumerate(cells)
     ]
     inputs = [helper.make_tensor_value_info(f"in_{name}", TensorProto.FLOAT, shape) for name, shape in shapes]
@@ -182,7 +186,7 @@ def on_levels(
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=10,
     )
-    return finished(model, detector, limits, postprocessing)
+    return with_postprocess(model, detector, limits, postprocessing)
 
 
 def feed_of(logits: Sequence[Tensor], boxes: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -192,7 +196,9 @@ def feed_of(logits: Sequence[Tensor], boxes: Sequence[Tensor]) -> dict[str, Tens
 
 def random_levels(config: ModelConfig, cells: Sequence[tuple[int, int]], batch: int) -> tuple[list[Tensor], ...]:
     logits = [torch.randn(batch, config.num_anchors * config.classes, h, w) - 2 for h, w in cells]
-    return logits, [torch.randn(batch, config.num_anchors * config.box_values, h, w) * 0.5 for h, w in cells]
+    return logits, [
+        torch.randn(batch, config.num_anchors * BOX_CODERS[config.box_coder].head_values, h, w) * 0.5 for h, w in cells
+    ]
 
 
 PYRAMID = ((12, 8), (6, 4), (3, 2), (2, 1), (1, 1))
@@ -200,7 +206,7 @@ PYRAMID = ((12, 8), (6, 4), (3, 2), (2, 1), (1, 1))
 
 @pytest.mark.parametrize("head", ["retinanet", "fcos"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_ending_is_the_reference(head: str, batch: int) -> None:
+def test_postprocessing_is_the_reference(head: str, batch: int) -> None:
     config = dataclasses.replace(SMALL, head=head)
     limits = PostprocessConfig(score_threshold=0.1, nms_threshold=0.4, detections=60, top_n=50)
     logits, boxes = random_levels(config, PYRAMID, batch)
@@ -209,11 +215,13 @@ def test_ending_is_the_reference(head: str, batch: int) -> None:
     assert_same(run(on_levels(config, PYRAMID, limits), feed_of(logits, boxes)), expected)
 
 
-def test_rotated_ending_stops_at_the_candidates_of_decode() -> None:
+def test_rotated_postprocessing_stops_at_the_candidates_of_decode() -> None:
     config = dataclasses.replace(SMALL, angles=ROTATED_ANGLES)
     logits, boxes = random_levels(config, PYRAMID, 2)
     detector = Detector(config)
-    expected = ops.decode(logits, boxes, detector.anchors(), detector.strides, score_threshold=0.3, top_n=40, values=6)
+    expected = ops.decode(
+        logits, boxes, detector.anchors(), detector.strides, score_threshold=0.3, top_n=40, coder="rotated_deltas"
+    )
     content = on_levels(config, PYRAMID, PostprocessConfig(score_threshold=0.3, top_n=40))
     assert '"postprocessing":"candidates"' in onnx.load_from_string(content).metadata_props[0].value
     assert (expected[0] > 0).any() and expected[1].shape == (2, 200, 6)
@@ -251,7 +259,7 @@ def test_ties_thresholds_and_not_a_number_are_those_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, angles=ROTATED_ANGLES)], ids=["", "rotated"])
-def test_plugin_ending_has_the_nodes_that_the_plugins_parse(config: ModelConfig) -> None:
+def test_plugin_postprocessing_has_the_nodes_that_the_plugins_parse(config: ModelConfig) -> None:
     """csrc/plugins: a missing, extra or mistyped attribute is refused there."""
     model = onnx.load_from_string(on_levels(config, PYRAMID, PostprocessConfig(), "plugins"))
     decode, nms = (node for node in model.graph.node if node.domain == "odtk")
@@ -268,13 +276,13 @@ def test_plugin_ending_has_the_nodes_that_the_plugins_parse(config: ModelConfig)
     assert found == shared | {
         "strides": [8, 16, 32, 64, 128],
         "classes": 3,
-        "values": config.box_values,
+        "coder": 6 if config.rotated else 4,
         "score_threshold": pytest.approx(0.05),
         "top_n": 1000,
     }
     found = {attribute.name: helper.get_attribute_value(attribute) for attribute in nms.attribute}
     values = 6 if config.rotated else 4
-    assert found == shared | {"values": values, "threshold": 0.5, "detections": 100}
+    assert found == shared | {"box_values": values, "threshold": 0.5, "detections": 100}
     shapes = {
         o.name: (o.type.tensor_type.elem_type, [d.dim_value or d.dim_param for d in o.type.tensor_type.shape.dim])
         for o in model.graph.output
@@ -304,7 +312,7 @@ def test_file_carries_its_metadata(tmp_path: Path, capsys: pytest.CaptureFixture
     metadata = Metadata.from_json(onnx.load_from_string(content).metadata_props[0].value, config.output)
     assert metadata.size == (32, 32) and metadata.stride == 16 and metadata.precision == "fp32"
     assert metadata.categories == (Category(0, "thing 0"), Category(10, "thing 1"))
-    assert metadata.postprocess == config.postprocess
+    assert metadata.thresholds == config.postprocess
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
@@ -328,29 +336,29 @@ def test_refusals_are_sentences(tmp_path: Path, changes: dict, sentence: str, ca
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING] and not Path(output).exists()
 
 
-# What TensorRT 8 needs said otherwise
+# What TensorRT 8 needs
 
 
-def test_group_norms_are_spelled_out_for_tensorrt_8() -> None:
+def test_group_norms_are_expanded_for_tensorrt_8() -> None:
     """The same levels from plain operators, which stay in float32 in a half-precision graph."""
     detector = detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2, head="fcos")).fold()
     model = trace(detector, (64, 96))
     images = {"images": images_of(3, (64, 96))}
     expected = run(model.SerializeToString(), images)
-    spelled = copy.deepcopy(model)
-    tensorrt8.spell_out_norms(spelled)
-    assert "InstanceNormalization" not in {node.op_type for node in spelled.graph.node}
-    onnx.checker.check_model(spelled, full_check=True)
-    for found, wanted in zip(run(spelled.SerializeToString(), images), expected, strict=True):
+    expanded = copy.deepcopy(model)
+    tensorrt8.expand_instance_norm(expanded)
+    assert "InstanceNormalization" not in {node.op_type for node in expanded.graph.node}
+    onnx.checker.check_model(expanded, full_check=True)
+    for found, wanted in zip(run(expanded.SerializeToString(), images), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    assert tensorrt8.layers_in_float(spelled) == []  # nothing is in half precision
+    assert tensorrt8.float32_nodes(expanded) == []  # nothing is in half precision
 
     to_fp16(model)
     norms = [node for node in model.graph.node if node.op_type == "InstanceNormalization"]
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert norms and all(types[name] == TensorProto.FLOAT for node in norms for name in node.input[1:])
-    tensorrt8.spell_out_norms(model)
-    inside = tensorrt8.layers_in_float(model)
+    tensorrt8.expand_instance_norm(model)
+    inside = tensorrt8.float32_nodes(model)
     kinds = [node.op_type for node in model.graph.node if node.name in inside]
     assert sorted(set(kinds)) == ["Add", "Div", "GlobalAveragePool", "Mul", "Reshape", "Sqrt", "Sub"]
     assert len(kinds) == 8 * len(norms)
@@ -358,22 +366,22 @@ def test_group_norms_are_spelled_out_for_tensorrt_8() -> None:
         torch.testing.assert_close(found.float(), wanted, atol=0.02, rtol=0.02)
 
 
-def test_layers_in_float_leave_islands_of_int8_out() -> None:
+def test_float32_nodes_leave_islands_of_int8_out() -> None:
     """Sampling positions of a deformable convolution stay in float32; what INT8 fuses has no type of its own."""
     detector = detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2, dcn=(4,))).fold()
     model = trace(detector, (64, 64))
     images = [image.numpy() for image in images_of(2, (64, 64)).split(1)]
-    scales = calibration.shared_scales(
-        quantize.scale_groups(model.graph), calibration.calibrate(model, images, "minmax", 2)
+    scales = calibration.scales_of(
+        precision.scale_groups(model.graph), calibration.activation_ranges(model, images, "minmax", 2)
     )
-    quantize.insert_qdq(model, calibration_table.Table("m", (64, 64), "minmax", (), scales))
+    precision.insert_qdq(model, calibration_table.CalibrationTable("m", (64, 64), "minmax", (), scales))
     to_fp16(model)
-    kinds = {node.op_type for node in model.graph.node if node.name in tensorrt8.layers_in_float(model)}
+    kinds = {node.op_type for node in model.graph.node if node.name in tensorrt8.float32_nodes(model)}
     assert "GridSample" in kinds and not kinds & {"QuantizeLinear", "DequantizeLinear", "Relu", "Conv"}
 
 
 def test_a_mean_over_a_map_is_a_global_pooling() -> None:
-    """GhostNet's squeeze: TensorRT 8 overlooks the axes that ReduceMean has as an input since operator set 18."""
+    """GhostNet's squeeze: TensorRT 8 ignores the axes, which are an input of ReduceMean since operator set 18."""
     detector = detector_of(ModelConfig(backbones=("GhostNetFPN",), classes=2)).fold()
     model = trace(detector, (64, 64))
     kinds = [node.op_type for node in model.graph.node]

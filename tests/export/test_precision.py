@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,9 +21,8 @@ from odtk.config import ExportConfig, LoaderConfig, ModelConfig, OdtkError
 from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
 from odtk.evaluation import sensitivity
-from odtk.export import calibration, calibration_table, export
-from odtk.export import precision as quantize
-from odtk.export.graph import makers_of, serialize, trace
+from odtk.export import calibration, calibration_table, export, precision
+from odtk.export.graph import producers_of, serialize, trace
 from odtk.export.session import open_session
 from odtk.inference import infer
 from odtk.model import checkpoint
@@ -33,6 +33,15 @@ C4 = ModelConfig(backbones=("ResNet18C4",), classes=2)
 
 class Net(nn.Module):
     """What a detector has, small: a residual block, a pyramid addition after upsampling, two heads on one map."""
+
+    stem: nn.Conv2d
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    down: nn.Conv2d
+    top: nn.Conv2d
+    lateral: nn.Conv2d
+    cls_head: nn.Conv2d
+    box_head: nn.Conv2d
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,16 +77,16 @@ def noise(count: int) -> list[np.ndarray]:
     return [generator.standard_normal((1, 3, 16, 16)).astype(np.float32) for _ in range(count)]
 
 
-def table_of(model: onnx.ModelProto, **changes) -> calibration_table.Table:
-    ranges = calibration.calibrate(model, noise(4), "minmax", 4)
-    scales = calibration.shared_scales(quantize.scale_groups(model.graph), ranges)
-    return dataclasses.replace(calibration_table.Table("m", (16, 16), "minmax", (), scales), **changes)
+def table_of(model: onnx.ModelProto, **changes) -> calibration_table.CalibrationTable:
+    ranges = calibration.activation_ranges(model, noise(4), "minmax", 4)
+    scales = calibration.scales_of(precision.scale_groups(model.graph), ranges)
+    return dataclasses.replace(calibration_table.CalibrationTable("m", (16, 16), "minmax", (), scales), **changes)
 
 
-def quantized(model: onnx.ModelProto, table: calibration_table.Table) -> onnx.ModelProto:
+def quantized(model: onnx.ModelProto, table: calibration_table.CalibrationTable) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    quantize.insert_qdq(copy, table)
+    precision.insert_qdq(copy, table)
     return copy
 
 
@@ -124,7 +133,7 @@ def test_weights_are_symmetric_and_nothing_is_clipped() -> None:
     weight = np.random.default_rng(0).standard_normal((16, 4, 3, 3)).astype(np.float32)
     weight[3] *= 1e-4
     weight[5] = 0
-    values, scale = quantize.quantize_weight(weight)
+    values, scale = precision.quantize_weight(weight)
     assert values.dtype == np.int8 and scale.dtype == np.float32 and (scale > 0).all()
     assert (np.abs(values[[0, 3]]).max((1, 2, 3)) == 127).all() and values.min() >= -127
     error = np.abs(values * scale[:, None, None, None] - weight)
@@ -137,14 +146,14 @@ def test_weights_are_symmetric_and_nothing_is_clipped() -> None:
 def test_qdq_stand_at_convolutions_and_additions_only(net: onnx.ModelProto) -> None:
     model = quantized(net, table_of(net))
     onnx.checker.check_model(model, full_check=True)
-    makers = makers_of(model.graph)
+    producers = producers_of(model.graph)
     for node in model.graph.node:
         if node.op_type == "Conv":
-            assert [makers[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
+            assert [producers[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
         if node.op_type == "Relu":
-            assert makers[node.input[0]].op_type in ("Conv", "Add")  # none between convolution and ReLU
+            assert producers[node.input[0]].op_type in ("Conv", "Add")  # none between convolution and ReLU
         if node.op_type == "Resize":
-            assert makers[node.input[0]].op_type == "DequantizeLinear"  # before the upsampling, not after
+            assert producers[node.input[0]].op_type == "DequantizeLinear"  # before the upsampling, not after
     pairs = [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
     assert sorted(pairs) == sorted(
         ["images", "stem/relu", "conv1/relu", "conv2", "conv2/add/relu", "down/relu", "top", "lateral", "lateral/add"]
@@ -159,21 +168,21 @@ def test_both_inputs_of_an_addition_share_a_scale(net: onnx.ModelProto) -> None:
 
 def test_a_layer_in_fp16_reads_what_was_not_rounded(net: onnx.ModelProto) -> None:
     model = quantized(net, table_of(net, fp16_layers=("cls_head", "conv2")))
-    makers = makers_of(model.graph)
+    producers = producers_of(model.graph)
     nodes = {node.name: node for node in model.graph.node}
     assert list(nodes["cls_head"].input) == ["lateral/add", "cls_head.weight", "cls_head.bias"]
-    assert makers[nodes["box_head"].input[0]].op_type == "DequantizeLinear"  # beside it, on the same map
+    assert producers[nodes["box_head"].input[0]].op_type == "DequantizeLinear"  # beside it, on the same map
     assert list(nodes["conv2/add"].input) == ["conv2", "stem/relu"]
     with pytest.raises(OdtkError, match="no layer nothing"):
         quantized(net, table_of(net, fp16_layers=("nothing",)))
 
 
-def test_int8_with_an_fp16_remainder_is_the_same_however_optimised(net: onnx.ModelProto) -> None:
+def test_int8_with_an_fp16_remainder_is_the_same_however_optimized(net: onnx.ModelProto) -> None:
     """ONNX Runtime 1.31 spoils float16 Q/DQ nodes: they and what INT8 kernels fuse stay float32, the rest does not."""
     table = table_of(net, fp16_layers=("cls_head",))
     model = quantized(net, table)
     floats = open_session(model).run(None, {"images": noise(1)[0]})
-    quantize.to_fp16(model)
+    precision.to_fp16(model)
     onnx.checker.check_model(model, full_check=True)
     types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
     types |= {output.name: output.type.tensor_type.elem_type for output in model.graph.output}
@@ -181,19 +190,19 @@ def test_int8_with_an_fp16_remainder_is_the_same_however_optimised(net: onnx.Mod
         half = node.output[0] == "logits_0" or (node.op_type == "Cast" and node.output[0].endswith("/fp16"))
         assert (types[node.output[0]] == TensorProto.FLOAT16) == half or node.op_type == "QuantizeLinear", node.name
     expected = open_session(net).run(None, {"images": noise(1)[0]})
-    assert 15 < sensitivity.decibels([expected], [floats]) < 60  # quantized, and not badly
+    assert 15 < sensitivity.signal_to_noise([expected], [floats]) < 60  # quantized, and not badly
     for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"):
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
         found = onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, {"images": noise(1)[0]})
-        assert sensitivity.decibels([floats], [found]) > 35, level
+        assert sensitivity.signal_to_noise([floats], [found]) > 35, level
 
 
 def test_sensitivity_finds_the_layer_with_the_wrong_range(net: onnx.ModelProto) -> None:
     table = table_of(net)
     table.scales["down/relu"] *= 60  # read by "top" alone
-    found = sensitivity.sensitivity(net, table, noise(2))
-    assert set(found) == set(quantize.layers(net)) and list(found.values()) == sorted(found.values())
+    found = sensitivity.measure_sensitivity(net, table, noise(2))
+    assert set(found) == set(precision.quantizable_layers(net)) and list(found.values()) == sorted(found.values())
     assert list(found)[0] == "top" and found["top"] < 20 < found["stem"]
 
 
@@ -246,19 +255,21 @@ def refuse_other_tables(config: ExportConfig, path: str, folder: Path) -> None:
     given = dataclasses.replace(config, calibration_table=path)
     graph = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
     with pytest.raises(OdtkError, match="is the calibration table of another model"):
-        calibration.table_for(graph, given, "another", 16)
+        calibration.load_or_calibrate(graph, given, "another", 16)
     own = calibration_table.load_table(path)
     with pytest.raises(OdtkError, match="calibrated at 32×32, not 64×64"):
-        calibration.table_for(graph, dataclasses.replace(given, size=(64, 64)), own.model, 16)
+        calibration.load_or_calibrate(graph, dataclasses.replace(given, size=(64, 64)), own.model, 16)
     (folder / "no.json").write_text("{}")
     with pytest.raises(OdtkError, match="is not a calibration table"):
-        calibration.table_for(graph, dataclasses.replace(given, calibration_table=str(folder / "no.json")), "", 16)
+        calibration.load_or_calibrate(
+            graph, dataclasses.replace(given, calibration_table=str(folder / "no.json")), "", 16
+        )
 
 
 def test_calibration_sees_the_tensors_of_inference(pictures: Path, tmp_path: Path) -> None:
     config = int8_config("", tmp_path, calibration_images=str(pictures))
-    dataset = calibration.sample(str(pictures), 500, seed=0)
-    seen = list(calibration.images_of(dataset, config, 16))
+    dataset = calibration.sample_images(str(pictures), 500, seed=0)
+    seen = list(calibration.calibration_images(dataset, config, 16))
 
     class Asking:
         size, stride, max_batch, rotated, name = (32, 32), 16, None, False, "a model"
@@ -274,7 +285,7 @@ def test_calibration_sees_the_tensors_of_inference(pictures: Path, tmp_path: Pat
 
 def test_the_sample_is_shuffled_before_it_is_cut(pictures: Path) -> None:
     def names(limit: int, seed: int) -> list[str]:
-        return [image.path.name for image in calibration.sample(str(pictures), limit, seed).images]
+        return [image.path.name for image in calibration.sample_images(str(pictures), limit, seed).images]
 
     assert names(8, 0) == names(8, 0) == names(12, 0)[:8] != sorted(names(8, 0))
     assert set(names(8, 0)) != set(names(8, 1))
@@ -282,22 +293,22 @@ def test_the_sample_is_shuffled_before_it_is_cut(pictures: Path) -> None:
 
 def test_too_few_images_and_empty_folders_are_refused(pictures: Path, tmp_path: Path, capsys) -> None:
     with pytest.raises(OdtkError, match="has no images"):
-        calibration.sample(str(tmp_path), 500, 0)
+        calibration.sample_images(str(tmp_path), 500, 0)
     with pytest.raises(OdtkError, match="does not exist"):
-        calibration.sample(str(tmp_path / "nowhere"), 500, 0)
+        calibration.sample_images(str(tmp_path / "nowhere"), 500, 0)
     for path in sorted(pictures.iterdir())[:7]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(OdtkError, match="has 7 images: calibration needs 8"):
-        calibration.sample(str(tmp_path), 500, 0)
-    calibration.sample(str(pictures), 500, 0)
+    with pytest.raises(OdtkError, match="has 7 images: calibration needs at least 8"):
+        calibration.sample_images(str(tmp_path), 500, 0)
+    calibration.sample_images(str(pictures), 500, 0)
     assert "Warning: calibration on 12 images" in capsys.readouterr().out
 
 
 def test_int8_without_images_or_table_is_refused(net: onnx.ModelProto, tmp_path: Path) -> None:
     with pytest.raises(OdtkError, match="needs --calibration-images DIR, or a --calibration-table"):
-        calibration.table_for(net, int8_config("", tmp_path), "m", 16)
+        calibration.load_or_calibrate(net, int8_config("", tmp_path), "m", 16)
     with pytest.raises(OdtkError, match="method 'best' does not exist"):
-        calibration.calibrate(net, noise(1), "best", 1)
+        calibration.activation_ranges(net, noise(1), "best", 1)
 
 
 # TensorRT for RTX, ahead of time and with no GPU
@@ -305,9 +316,9 @@ def test_int8_without_images_or_table_is_refused(net: onnx.ModelProto, tmp_path:
 
 def compile_for(content: bytes, capability: str) -> list[str]:
     """Compiles an ONNX file for a compute capability; the builder's log."""
-    trt = pytest.importorskip("tensorrt_rtx_bindings", reason="needs tensorrt-rtx-cu13-{libs,bindings}==1.7.1.116")
+    trt: Any = pytest.importorskip("tensorrt_rtx_bindings", reason="needs tensorrt-rtx-cu13-{libs,bindings}==1.7.1.116")
 
-    class Log(trt.ILogger):
+    class Log(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.lines: list[str] = []
@@ -351,13 +362,13 @@ def raw_files(backbone: str, head: str) -> Iterator[tuple[str, bytes, int]]:
     model = trace(folded, (128, 160))
     count = sum(node.op_type == "Conv" for node in model.graph.node)
     images = [np.random.default_rng(i).standard_normal((1, 3, 128, 160)).astype(np.float32) for i in range(2)]
-    scales = calibration.shared_scales(
-        quantize.scale_groups(model.graph), calibration.calibrate(model, images, "minmax", 2)
+    scales = calibration.scales_of(
+        precision.scale_groups(model.graph), calibration.activation_ranges(model, images, "minmax", 2)
     )
-    int8 = quantized(model, calibration_table.Table("m", (128, 160), "minmax", (), scales))
-    for precision, graph in (("fp16", model), ("int8", int8)):
-        quantize.to_fp16(graph)
-        yield precision, serialize(graph), count
+    int8 = quantized(model, calibration_table.CalibrationTable("m", (128, 160), "minmax", (), scales))
+    for kind, graph in (("fp16", model), ("int8", int8)):
+        precision.to_fp16(graph)
+        yield kind, serialize(graph), count
 
 
 @pytest.mark.slow
@@ -372,9 +383,9 @@ def raw_files(backbone: str, head: str) -> Iterator[tuple[str, bytes, int]]:
 )
 def test_tensorrt_compiles_both_and_runs_every_convolution_in_int8(backbone: str, head: str) -> None:
     pytest.importorskip("tensorrt_rtx_libs", reason="needs tensorrt-rtx-cu13-{libs,bindings}==1.7.1.116")
-    for precision, content, count in raw_files(backbone, head):
-        for capability in ("SM89", "SM120") if precision == "int8" and backbone.startswith("ResNet") else ("SM89",):
+    for kind, content, count in raw_files(backbone, head):
+        for capability in ("SM89", "SM120") if kind == "int8" and backbone.startswith("ResNet") else ("SM89",):
             kinds = convolutions(compile_for(content, capability))
-            assert set(kinds) == {"Half" if precision == "fp16" else "Int8"}, (precision, capability)
+            assert set(kinds) == {"Half" if kind == "fp16" else "Int8"}, (kind, capability)
             assert len(kinds) > 0.85 * count  # some 1×1 become part of another kernel
-            print(f"{backbone} {head} {precision} {capability}: {len(kinds)} of {count} convolutions, all {kinds[0]}")
+            print(f"{backbone} {head} {kind} {capability}: {len(kinds)} of {count} convolutions, all {kinds[0]}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError
 from odtk.export import export
-from odtk.export.engine import need_engine
+from odtk.export.engine import require_tensorrt
 from odtk.inference import backends
 from odtk.postprocess import Detections
 from tests.random_models import detector_of, save
@@ -52,7 +52,7 @@ Open = Callable[[str, str], tuple[backends.Backend, backends.Backend]]
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
     """(model, precision) -> the engine and PyTorch in fp32; each engine is built once."""
     try:
-        need_engine()
+        require_tensorrt()
     except OdtkError as error:
         pytest.skip(str(error))
     made: dict[tuple[str, str], tuple[backends.Backend, backends.Backend]] = {}
@@ -73,8 +73,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
                 )
             )
             made[model, precision] = (
-                backends.open_backend(plan, device="cuda", precision="mixed", postprocess=None),
-                backends.open_backend(source, device="cuda", precision="fp32", postprocess=None),
+                backends.open_backend(plan, device="cuda", precision="mixed", thresholds=None),
+                backends.open_backend(source, device="cuda", precision="fp32", thresholds=None),
             )
         return made[model, precision]
 
@@ -120,7 +120,7 @@ def test_the_same_bits_at_every_run_and_in_a_graph(opened: Open) -> None:
 def test_what_does_not_fit_is_refused(opened: Open) -> None:
     engine, _ = opened("retinanet", "fp16")
     assert isinstance(engine, backends.EngineBackend)
-    with pytest.raises(OdtkError, match="4 images at a time at most, not 5"):
+    with pytest.raises(OdtkError, match="at most 4 images at a time, not 5"):
         engine(images_of(5))
     images = images_of(1)
     with pytest.raises(ValueError, match="was not given"):

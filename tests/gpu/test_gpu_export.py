@@ -13,7 +13,7 @@ from PIL import Image
 from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.export import export
-from odtk.export.engine import need_engine
+from odtk.export.engine import require_tensorrt
 from odtk.inference.backends import open_backend
 from tests.random_models import detector_of, save
 
@@ -25,7 +25,7 @@ SIZE = (128, 160)
 @pytest.fixture(autouse=True)
 def tensorrt(kernels) -> None:
     try:
-        need_engine()
+        require_tensorrt()
     except OdtkError as error:
         pytest.skip(str(error))
 
@@ -55,10 +55,10 @@ def test_an_engine_finds_what_pytorch_finds(tmp_path: Path, precision: str, rota
     model = dataclasses.replace(MODEL, angles=ROTATED_ANGLES if rotated else ())
     config = config_of(tmp_path, model, precision)
     export.export(config)
-    engine = open_backend(config.output, device="cuda:0", precision="mixed", postprocess=None)
-    reference = open_backend(config.path, device="cuda:0", precision="fp32", postprocess=LIMITS)
+    engine = open_backend(config.output, device="cuda:0", precision="mixed", thresholds=None)
+    reference = open_backend(config.path, device="cuda:0", precision="fp32", thresholds=LIMITS)
     assert (engine.size, engine.max_batch, engine.precision, engine.rotated) == (SIZE, 4, precision, rotated)
-    assert engine.categories == reference.categories and engine.postprocess == LIMITS
+    assert engine.categories == reference.categories and engine.thresholds == LIMITS
     images = torch.randn(4, 3, *SIZE, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     tolerance = {"fp32": 2e-3, "fp16": 1e-2, "int8": 0.1}[precision]
     for batch in (1, 3, 4):
@@ -74,4 +74,4 @@ def test_an_engine_finds_what_pytorch_finds(tmp_path: Path, precision: str, rota
 def test_a_file_that_is_no_engine_is_refused(tmp_path: Path) -> None:
     (tmp_path / "engine.plan").write_bytes(b"not a plan")
     with pytest.raises(OdtkError, match="is not an engine for this GPU"):
-        open_backend(str(tmp_path / "engine.plan"), device="cuda:0", precision="mixed", postprocess=None)
+        open_backend(str(tmp_path / "engine.plan"), device="cuda:0", precision="mixed", thresholds=None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -14,6 +16,7 @@ from torch import Tensor
 from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.export import export
+from odtk.export.metadata import Metadata
 from odtk.inference import backends
 from tests.random_models import detector_of, save
 
@@ -34,8 +37,8 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return make(tmp_path_factory.mktemp("model"), CONFIG)
 
 
-def open_cpu(path: str, postprocess: PostprocessConfig | None = None, precision: str = "fp32") -> backends.Backend:
-    return backends.open_backend(path, device="cpu", precision=precision, postprocess=postprocess)
+def open_cpu(path: str, thresholds: PostprocessConfig | None = None, precision: str = "fp32") -> backends.Backend:
+    return backends.open_backend(path, device="cpu", precision=precision, thresholds=thresholds)
 
 
 def images() -> Tensor:
@@ -74,8 +77,8 @@ def test_an_onnxruntime_without_cuda_runs_on_the_cpu(paths: tuple[str, str]) -> 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     said: list[str] = []
-    backend = backends.open_backend(paths[1], device="cuda:0", precision="mixed", postprocess=None, say=said.append)
-    assert "runs on the CPU" in said[0] and "baked in" in said[1]
+    backend = backends.open_backend(paths[1], device="cuda:0", precision="mixed", thresholds=None, log=said.append)
+    assert "runs on the CPU" in said[0] and "Thresholds in" in said[1]
     assert torch.equal(backend(images()).scores, open_cpu(paths[1])(images()).scores)
 
 
@@ -86,10 +89,17 @@ def test_bf16_is_close(paths: tuple[str, str]) -> None:
     assert not torch.equal(found, expected)
 
 
+def test_an_expressly_given_threshold_is_refused_even_if_it_is_the_default() -> None:
+    asked = PostprocessConfig()
+    with pytest.raises(OdtkError, match=r"--score-threshold 0\.05 contradicts the 0\.3"):
+        backends.check_thresholds("m.onnx", LIMITS, asked, explicit=("score_threshold",))
+    backends.check_thresholds("m.onnx", LIMITS, asked, explicit=("nms_threshold",))
+
+
 def test_a_contradicting_threshold_is_refused(paths: tuple[str, str]) -> None:
-    open_cpu(paths[1], PostprocessConfig())  # defaults are no wish
+    open_cpu(paths[1], PostprocessConfig())  # defaults mean no preference
     open_cpu(paths[1], LIMITS)
-    with pytest.raises(OdtkError, match="--nms-threshold 0.6 contradicts the 0.5 baked into"):
+    with pytest.raises(OdtkError, match="--nms-threshold 0.6 contradicts the 0.5 in .*model.onnx"):
         open_cpu(paths[1], dataclasses.replace(LIMITS, nms_threshold=0.6))
 
 
@@ -100,7 +110,7 @@ def test_wrong_files_are_refused(tmp_path: Path, paths: tuple[str, str]) -> None
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
     (tmp_path / "model.tflite").touch()
     newer = onnx.load(paths[1])
-    newer.metadata_props[0].value = newer.metadata_props[0].value.replace('"format":1', '"format":99')
+    newer.metadata_props[0].value = newer.metadata_props[0].value.replace('"format":2', '"format":99')
     onnx.save(newer, tmp_path / "newer.onnx")
     damaged = onnx.load(paths[1])
     damaged.metadata_props[0].value = damaged.metadata_props[0].value[:40]
@@ -123,3 +133,19 @@ def test_an_engine_needs_a_gpu(tmp_path: Path) -> None:
     (tmp_path / "model.plan").touch()
     with pytest.raises(OdtkError, match="needs a GPU"):
         open_cpu(str(tmp_path / "model.plan"))
+
+
+def test_a_plan_runs_without_onnx() -> None:
+    """Nothing on the way from images to detections imports onnx, which only export needs."""
+    code = (
+        "import sys; sys.modules['onnx'] = None  # an import of it fails\n"
+        "import odtk.inference.backends, odtk.inference.infer, odtk.evaluation.benchmark, odtk.evaluation.evaluate"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_metadata_of_the_first_format_are_read(paths: tuple[str, str]) -> None:
+    text = onnx.load(paths[1]).metadata_props[0].value
+    first = text.replace('"format":2', '"format":1').replace('"postprocessing":', '"ending":')
+    assert '"ending":"detections"' in first and '"format":1' in first
+    assert Metadata.from_json(first, "m.onnx") == Metadata.from_json(text, "m.onnx")

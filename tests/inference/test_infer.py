@@ -6,6 +6,7 @@ import os
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,23 @@ from PIL import Image
 
 from odtk import files
 from odtk.categories import Category
-from odtk.config import ROTATED_ANGLES, InferConfig, LoaderConfig, ModelConfig, OdtkError, PostprocessConfig
+from odtk.config import (
+    ROTATED_ANGLES,
+    ExportConfig,
+    InferConfig,
+    LoaderConfig,
+    ModelConfig,
+    OdtkError,
+    PostprocessConfig,
+)
 from odtk.data.batch import Batch
+from odtk.export import export
 from odtk.inference import detect, infer
-from odtk.launch import gather, launch
+from odtk.launch import launch
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
 from odtk.postprocess import Detections
+from odtk.ranks import gather
 
 torch.set_num_threads(1)  # images of 64×96: more threads only wait for each other
 CATEGORIES = (Category(4, "cat"), Category(9, "dog"))
@@ -109,8 +120,10 @@ def make_model(folder: Path, **changes) -> str:
     config = ModelConfig(backbones=("ResNet18FPN",), classes=2, **changes)
     detector = Detector(config)
     detector.initialize()
-    torch.nn.init.normal_(detector.head.cls_head[-1].weight, std=0.3)
-    torch.nn.init.constant_(detector.head.cls_head[-1].bias, -2.5)
+    last = detector.head.cls_head[-1]
+    assert isinstance(last, torch.nn.Conv2d) and last.bias is not None
+    torch.nn.init.normal_(last.weight, std=0.3)
+    torch.nn.init.constant_(last.bias, -2.5)
     path = str(folder / "model.pth")
     checkpoint.save(path, checkpoint.Checkpoint(config, CATEGORIES, detector.state_dict()))
     return path
@@ -136,7 +149,12 @@ def images(tmp_path_factory) -> Path:
 
 def config(model: str, images: Path, **changes) -> InferConfig:
     names = {"output", "postprocess", "explicit"}
-    data = {"images": str(images), "annotations": str(images / "truth.json"), "loader": "torch", "size": (64, 96)}
+    data: dict[str, Any] = {
+        "images": str(images),
+        "annotations": str(images / "truth.json"),
+        "loader": "torch",
+        "size": (64, 96),
+    }
     data |= {k: v for k, v in changes.items() if k not in names}
     return InferConfig(model, LoaderConfig(**data), **{k: v for k, v in changes.items() if k in names})
 
@@ -242,47 +260,49 @@ class Stub:
     name, size, stride, max_batch = "m.onnx", (64, 96), 32, 2
     classes, categories, rotated = 2, CATEGORIES, False
     mean, std = (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)
-    postprocess = PostprocessConfig(score_threshold=0.3)
+    thresholds = PostprocessConfig(score_threshold=0.3)
 
 
 def test_the_loader_follows_the_file() -> None:
     said: list[str] = []
     data = infer.loader_config(LoaderConfig("x", batch=5), Stub(), said.append)  # type: ignore[arg-type]
     assert (data.size, data.batch, data.mean, data.stride) == ((64, 96), 2, (0.1, 0.2, 0.3), 32)
-    assert "2 images at a time" in said[0]
+    assert "at most 2 images at a time" in said[0]
     assert infer.loader_config(LoaderConfig("x", size=(60, 90)), Stub()).size == (64, 96)  # type: ignore[arg-type]
     with pytest.raises(OdtkError, match="128×96 contradicts the 64×96"):
         infer.loader_config(LoaderConfig("x", size=(128, 96)), Stub())  # type: ignore[arg-type]
 
 
-def test_a_threshold_that_the_file_contradicts_is_refused_even_if_it_is_the_default() -> None:
-    asked = InferConfig("m.onnx", LoaderConfig("x"), explicit=("score_threshold",))
+def test_an_expressly_given_threshold_reaches_the_backend(model: str, images: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "model.onnx")
+    limits = PostprocessConfig(score_threshold=0.3)
+    export.export(ExportConfig(path=model, output=path, size=(64, 96), precision="fp32", postprocess=limits))
     with pytest.raises(OdtkError, match=r"--score-threshold 0\.05 contradicts the 0\.3"):
-        infer.check_explicit(asked, Stub())  # type: ignore[arg-type]
-    infer.check_explicit(InferConfig("m.onnx", LoaderConfig("x"), explicit=("detections",)), Stub())  # type: ignore[arg-type]
+        infer.infer(config(path, images, explicit=("score_threshold",)))
 
 
-def resolve(own: tuple[Category, ...] | None, annotated: tuple[Category, ...]) -> tuple[tuple[Category, ...], str]:
-    stub, said = Stub(), []
+def match(own: tuple[Category, ...] | None, annotated: tuple[Category, ...]) -> tuple[tuple[Category, ...], str]:
+    said: list[str] = []
+    stub = Stub()
     stub.categories = own  # type: ignore[assignment]
-    return infer.resolve_categories(stub, annotated, said.append), " ".join(said)  # type: ignore[arg-type]
+    return infer.match_categories(stub, annotated, said.append), " ".join(said)  # type: ignore[arg-type]
 
 
 def test_categories_of_the_model_and_of_the_annotations() -> None:
     cat, dog = CATEGORIES
-    assert resolve(CATEGORIES, CATEGORIES) == (CATEGORIES, "")
-    assert resolve(CATEGORIES, ()) == (CATEGORIES, "")
-    assert resolve(None, (cat, dog)) == ((cat, dog), "")
-    own, said = resolve(None, ())
+    assert match(CATEGORIES, CATEGORIES) == (CATEGORIES, "")
+    assert match(CATEGORIES, ()) == (CATEGORIES, "")
+    assert match(None, (cat, dog)) == ((cat, dog), "")
+    own, said = match(None, ())
     assert [c.id for c in own] == [0, 1] and "class indices" in said
-    own, said = resolve(CATEGORIES, (cat, Category(10, "emu")))
-    assert own == CATEGORIES and "does not know the categories 10 emu" in said and "no categories 9 dog" in said
-    with pytest.raises(OdtkError, match="Category 9 is 'dog' to the model and 'cow' in the annotations"):
-        resolve(CATEGORIES, (cat, Category(9, "cow")))
+    own, said = match(CATEGORIES, (cat, Category(10, "emu")))
+    assert own == CATEGORIES and "the model does not detect: 10 emu" in said and "not scored: 9 dog" in said
+    with pytest.raises(OdtkError, match="Category 9 is 'dog' in the model and 'cow' in the annotations"):
+        match(CATEGORIES, (cat, Category(9, "cow")))
     with pytest.raises(OdtkError, match="nothing in common"):
-        resolve(CATEGORIES, (Category(1, "cat"),))
-    with pytest.raises(OdtkError, match="2 classes and the annotations 1 categories"):
-        resolve(None, (cat,))
+        match(CATEGORIES, (Category(1, "cat"),))
+    with pytest.raises(OdtkError, match="2 classes and the annotations 1 category:"):
+        match(None, (cat,))
 
 
 def test_gather_outside_of_torch_distributed() -> None:
