@@ -1,4 +1,4 @@
-"""Time of the COCO evaluation: odtk.evaluation.evaluate beside bare pycocotools on the same detections.
+"""Time of the COCO evaluation: odtk.evaluation.evaluate and bare pycocotools on the same detections.
 
 python benchmarks/evaluation.py DETECTIONS.json --annotations JSON
 """

@@ -1,4 +1,4 @@
-"""The two loaders on real images: DALI beside the torch loader, in training (crop, flip, color) and in inference.
+"""Images per second of the two loaders, DALI and torch, in training (crop, flip, color) and in inference.
 
 python benchmarks/loaders.py --annotations JSON --images DIR
 """

@@ -1,4 +1,4 @@
-"""Batch, and the Loader that works ahead."""
+"""Batch, and the Loader that prepares batches ahead of their use."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import LoaderConfig
+from ..text import plural
 from .dataset import Dataset
 from .images import ImageError
 from .render import render
@@ -29,9 +30,10 @@ class Batch:
     """Images, boxes and labels of one step.
 
     Attributes:
-        images: float32 [N, 3, H, W], normalized RGB, zero-padded right and bottom; on ``LoaderConfig.device``.
+        images: float32 [N, 3, H, W], normalized RGB, padded with zeros at the right and the bottom; on
+            ``LoaderConfig.device``.
         boxes: float32 [N, M, 4] (x1, y1, x2, y2) or [N, M, 5] (… theta), pixels of ``images``, inclusive corners,
-            zero where there is no box, M ≥ 1; on the same device.
+            zeros where there is no box, M ≥ 1; on the same device.
         labels: int64 [N, M], index of the category, −1 where there is no box; on the same device.
         ids: int64 [N], the dataset's image ids; on the CPU.
         scales: float32 [N, 2], network pixels per image pixel (sx, sy); on the CPU.
@@ -45,22 +47,26 @@ class Batch:
 
 
 class Loader:
-    """Iterates over Batches: endlessly in training, one pass over this rank's share in inference.
+    """Iterates over Batches: without end in training, once over this rank's images in inference.
 
-    Order, geometry and boxes are the sampler's; a subclass makes the pixels of one batch (``_render``) on threads of
-    ``_pool``, ahead of their use. An image that turns out to be damaged while it is decoded (the scan before the run
-    cannot see every damage) becomes zeros without boxes, and its file is named once.
+    The sampler decides order, geometry and boxes. A subclass makes the pixels of one batch (``render_batch``); the
+    loader's threads call it ahead of their use. An image that proves damaged while it is decoded (the scan before the
+    run cannot find all damage) becomes zeros without boxes, and its file is named once.
+
+    Attributes:
+        sampler: makes the plans of the batches.
+        damaged: files that could not be decoded.
     """
 
     def __init__(self, dataset: Dataset, config: LoaderConfig, threads: int) -> None:
         self.config = config
         self.sampler = Sampler(dataset, config)
         self._threads = threads
-        self._next = 0  # number of the batch that comes next in training
-        self._damaged: set[Path] = set()
+        self._next = 0  # number of the next batch in training
+        self.damaged: set[Path] = set()
 
     def __len__(self) -> int:
-        """Batches per pass (training: per epoch, rounded up)."""
+        """Number of batches of this rank in one epoch (training, rounded up) or one pass (inference)."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -74,7 +80,7 @@ class Loader:
                 if not ahead:
                     return
                 number, prepared = ahead.popleft()
-                batch = self._batch(*prepared.result())
+                batch = self._make_batch(*prepared.result())
                 if self.config.training:
                     self._next = number + 1
                 yield batch
@@ -82,46 +88,47 @@ class Loader:
             pool.shutdown(cancel_futures=True)
 
     def state(self) -> dict[str, int]:
-        """The position after the batch last given, in images over all ranks, for a checkpoint."""
+        """The position after the last batch given, in images over all ranks, for a checkpoint."""
         return {"seen": self._next * self.config.batch * self.config.world}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue behind ``state``; with another batch or number of devices, from the last whole batch before it."""
+        """Continues after ``state``; if batch or number of ranks have changed, from the last whole batch before it."""
         self._next = int(state["seen"]) // (self.config.batch * self.config.world)
 
     def _prepare(self, number: int) -> tuple[BatchPlan, Tensor]:
         plan = self.sampler.plan(number)
-        return plan, self._render(plan)
+        return plan, self.render_batch(plan)
 
-    def _render(self, plan: BatchPlan) -> Tensor:
-        """The normalized images of a plan, float32 [N, 3, H, W], complete, on the device or the CPU."""
+    def render_batch(self, plan: BatchPlan) -> Tensor:
+        """The normalized images of a plan, float32 [N, 3, H, W], completely written, on the device or on the CPU."""
         raise NotImplementedError
 
-    def _batch(self, plan: BatchPlan, images: Tensor) -> Batch:
+    def _make_batch(self, plan: BatchPlan, images: Tensor) -> Batch:
         samples = plan.samples
         rows = max(1, *(len(sample.labels) for sample in samples))
         boxes = np.zeros((len(samples), rows, 5 if self.config.rotated else 4), dtype=np.float32)
         labels = np.full((len(samples), rows), -1, dtype=np.int64)
         for i, sample in enumerate(samples):
-            if sample.image.path not in self._damaged:
+            if sample.image.path not in self.damaged:
                 boxes[i, : len(sample.labels)] = sample.boxes
                 labels[i, : len(sample.labels)] = sample.labels
         return Batch(
-            self._to_device(images),
-            self._to_device(torch.from_numpy(boxes)),
-            self._to_device(torch.from_numpy(labels)),
+            self.to_device(images),
+            self.to_device(torch.from_numpy(boxes)),
+            self.to_device(torch.from_numpy(labels)),
             torch.tensor([sample.image.id for sample in samples], dtype=torch.int64),
             torch.tensor([sample.scale for sample in samples], dtype=torch.float32),
         )
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """The tensor on ``LoaderConfig.device``; copies from the CPU do not make the caller wait."""
         if self.config.device == "cpu" or tensor.is_cuda:
             return tensor
         return tensor.pin_memory().to(self.config.device, non_blocking=True)
 
-    def _render_with_torch(self, plan: BatchPlan) -> Tensor:
-        """The images of a plan by Pillow and PyTorch, on the CPU."""
-        # NumPy, not torch: several of these run at once, and torch would spread each over all cores.
+    def render_with_torch(self, plan: BatchPlan) -> Tensor:
+        """The normalized images of a plan, float32 [N, 3, H, W], made by Pillow and PyTorch on the CPU."""
+        # NumPy and not torch, as several of these run at once and torch would spread each over all cores.
         images = np.zeros((len(plan.samples), 3, plan.height, plan.width), dtype=np.float32)
         for i, sample in enumerate(plan.samples):
             try:
@@ -133,10 +140,10 @@ class Loader:
         return torch.from_numpy(images)
 
     def _report_damage(self, sample: Sample, error: ImageError) -> None:
-        if sample.image.path not in self._damaged:
-            self._damaged.add(sample.image.path)
+        if sample.image.path not in self.damaged:
+            self.damaged.add(sample.image.path)
             print(
                 f"Warning: {sample.image.path} (image {sample.image.id}) is replaced by zeros without boxes: {error} "
-                f"({len(self._damaged)} so far).",
+                f"({plural(len(self.damaged), 'damaged image')} so far).",
                 file=sys.stderr,
             )

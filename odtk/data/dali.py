@@ -1,11 +1,12 @@
-"""The Batches of ``loader.py`` with pixels from NVIDIA DALI: one pipeline definition for CPU and GPU.
+"""The pixel engine of NVIDIA DALI: one pipeline definition for CPU and GPU.
 
-DALI gets each image as encoded bytes together with the sampler's decisions, and does what costs time: it decodes the
-crop only (on a GPU: decoder and scaling there), scales, mirrors, turns, colors, normalizes and pads. Its own COCO
-reader is not used: it remaps category ids, and its random crop could be neither resumed nor repeated by torch.
+DALI gets the encoded bytes of each image and the sampler's decisions, and does what takes time: it decodes only the
+crop (partly on the GPU, if there is one), scales, flips, rotates, changes the color, normalizes and pads. DALI's own
+COCO reader is not used: it remaps category ids, and its random crop could not be resumed, nor repeated by the torch
+loader.
 
-Orientation by EXIF and the kinds of image that decoders read differently (``Image.plain`` is false) are few; Pillow
-decodes them, and DALI gets the pixels in a PPM envelope.
+Images to be turned by EXIF, and kinds that decoders read differently (``Image.plain`` is false), are few. Pillow
+decodes them, and DALI gets their pixels as a PPM file.
 """
 
 from __future__ import annotations
@@ -26,55 +27,56 @@ from .dataset import Dataset
 from .images import ImageError, decode
 from .sampler import BatchPlan, Sample
 
-fn: Any = dali.fn  # DALI makes operators and types while it is imported, unseen by type checkers
+fn: Any = dali.fn  # DALI makes its operators and types at import, where type checkers do not see them
 types: Any = dali.types
 
-UNTURNED = np.eye(2, 3, dtype=np.float32)
+NO_ROTATION = np.eye(2, 3, dtype=np.float32)
 
 
 class DaliLoader(Loader):
-    """DALI on ``config.workers`` threads of its own; on a GPU when ``config.device`` is one."""
+    """Makes pixels with DALI on ``config.workers`` threads of its own; on the GPU if ``config.device`` is one."""
 
     def __init__(self, dataset: Dataset, config: LoaderConfig) -> None:
-        super().__init__(dataset, config, threads=1 + PREFETCH)  # they read files; one at a time runs the pipeline
+        super().__init__(dataset, config, threads=1 + PREFETCH)  # these read files, and one at a time runs the pipeline
         augment = config.augment
-        self._turns = config.training and (augment.rotate or augment.free_rotate != (0.0, 0.0))
+        self._rotates = config.training and (augment.rotate or augment.free_rotate != (0.0, 0.0))
         self._pipeline: Any = None
         self._lock = Lock()
         self._stream = None if config.device == "cpu" else torch.cuda.Stream(config.device)
 
-    def _render(self, plan: BatchPlan) -> Tensor:
+    def render_batch(self, plan: BatchPlan) -> Tensor:
         try:
             encoded = [_encoded(sample) for sample in plan.samples]
             with self._lock:
                 return self._run(plan, encoded)
         except (ImageError, RuntimeError) as error:
-            # A damaged image spoils DALI's whole batch: torch renders the batch and names the image.
-            images = self._render_with_torch(plan)
-            if not any(sample.image.path in self._damaged for sample in plan.samples):
+            # One damaged image makes DALI fail on the batch: torch then makes the batch and names the image.
+            images = self.render_with_torch(plan)
+            if not any(sample.image.path in self.damaged for sample in plan.samples):
                 reason = str(error).strip().splitlines()[0]
-                print(f"Warning: DALI failed on a batch, which the torch loader took over: {reason}", file=sys.stderr)
+                print(f"Warning: DALI failed on a batch, so the torch loader made it: {reason}", file=sys.stderr)
             return images
 
     def _run(self, plan: BatchPlan, encoded: list[np.ndarray]) -> Tensor:
         samples = plan.samples
-        # Taken under the caller's lock, and put back when it has run: a damaged image spoils a pipeline.
+        # The caller holds the lock. The pipeline is put back only after a run without error: a damaged image spoils it.
         pipeline, self._pipeline = self._pipeline, None
         if pipeline is None:
             pipeline = self._build()
         inputs = {
             "encoded": encoded,
-            "start": _rows([sample.crop[:2] for sample in samples], np.int32),
-            "end": _rows([sample.crop[2:] for sample in samples], np.int32),
-            "size": _rows([sample.size[::-1] for sample in samples], np.float32),
-            "flip": _rows([sample.flip for sample in samples], np.int32),
+            "start": _array([sample.crop[:2] for sample in samples], np.int32),
+            "end": _array([sample.crop[2:] for sample in samples], np.int32),
+            "size": _array([sample.size[::-1] for sample in samples], np.float32),
+            "flip": _array([sample.flip for sample in samples], np.int32),
             "color": np.stack([sample.color for sample in samples]),
             "height": np.full(len(samples), plan.height, dtype=np.float32),
             "width": np.full(len(samples), plan.width, dtype=np.float32),
         }
-        if self._turns:
-            inputs["turn"] = np.stack([UNTURNED if sample.turn is None else sample.turn for sample in samples])
-            inputs["canvas"] = _rows([sample.canvas[::-1] for sample in samples], np.float32)
+        if self._rotates:
+            rotations = [NO_ROTATION if sample.rotation is None else sample.rotation for sample in samples]
+            inputs["rotation"] = np.stack(rotations)
+            inputs["canvas"] = _array([sample.canvas[::-1] for sample in samples], np.float32)
         with torch.cuda.stream(self._stream):  # no effect without a stream
             (output,) = pipeline.run(**inputs)
             images = to_torch_tensor(output.as_tensor(), copy=True)
@@ -83,27 +85,27 @@ class DaliLoader(Loader):
         self._pipeline = pipeline
         return images
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
+    def to_device(self, tensor: Tensor) -> Tensor:
         if self._stream is not None and tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))  # made on another stream
-        return super()._to_device(tensor)
+        return super().to_device(tensor)
 
     def _build(self) -> Any:
         pipeline = _pipeline(
-            self._turns,
+            self._rotates,
             gpu=self._stream is not None,
             batch_size=self.config.batch,
             num_threads=max(1, self.config.workers),
             device_id=None if self._stream is None else self._stream.device_index,
-            prefetch_queue_depth=1,  # the loader's own thread works ahead
+            prefetch_queue_depth=1,  # the loader's own threads work ahead
         )
         pipeline.build()
         return pipeline
 
 
 @dali.pipeline_def
-def _pipeline(turns: bool, gpu: bool) -> Any:
-    """Encoded images and decisions → float32 [3, height, width], zero-padded. The inputs are named in ``_run``."""
+def _pipeline(rotates: bool, gpu: bool) -> Any:
+    """Encoded images and decisions → float32 [3, height, width], padded with zeros; ``_run`` names the inputs."""
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
     end = fn.external_source(name="end", dtype=types.INT32, ndim=1)
@@ -125,10 +127,10 @@ def _pipeline(turns: bool, gpu: bool) -> Any:
     images = fn.resize(images, size=size, dtype=types.FLOAT)  # bilinear, antialiased, like Pillow
     images = fn.flip(images, horizontal=flip)
     images = fn.coord_transform(images, MT=color)
-    if turns:
-        turn = fn.external_source(name="turn", dtype=types.FLOAT, ndim=2)
+    if rotates:
+        rotation = fn.external_source(name="rotation", dtype=types.FLOAT, ndim=2)
         canvas = fn.external_source(name="canvas", dtype=types.FLOAT, ndim=1)
-        images = fn.warp_affine(images, matrix=turn, size=canvas, fill_value=0)
+        images = fn.warp_affine(images, matrix=rotation, size=canvas, fill_value=0)
     return fn.crop_mirror_normalize(
         images,
         crop_h=height,
@@ -144,12 +146,17 @@ def _pipeline(turns: bool, gpu: bool) -> Any:
     )
 
 
-def _rows(values: list[Any], kind: Any) -> np.ndarray:
-    return np.array(values, dtype=kind)
+def _array(values: list[Any], dtype: Any) -> np.ndarray:
+    """One row per sample, as DALI takes it."""
+    return np.array(values, dtype=dtype)
 
 
 def _encoded(sample: Sample) -> np.ndarray:
-    """The bytes of an image file, or of a PPM of its pixels where Pillow has to decode it; uint8 [bytes]."""
+    """The bytes of an image file, or of a PPM file of its pixels if Pillow has to decode it; uint8 [bytes].
+
+    Raises:
+        ImageError: the file cannot be read or decoded.
+    """
     image = sample.image
     if image.plain:
         try:

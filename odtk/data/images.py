@@ -1,15 +1,16 @@
-"""One image file: its header, the rules for unusual kinds, its pixels. The file itself is never written.
+"""One image file: its header, its pixels, and the rules for unusual kinds. Files are only read.
 
-Every kind of image becomes RGB of 8 bits by one of these rules (spec §3):
+Every kind of image becomes 8-bit RGB by one of these rules:
 
   grayscale   the gray value is used for R, G and B
-  CMYK        converted by Pillow's formula (R = 255 − min(255, C + K), inverted Adobe files included)
+  CMYK        converted by Pillow's formula (R = 255 − min(255, C + K)), inverted Adobe files too
   palette     each index becomes its palette color
   alpha       the alpha channel is dropped, the color under it is kept
   16-bit      the high byte is kept
   animation   the first frame is used
-  EXIF        see ``dataset.py``: the annotated size decides whether an image is turned
-  truncated   refused before the run starts; damage found only while decoding gives ``ImageError``
+  EXIF        turned or not as coco.py decides by the annotated size
+
+A truncated file is refused before the run starts; damage that shows only while decoding raises ``ImageError``.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ import numpy as np
 from PIL import Image as PILImage
 
 EXTENSIONS = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-EXIF_ORIENTATION = 0x0112
+EXIF_ORIENTATION = 0x0112  # the tag
+SCAN_THREADS = 16  # reading headers waits for the disk, not for the processor
 PNG_BIT_DEPTH_AT = 24  # offset in the file: signature 8, chunk length 4, "IHDR" 4, width 4, height 4
 
-# EXIF orientation (2…8) → what Pillow does to show the image upright; 1 and unknown values change nothing.
+# EXIF orientation (2…8) → how Pillow shows the image upright; 1 and unknown values change nothing.
 UPRIGHT = {
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
     3: PILImage.Transpose.ROTATE_180,
@@ -46,13 +48,13 @@ class ImageError(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes of an image file say.
+    """What an image file says about itself before it is decoded.
 
     Attributes:
         width, height: of the stored raster in pixels, before any turn by EXIF.
         orientation: EXIF orientation 1…8; 1 is upright.
-        plain: an 8-bit RGB or grayscale JPEG or PNG, which any decoder reads alike.
-        rule: the rule that makes this kind of image RGB of 8 bits; empty where none is needed.
+        plain: an 8-bit RGB or grayscale JPEG or PNG, which every decoder reads alike.
+        rule: the rule by which this kind of image becomes 8-bit RGB; empty where none is needed.
     """
 
     width: int
@@ -63,10 +65,10 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Size, orientation and kind of an image, without decoding it.
+    """The size, orientation and kind of an image, without decoding it.
 
     Raises:
-        ImageError: the file is missing, empty, truncated (JPEG, PNG) or of no known format.
+        ImageError: the file is missing, empty, truncated (JPEG and PNG) or not an image of a known format.
     """
     try:
         with PILImage.open(path) as image:
@@ -83,7 +85,7 @@ def read_header(path: Path) -> Header:
         raise ImageError("the file is missing") from None
     except ImageError:
         raise
-    except Exception as error:  # Pillow's plugins raise almost anything on damaged files
+    except Exception as error:  # Pillow's plugins raise almost any exception on damaged files
         raise ImageError(_reason(error)) from error
 
 
@@ -91,7 +93,7 @@ def decode(path: Path, orientation: int = 1) -> np.ndarray:
     """The pixels of an image, uint8 [H, W, 3] RGB, turned by the given EXIF orientation.
 
     Raises:
-        ImageError: the file cannot be decoded to its end.
+        ImageError: the file cannot be decoded completely.
     """
     try:
         with PILImage.open(path) as image:
@@ -104,9 +106,10 @@ def decode(path: Path, orientation: int = 1) -> np.ndarray:
 
 
 def _to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """An image of any kind as 8-bit RGB, by the rules above."""
     if image.mode == "F":
-        raise ImageError("pixels of type float have no known range")
-    if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion would clip it to white
+        raise ImageError("its pixels are floats, whose range is not known")
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips to white
         high_byte = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
         image = PILImage.fromarray(high_byte)
     if image.mode == "P" and "transparency" in image.info:
@@ -115,7 +118,7 @@ def _to_rgb(image: PILImage.Image) -> PILImage.Image:
 
 
 def _orientation(image: PILImage.Image) -> int:
-    # Pillow turns TIFF by itself; a PNG may keep EXIF behind its pixels, where getexif() would decode it all.
+    # Pillow turns TIFF itself. A PNG may have EXIF after its pixels, where getexif() would decode the whole image.
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
     orientation = image.getexif().get(EXIF_ORIENTATION, 1)
@@ -130,6 +133,7 @@ def _bit_depth(path: Path, image: PILImage.Image) -> int:
 
 
 def _rule(image: PILImage.Image, depth: int) -> str:
+    """The sentence of the rule that applies to an image of ``depth`` bits per channel."""
     if getattr(image, "is_animated", False) and image.format != "MPO":
         return "animation: the first frame is used"
     if image.mode == "CMYK":
@@ -146,11 +150,11 @@ def _rule(image: PILImage.Image, depth: int) -> str:
 
 
 def _check_end(path: Path, kind: str) -> None:
-    """Refuse a JPEG without its end-of-image marker and a PNG without its last chunk."""
+    """Refuses a JPEG without its end-of-image marker and a PNG without its last chunk."""
     if kind not in ("JPEG", "MPO", "PNG"):
         return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        # In a JPEG bytes may follow the end marker (maker notes, padding), and thumbnails with one precede the scan.
+        # In a JPEG, bytes may follow the end marker (maker notes, padding), and a thumbnail before the scan has one.
         last, after = (b"IEND", 0) if kind == "PNG" else (b"\xff\xd9", _start_of_scan(data))
         whole = data.rfind(last) > after
     if not whole:
@@ -158,7 +162,7 @@ def _check_end(path: Path, kind: str) -> None:
 
 
 def _start_of_scan(data: mmap.mmap) -> int:
-    """Offset of the first SOS marker of a JPEG (ITU-T T.81, annex B.1), or its length where there is none."""
+    """Offset of a JPEG's first start-of-scan marker (ITU-T T.81, annex B.1); the file's length where there is none."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -169,16 +173,15 @@ def _start_of_scan(data: mmap.mmap) -> int:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).split(": ")[0] if isinstance(error, PILImage.UnidentifiedImageError) else str(error)
-    if isinstance(error, PILImage.UnidentifiedImageError):
-        text = "not an image of a known format"
+    """The sentence for an exception of Pillow."""
+    unidentified = isinstance(error, PILImage.UnidentifiedImageError)
+    text = "not an image of a known format" if unidentified else str(error)
     return f"the image cannot be read ({text or type(error).__name__})"
 
 
-SCAN_THREADS = 16  # headers are read from disk, not computed
-
-
 def read_headers(paths: Sequence[Path]) -> list[Header | ImageError]:
+    """The header of each file, or the reason why it cannot be used; read by several threads."""
+
     def header(path: Path) -> Header | ImageError:
         try:
             return read_header(path)

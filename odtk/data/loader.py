@@ -1,4 +1,4 @@
-"""Which of the two pixel engines reads a dataset."""
+"""Chooses the pixel engine: DALI or torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .torch_loader import TorchLoader
 
 
 def create_loader(dataset: Dataset, config: LoaderConfig) -> Loader:
-    """The loader that ``config.loader`` names; torch's, with a printed line, where DALI cannot be used.
+    """The loader that ``config.loader`` names; if DALI is not installed, the torch loader, with a printed line.
 
-    The dataset's counted warnings are printed by rank 0.
+    Rank 0 prints the dataset's counted warnings.
 
     Raises:
-        OdtkError: an unknown loader, or settings that contradict each other.
+        OdtkError: an unknown loader, no images, or settings that contradict each other.
     """
     if config.rank == 0:
         for warning in dataset.warnings():

@@ -1,4 +1,4 @@
-"""The pixels of one image as the sampler decided them, by Pillow and torch."""
+"""The pixels of one image, made as the sampler decided, by Pillow and torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sampler import Sample
 
 
 def render(sample: Sample) -> np.ndarray:
-    """The normalized pixels of a sample, float32 [3, height, width] of its canvas.
+    """The normalized pixels of a sample, float32 [3, H, W] with the height and width of its canvas.
 
     Raises:
         ImageError: the file cannot be decoded.
@@ -24,13 +24,13 @@ def render(sample: Sample) -> np.ndarray:
     if sample.flip:
         pixels = pixels[:, ::-1]
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)  # [H, W, 3] → [3, H, W]
-    # einsum and not @, whose BLAS threads would wait for each other
+    # einsum and not @, as the threads of BLAS would wait for each other
     image = np.einsum("ij,jhw->ihw", sample.color[:, :3], planes) + sample.color[:, 3:, None]
-    return image if sample.turn is None else _turn(image, sample.turn, sample.canvas)
+    return image if sample.rotation is None else _rotate(image, sample.rotation, sample.canvas)
 
 
-def _turn(image: np.ndarray, matrix: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
-    """Bilinear sampling of image [3, h, w] at matrix [2, 3] · (x, y, 1) for each pixel center of the canvas."""
+def _rotate(image: np.ndarray, matrix: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
+    """Samples image [3, h, w] bilinearly at matrix [2, 3] · (x, y, 1) for each pixel center of the canvas (w, h)."""
     size = torch.tensor([image.shape[2], image.shape[1]])
     x, y = torch.arange(canvas[0]) + 0.5, torch.arange(canvas[1]) + 0.5
     points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(canvas[1], canvas[0])], dim=-1)

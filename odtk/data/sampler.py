@@ -1,14 +1,14 @@
-"""Decides everything about each image of each batch; the loaders only turn the decisions into pixels.
+"""Decides everything about each image of each batch; the loaders only produce the pixels.
 
-A decision depends on (seed, epoch, image) alone, never on what ran before, so both loaders give the same boxes and a
-resumed run gives the batches it would have had.
+A decision depends on (seed, epoch, image) alone and never on what ran before. So both loaders give the same boxes, and
+a resumed run gives the batches that it would have given without the interruption.
 
-Order in training: the epochs' permutations follow each other as one endless stream; global batch k takes the next
-batch × world images of it, and rank r the r-th part of those. Each image comes once per epoch over all ranks, batches
-may span two epochs, and every rank has the same number of batches. In inference rank r has images r, r + world, ….
+Order in training: the epochs' permutations form one endless stream. Global batch k takes the next batch × world images
+of it, and rank r takes the r-th part of those. Each image comes once per epoch over all ranks, a batch may span two
+epochs, and every rank has the same number of batches. In inference rank r takes the images r, r + world, ….
 
-Geometry of an image: crop → scale → flip → turn → pad right and bottom. All of it but the padding is one affine map of
-continuous coordinates (pixel i covers [i, i + 1]) from the image to the network's input.
+Geometry of an image: crop → scale → flip → rotate → pad at the right and the bottom. All of it but the padding is one
+affine map of continuous coordinates (pixel i covers [i, i + 1]) from the image to the network's input.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from ..config import AugmentConfig, LoaderConfig, OdtkError
 from .dataset import Dataset
 from .records import Image
 
-# Streams of random numbers that must not meet: the second word of each generator's seed.
+# The second word of each generator's seed, so that the three streams of random numbers are independent.
 ORDER, BATCH, IMAGE = range(3)
 
-CROP_IOUS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None keeps the whole image; SSD §2.2
-CROP_SIDES = (0.3, 1.0)  # of the image's sides
-CROP_ASPECTS = (0.75, 4 / 3)  # relative to the image's; narrow, for less padding in a batch (SSD: 0.5 to 2)
+CROP_IOUS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None keeps the whole image; from section 2.2 of the SSD paper
+CROP_SIDES = (0.3, 1.0)  # relative to the image's sides
+CROP_ASPECTS = (0.75, 4 / 3)  # relative to the image's; narrower than SSD's 0.5 to 2, for less padding in a batch
 CROP_CANDIDATES = 50
-MIN_SIDE = 1.0  # pixels of the network's input; smaller boxes are dropped in training
+MIN_SIDE = 1.0  # in pixels of the network's input; a box with a shorter side is dropped in training
 
-# RGB to YIQ (luma and chroma, NTSC): hue is a turn of the IQ plane, saturation its scale.
+# RGB to YIQ (luma and chroma, NTSC): hue rotates the IQ plane, saturation scales it.
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What happens to one image.
+    """What is to be done with one image.
 
     Attributes:
-        image: the record.
-        crop: x1, y1, x2, y2 in pixels of the image, x2 and y2 exclusive.
-        size: width, height in pixels to which the crop is scaled.
-        flip: mirrored left to right after scaling.
-        color: float32 [3, 4]; normalized RGB = color · (R, G, B, 1), R, G, B in 0…255.
-        turn: float32 [2, 3] from output to scaled image in continuous coordinates, or None.
-        canvas: width, height in pixels after the turn.
+        image: the image and its boxes in the dataset.
+        crop: (x1, y1, x2, y2) in pixels of the image, x2 and y2 exclusive.
+        size: (width, height) in pixels to which the crop is scaled.
+        flip: mirror left to right after scaling.
+        color: float32 [3, 4]; normalized RGB = color · (R, G, B, 1) with R, G, B in 0…255.
+        rotation: float32 [2, 3], the map from the rotated to the scaled image in continuous coordinates, or None.
+        canvas: (width, height) in pixels after the rotation.
         boxes: float32 [n, 4] (x1, y1, x2, y2) or [n, 5] (… theta), pixels of the network's input, inclusive corners.
-        labels: int64 [n].
+        labels: int64 [n], index of the category.
         scale: (sx, sy), network pixels per image pixel.
     """
 
@@ -61,7 +61,7 @@ class Sample:
     size: tuple[int, int]
     flip: bool
     color: np.ndarray
-    turn: np.ndarray | None
+    rotation: np.ndarray | None
     canvas: tuple[int, int]
     boxes: np.ndarray
     labels: np.ndarray
@@ -70,7 +70,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The samples of one batch and the height and width (multiples of the stride) to which they are padded."""
+    """The samples of one batch, and the height and width (pixels, multiples of the stride) that they are padded to."""
 
     samples: list[Sample]
     height: int
@@ -78,30 +78,34 @@ class BatchPlan:
 
 
 class Sampler:
-    """Plans of batches by their number, for one rank."""
+    """Makes the plan of any batch of one rank from its number.
+
+    Raises:
+        OdtkError: no images, or settings that contradict each other.
+    """
 
     def __init__(self, dataset: Dataset, config: LoaderConfig) -> None:
-        _check(dataset, config)
+        _check_settings(dataset, config)
         self.dataset, self.config = dataset, config
         self._permutation = lru_cache(maxsize=2)(self._shuffle)
 
     def __len__(self) -> int:
-        """Batches per pass of this rank."""
+        """Number of batches of this rank in one epoch (training, rounded up) or one pass (inference)."""
         config = self.config
         if config.training:
             return math.ceil(len(self.dataset.images) / (config.batch * config.world))
         return math.ceil(len(range(config.rank, len(self.dataset.images), config.world)) / config.batch)
 
     def plan(self, number: int) -> BatchPlan:
-        """Batch ``number`` from 0: of the endless stream in training, below ``len()`` in inference."""
+        """The plan of batch ``number``, counted from 0: without end in training, below ``len()`` in inference."""
         config = self.config
         if config.training:
             target = int(self._generator(BATCH, number).integers(config.jitter[0], config.jitter[1] + 1))
-            samples = [self._augmented(epoch, index, target) for epoch, index in self._stream(number)]
+            samples = [self._augmented_sample(epoch, index, target) for epoch, index in self._stream(number)]
         else:
             first = config.rank + number * config.batch * config.world
             indices = range(first, len(self.dataset.images), config.world)[: config.batch]
-            samples = [self._plain(self.dataset.images[index]) for index in indices]
+            samples = [self._plain_sample(self.dataset.images[index]) for index in indices]
         if config.size is not None and not config.training:
             return BatchPlan(samples, *config.size)
         widths, heights = zip(*(sample.canvas for sample in samples), strict=True)
@@ -114,43 +118,43 @@ class Sampler:
         return self._generator(ORDER, epoch).permutation(len(self.dataset.images))
 
     def _stream(self, number: int) -> Iterator[tuple[int, int]]:
-        """(epoch, image index) of this rank's part of global batch ``number``."""
+        """(epoch, index into the images) for each place of this rank's part of global batch ``number``."""
         config, count = self.config, len(self.dataset.images)
         first = (number * config.world + config.rank) * config.batch
         for position in range(first, first + config.batch):
             epoch, place = divmod(position, count)
             yield epoch, int(self._permutation(epoch)[place])
 
-    def _plain(self, image: Image) -> Sample:
+    def _plain_sample(self, image: Image) -> Sample:
         config = self.config
         if config.size is not None:
             scale = min(config.size[0] / image.height, config.size[1] / image.width)
         else:
-            scale = _shorter_side(image.width, image.height, config.resize, config.max_size)
+            scale = _resize_scale(image.width, image.height, config.resize, config.max_size)
         crop = (0, 0, image.width, image.height)
-        return self._sample(image, crop, scale, False, 0, 0.0, np.eye(3, 4), image.boxes, image.labels)
+        return self._make_sample(image, crop, scale, False, 0, 0.0, np.eye(3, 4), image.boxes, image.labels)
 
-    def _augmented(self, epoch: int, index: int, target: int) -> Sample:
+    def _augmented_sample(self, epoch: int, index: int, target: int) -> Sample:
         image, augment = self.dataset.images[index], self.config.augment
         generator = self._generator(IMAGE, epoch, index)
         flip = bool(generator.random() < augment.flip)
-        quarters = int(generator.integers(4)) if augment.rotate else 0
+        quarter_turns = int(generator.integers(4)) if augment.rotate else 0
         degrees = float(generator.uniform(*augment.free_rotate))
         color = color_matrix(generator, augment)
         crops = generator.random() < augment.crop
         crop = random_crop(generator, image) if crops else (0, 0, image.width, image.height)
         inside = _centers_inside(image.boxes, crop)
-        scale = _shorter_side(crop[2] - crop[0], crop[3] - crop[1], target, self.config.max_size)
+        scale = _resize_scale(crop[2] - crop[0], crop[3] - crop[1], target, self.config.max_size)
         boxes, labels = _clip(image.boxes[inside], crop), image.labels[inside]
-        return self._sample(image, crop, scale, flip, quarters, math.radians(degrees), color, boxes, labels)
+        return self._make_sample(image, crop, scale, flip, quarter_turns, math.radians(degrees), color, boxes, labels)
 
-    def _sample(
+    def _make_sample(
         self,
         image: Image,
         crop: tuple[int, int, int, int],
         scale: float,
         flip: bool,
-        quarters: int,
+        quarter_turns: int,
         angle: float,
         color: np.ndarray,
         boxes: np.ndarray,
@@ -160,53 +164,55 @@ class Sampler:
         width, height = crop[2] - crop[0], crop[3] - crop[1]
         size = max(1, round(width * scale)), max(1, round(height * scale))
         sx, sy = size[0] / width, size[1] / height
-        forward = np.array([[sx, 0, -crop[0] * sx], [0, sy, -crop[1] * sy], [0, 0, 1]])
+        to_network = np.array([[sx, 0, -crop[0] * sx], [0, sy, -crop[1] * sy], [0, 0, 1]])
         if flip:
-            forward = np.array([[-1, 0, size[0]], [0, 1, 0], [0, 0, 1]]) @ forward
-        turn, canvas = None, size
-        angle += quarters * math.pi / 2
+            to_network = np.array([[-1, 0, size[0]], [0, 1, 0], [0, 0, 1]]) @ to_network
+        to_scaled, canvas = None, size
+        angle += quarter_turns * math.pi / 2
         if angle:
-            canvas = size[::-1] if quarters % 2 else size
-            rotation = _rotation(angle, size, canvas)
-            forward = rotation @ forward
-            turn = np.linalg.inv(rotation)[:2].astype(np.float32)
-        boxes = _move(boxes, forward, (sx, sy), flip, angle)
+            canvas = size[::-1] if quarter_turns % 2 else size
+            rotation = _rotation_matrix(angle, size, canvas)
+            to_network = rotation @ to_network
+            to_scaled = np.linalg.inv(rotation)[:2].astype(np.float32)
+        boxes = _transform_boxes(boxes, to_network, (sx, sy), flip, angle)
         if config.training:
-            boxes, labels = _keep(boxes, labels, canvas)
+            boxes, labels = _keep_visible(boxes, labels, canvas)
         return Sample(
             image,
             crop,
             size,
             flip,
-            _normalized(color, config),
-            turn,
+            _with_normalization(color, config),
+            to_scaled,
             canvas,
-            _corners(boxes, config.absolute_angle),
+            _to_inclusive_corners(boxes, config.absolute_angle),
             labels,
             (sx, sy),
         )
 
 
-def _check(dataset: Dataset, config: LoaderConfig) -> None:
+def _check_settings(dataset: Dataset, config: LoaderConfig) -> None:
     if not dataset.images:
         raise OdtkError(f"There are no images to load from {config.images}.")
     if config.size is not None and any(side % config.stride for side in config.size):
-        raise OdtkError(f"--size {config.size[0]} {config.size[1]} must be multiples of the stride {config.stride}.")
+        height, width = config.size
+        raise OdtkError(f"--size {height} {width}: both sides must be multiples of the stride {config.stride}.")
     if config.jitter[0] > config.jitter[1]:
-        raise OdtkError(f"--jitter {config.jitter[0]} {config.jitter[1]}: the first must not exceed the second.")
+        raise OdtkError(f"--jitter {config.jitter[0]} {config.jitter[1]}: the first number must not exceed the second.")
 
 
 def round_up(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """The size, px, with each side at least as large and a multiple of the stride."""
+    """A size in pixels with each side rounded up to a multiple of the stride."""
     return -(-size[0] // stride) * stride, -(-size[1] // stride) * stride
 
 
-def _shorter_side(width: int, height: int, target: int, cap: int) -> float:
+def _resize_scale(width: int, height: int, target: int, cap: int) -> float:
+    """The factor that makes the shorter side ``target``, or the longer side ``cap`` if that is less. Pixels."""
     return min(target / min(width, height), cap / max(width, height))
 
 
-def _hull(boxes: np.ndarray) -> np.ndarray:
-    """Smallest upright boxes [n, 4] (x1, y1, x2, y2), continuous, around boxes [n, 4|5] (x, y, w, h, theta)."""
+def _enclosing_boxes(boxes: np.ndarray) -> np.ndarray:
+    """Smallest axis-aligned boxes [n, 4] (x1, y1, x2, y2), continuous, around boxes [n, 4|5] (x, y, w, h, theta)."""
     center, half = boxes[:, :2] + boxes[:, 2:4] / 2, boxes[:, 2:4] / 2
     if boxes.shape[1] == 5:
         cos, sin = np.abs(np.cos(boxes[:, 4])), np.abs(np.sin(boxes[:, 4]))
@@ -215,26 +221,27 @@ def _hull(boxes: np.ndarray) -> np.ndarray:
 
 
 def _centers_inside(boxes: np.ndarray, crop: tuple[float, float, float, float]) -> np.ndarray:
-    """Mask [n] of boxes [n, 4|5] (x, y, w, h, …) whose center lies in a crop (x1, y1, x2, y2)."""
+    """Mask [n]: whether the center of each box [n, 4|5] (x, y, w, h, …) is inside a crop (x1, y1, x2, y2)."""
     center = boxes[:, :2] + boxes[:, 2:4] / 2
     return np.all((center >= crop[:2]) & (center < crop[2:]), axis=1)
 
 
 def random_crop(generator: np.random.Generator, image: Image) -> tuple[int, int, int, int]:
-    """A window (x1, y1, x2, y2; x2, y2 exclusive) that keeps the center of at least one box.
+    """A window (x1, y1, x2, y2; x2, y2 exclusive) in pixels of the image that keeps the center of at least one box.
 
-    SSD, https://arxiv.org/abs/1512.02325 §2.2: the window has at least a drawn IoU with some box; where 50 windows do
-    not, another IoU is drawn. An image without boxes is kept whole.
+    The method is SSD's (https://arxiv.org/abs/1512.02325, section 2.2): a minimum IoU is drawn, and the window must
+    overlap some box by it. If none of 50 random windows does, another IoU is drawn. Without boxes, the window is the
+    whole image.
     """
     whole = (0, 0, image.width, image.height)
     if not len(image.boxes):
         return whole
-    hull = _hull(image.boxes)
+    hull = _enclosing_boxes(image.boxes)
     for threshold in generator.permutation(len(CROP_IOUS)):
         least = CROP_IOUS[threshold]
         if least is None:
             return whole
-        windows = _windows(generator, image.width, image.height)
+        windows = _candidate_windows(generator, image.width, image.height)
         keeps = (_iou(windows, hull) >= least) & _holds_center(windows, hull)
         good = np.flatnonzero(keeps.any(axis=1))
         if len(good):
@@ -243,8 +250,8 @@ def random_crop(generator: np.random.Generator, image: Image) -> tuple[int, int,
     return whole
 
 
-def _windows(generator: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Candidate windows int64 [k, 4] (x1, y1, x2, y2), all of an allowed aspect."""
+def _candidate_windows(generator: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Random windows int64 [k, 4] (x1, y1, x2, y2) in pixels, only those with an allowed aspect ratio."""
     sides = generator.uniform(*CROP_SIDES, (CROP_CANDIDATES, 2))
     aspect = sides[:, 0] / sides[:, 1]
     sides = sides[(aspect >= CROP_ASPECTS[0]) & (aspect <= CROP_ASPECTS[1])]
@@ -263,15 +270,17 @@ def _iou(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def _holds_center(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Mask [k, n]: whether each window [k, 4] contains the center of each box [n, 4], both (x1, y1, x2, y2)."""
     center = (boxes[:, :2] + boxes[:, 2:]) / 2  # [n, 2]
     return np.all((center >= windows[:, None, :2]) & (center < windows[:, None, 2:]), axis=2)  # [k, n]
 
 
 def color_matrix(generator: np.random.Generator, augment: AugmentConfig) -> np.ndarray:
-    """A random change of color as [3, 4]: changed RGB = matrix · (R, G, B, 1), values in 0…255.
+    """A random change of color as a matrix [3, 4]: changed RGB = matrix · (R, G, B, 1), values in 0…255.
 
-    Saturation scales and hue turns the chroma (YIQ); contrast scales about 128; brightness scales all. The factors are
-    normal about 1, never below 0; hue is normal about 0, in turns of the color circle.
+    Saturation scales the chroma (IQ of YIQ) and hue rotates it; contrast scales about 128; brightness scales all.
+    These three factors are normally distributed about 1 and clipped at 0. Hue is normally distributed about 0, and 1
+    is a full turn of the color circle.
     """
     brightness, contrast, saturation = np.maximum(
         generator.normal(1, (augment.brightness, augment.contrast, augment.saturation)), 0
@@ -284,35 +293,37 @@ def color_matrix(generator: np.random.Generator, augment: AugmentConfig) -> np.n
     return np.concatenate([matrix, offset], axis=1)
 
 
-def _normalized(color: np.ndarray, config: LoaderConfig) -> np.ndarray:
-    """The color matrix [3, 4] followed by (value / 255 − mean) / std, float32."""
+def _with_normalization(color: np.ndarray, config: LoaderConfig) -> np.ndarray:
+    """A color matrix [3, 4] with the normalization (value / 255 − mean) / std applied after it, float32."""
     mean, std = np.array(config.mean), np.array(config.std)
     matrix = color / (255 * std[:, None])
     matrix[:, 3] -= mean / std
     return matrix.astype(np.float32)
 
 
-def _rotation(angle: float, size: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
-    """Anticlockwise turn (y down) of an image of ``size`` about its center into ``canvas``, [3, 3]."""
+def _rotation_matrix(angle: float, size: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
+    """Affine map [3, 3] that rotates an image of ``size`` anticlockwise (y down) about its center into ``canvas``."""
     cos, sin = round(math.cos(angle), 12), round(math.sin(angle), 12)  # quarter turns map pixels onto pixels
     matrix = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
     matrix[:2, 2] = np.array(canvas) / 2 - matrix[:2, :2] @ (np.array(size) / 2)
     return matrix
 
 
-def _move(boxes: np.ndarray, forward: np.ndarray, scale: tuple[float, float], flip: bool, angle: float) -> np.ndarray:
-    """Boxes [n, 4|5] (x, y, w, h, theta) under an affine map [3, 3]; an upright box becomes the hull of its image."""
-    center = (boxes[:, :2] + boxes[:, 2:4] / 2) @ forward[:2, :2].T + forward[:2, 2]
+def _transform_boxes(
+    boxes: np.ndarray, affine: np.ndarray, scale: tuple[float, float], flip: bool, angle: float
+) -> np.ndarray:
+    """Boxes [n, 4|5] (x, y, w, h, theta) after an affine map [3, 3]; without theta, the box around the mapped one."""
+    center = (boxes[:, :2] + boxes[:, 2:4] / 2) @ affine[:2, :2].T + affine[:2, 2]
     if boxes.shape[1] == 4:
-        size = boxes[:, 2:] @ np.abs(forward[:2, :2]).T
+        size = boxes[:, 2:] @ np.abs(affine[:2, :2]).T
         return np.concatenate([center - size / 2, size], axis=1)
     size = boxes[:, 2:4] * scale
     theta = (-boxes[:, 4] if flip else boxes[:, 4]) + angle
     return np.concatenate([center - size / 2, size, theta[:, None]], axis=1)
 
 
-def _keep(boxes: np.ndarray, labels: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes [n, 4|5] (x, y, w, h, …) with their center on the canvas, clipped to it, of sides of a pixel or more."""
+def _keep_visible(boxes: np.ndarray, labels: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes [n, 4|5] (x, y, w, h, …) whose center is on the canvas, clipped to it, without those below MIN_SIDE."""
     inside = _centers_inside(boxes, (0, 0, *canvas))
     boxes, labels = _clip(boxes[inside], (0, 0, *canvas)), labels[inside]
     large = (boxes[:, 2:4] >= MIN_SIDE).all(axis=1)
@@ -320,7 +331,7 @@ def _keep(boxes: np.ndarray, labels: np.ndarray, canvas: tuple[int, int]) -> tup
 
 
 def _clip(boxes: np.ndarray, window: tuple[float, float, float, float]) -> np.ndarray:
-    """Boxes [n, 4] (x, y, w, h) cut at a window (x1, y1, x2, y2); rotated ones [n, 5] as they are."""
+    """Boxes [n, 4] (x, y, w, h) clipped to a window (x1, y1, x2, y2); rotated boxes [n, 5] unchanged."""
     if boxes.shape[1] == 5:
         return boxes
     low = np.maximum(boxes[:, :2], window[:2])
@@ -328,8 +339,8 @@ def _clip(boxes: np.ndarray, window: tuple[float, float, float, float]) -> np.nd
     return np.concatenate([low, high - low], axis=1)
 
 
-def _corners(boxes: np.ndarray, absolute: bool) -> np.ndarray:
-    """Boxes [n, 4|5] (x, y, w, h, theta) in the convention of ``boxes.py``, float32."""
+def _to_inclusive_corners(boxes: np.ndarray, absolute: bool) -> np.ndarray:
+    """Boxes [n, 4|5] (x, y, w, h, theta) as (x1, y1, x2, y2, theta) with inclusive corners (see boxes.py), float32."""
     corners = coco_to_corners(torch.from_numpy(boxes))
     if boxes.shape[1] == 5:
         corners = normalize_angle(corners, absolute=absolute)

@@ -1,7 +1,7 @@
-"""Draws a small COCO-format dataset of shapes, so that everything can be tried with no download.
+"""Draws a small dataset of shapes in COCO format, so that everything can be tried without a download.
 
-Shapes of random color, size and turn lie on uneven, noisy backgrounds; their boxes are exact. With ``rotated`` the
-shapes are elongated and their boxes carry the turn: [x, y, w, h, theta], theta anticlockwise in radians.
+Shapes of random color, size and angle lie on uneven, noisy backgrounds; their boxes are exact. With ``rotated`` the
+shapes are elongated and their boxes are [x, y, w, h, theta], theta anticlockwise in radians.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from PIL import ImageDraw
 
 from ..config import OdtkError
 
-SIDES = (0.18, 0.45)  # of the image's shorter side; log-uniform
+SIDES = (0.18, 0.45)  # relative to the image's shorter side; log-uniform
 ELONGATION = (0.4, 0.65)  # height over width of a rotated shape
-OBJECTS = (2, 7)  # tried per image
-OVERLAP = 0.1  # largest share of the smaller of two boxes that may be covered
-SMOOTHING = 3  # shapes are drawn this much larger, then reduced, for smooth edges
+OBJECTS = (2, 7)  # attempts per image
+OVERLAP = 0.1  # largest part of the smaller of two boxes that the other may cover
+SMOOTHING = 3  # shapes are drawn this many times larger and then reduced, for smooth edges
 JPEG_QUALITY = 90
-CREATOR = "odtk synth"  # in the JSON's info: these files may be drawn anew
+CREATOR = "odtk synth"  # in the JSON's "info": marks the files that may be drawn again
 
 
 def _regular(corners: int, inner: float = 1.0) -> np.ndarray:
-    """A polygon of ``corners`` points with every second radius ``inner``: regular polygons, circles and stars."""
+    """Points [corners, 2] on the unit circle, every second at radius ``inner``: regular polygons, circles, stars."""
     angle = 2 * math.pi * np.arange(corners) / corners - math.pi / 2
     radius = np.where(np.arange(corners) % 2 == 0, 1.0, inner)[:, None]
     return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-# Outlines [corners, 2]; scaled to a box of sides 1 about the origin by _unit.
+# Outlines [corners, 2] (x, y), y down; _place scales them to a box with sides of 1.
 SHAPES = {
     "circle": _regular(48),
     "square": np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]),
@@ -49,7 +49,7 @@ SHAPES = {
 }
 ROTATED_SHAPES = {"ellipse": "circle", "rectangle": "square"} | {
     name: name for name in ("arrow", "triangle", "star", "cross", "hexagon", "moon")
-}  # a circle and a square are other things when elongated
+}  # an elongated circle or square has another name
 
 
 def synthesize(
@@ -61,28 +61,30 @@ def synthesize(
     classes: int = 4,
     rotated: bool = False,
 ) -> None:
-    """Draw ``folder``/{train,val}/*.jpg and {train,val}.json; every fifth image is for validation.
+    """Draws ``folder``/{train,val}/*.jpg and {train,val}.json; a fifth of the images is for validation.
 
     Args:
-        images: number of both sets together, at least 2.
-        size: height and width in pixels.
+        images: number of images in both sets together, at least 2.
+        size: height and width in pixels, at least 64.
         seed: the same seed draws the same files.
         classes: number of different shapes, 1…8.
         rotated: elongated shapes with boxes [x, y, w, h, theta].
 
     Raises:
-        OdtkError: impossible numbers; a folder with a dataset or files that were not drawn by this function; no
-            permission.
+        OdtkError: a number is out of its range, the folder has files that were not drawn by this function, or it
+            cannot be written.
     """
     names = list(ROTATED_SHAPES if rotated else SHAPES)
     if not 1 <= classes <= len(names):
         raise OdtkError(f"There are {len(names)} shapes to draw: --classes must be 1 to {len(names)}, not {classes}.")
     if images < 2 or min(size) < 64:
-        raise OdtkError(f"A dataset needs 2 images of 64×64 pixels or more, not {images} of {size[1]}×{size[0]}.")
+        raise OdtkError(
+            f"A dataset needs at least 2 images of at least 64×64 pixels, not {images} of {size[1]}×{size[0]}."
+        )
     folder = Path(folder).expanduser()
     held_out = max(1, images // 5)
     try:
-        _check_folder(folder)
+        _check_ours(folder)
         for part, count in (("train", images - held_out), ("val", held_out)):
             generator = np.random.default_rng([seed, part == "val"])
             _draw_part(folder, part, count, size, names[:classes], rotated, generator)
@@ -90,8 +92,8 @@ def synthesize(
         raise OdtkError(f"The dataset cannot be written to {folder}: {error}.") from None
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuses a folder in which something would be lost: only what a JSON of ours stands for is drawn anew."""
+def _check_ours(folder: Path) -> None:
+    """Refuses a folder in which something would be lost: only a set whose JSON is ours is drawn again."""
     for part in ("train", "val"):
         path = folder / f"{part}.json"
         if path.exists():
@@ -114,13 +116,15 @@ def _draw_part(
     rotated: bool,
     generator: np.random.Generator,
 ) -> None:
+    """Draws one of the two sets: its images and its JSON."""
     (folder / part).mkdir(parents=True, exist_ok=True)
     path = folder / f"{part}.json"
-    path.write_text(json.dumps({"info": {"description": CREATOR}, "images": []}))  # ours, should we be interrupted
+    # Written first, so that a folder left by an interrupted run counts as ours.
+    path.write_text(json.dumps({"info": {"description": CREATOR}, "images": []}))
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for id in range(1, count + 1):
-        pixels, objects = draw(generator, size, names, rotated)
+        pixels, objects = draw_image(generator, size, names, rotated)
         name = f"{id:05d}.jpg"
         pixels.save(folder / part / name, quality=JPEG_QUALITY)
         images.append({"id": id, "file_name": name, "width": size[1], "height": size[0]})
@@ -135,10 +139,10 @@ def _draw_part(
     path.write_text(json.dumps(content))
 
 
-def draw(
+def draw_image(
     generator: np.random.Generator, size: tuple[int, int], names: list[str], rotated: bool
 ) -> tuple[PILImage.Image, list[dict[str, Any]]]:
-    """One image of ``size`` (height, width) and its COCO annotations (category_id, bbox, area, segmentation)."""
+    """One image of ``size`` (height, width) pixels and its COCO annotations (category_id, bbox, area, segmentation)."""
     canvas, base = _background(generator, size)
     painter = ImageDraw.Draw(canvas)
     objects: list[dict[str, Any]] = []
@@ -148,10 +152,10 @@ def draw(
         outline, box, theta = _place(generator, size, names[label], rotated)
         hull = np.concatenate([outline.min(axis=0), outline.max(axis=0)])
         if any(_covered(hull, other) > OVERLAP for other in hulls):
-            continue  # a crowded place is left as it is
+            continue  # no room here: one object less
         hulls.append(hull)
         _paint(painter, generator, outline, base)
-        corners = _turned(box[2:] * [[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]], theta) + box[:2] + box[2:] / 2
+        corners = _rotate(box[2:] * [[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]], theta) + box[:2] + box[2:] / 2
         objects.append(
             {
                 "category_id": label + 1,
@@ -166,7 +170,7 @@ def draw(
 
 
 def _background(generator: np.random.Generator, size: tuple[int, int]) -> tuple[PILImage.Image, np.ndarray]:
-    """A large canvas of smooth patches of one hue crossed by faint lines, and its mean RGB."""
+    """An enlarged canvas of smooth patches of one hue, crossed by faint lines, and its mean RGB."""
     hue, value = generator.random(), generator.uniform(0.25, 0.85)
     base = np.array(colorsys.hsv_to_rgb(hue, generator.uniform(0.05, 0.35), value)) * 255
     cells = generator.integers(3, 9)
@@ -185,7 +189,12 @@ def _background(generator: np.random.Generator, size: tuple[int, int]) -> tuple[
 def _place(
     generator: np.random.Generator, size: tuple[int, int], name: str, rotated: bool
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """A shape inside the image: outline [k, 2], box (x, y, w, h; un-turned when rotated), theta. Pixels, radians."""
+    """Places a shape inside an image of ``size`` (height, width), in pixels.
+
+    Returns:
+        Its outline [k, 2] (x, y), its box (x, y, w, h), which for a rotated shape is that before the rotation, and
+        theta in radians (0 unless rotated).
+    """
     outline = SHAPES[ROTATED_SHAPES[name] if rotated else name]
     low, high = outline.min(axis=0), outline.max(axis=0)
     outline = (outline - (low + high) / 2) / (high - low)
@@ -193,7 +202,7 @@ def _place(
     ratio = generator.uniform(*ELONGATION) if rotated else generator.uniform(0.85, 1.18)
     theta = generator.uniform(-math.pi, math.pi) if rotated else generator.normal(0, 0.25)
     sides = np.array([width, width * ratio])
-    outline = _turned(outline * sides, theta)
+    outline = _rotate(outline * sides, theta)
     low, high = outline.min(axis=0), outline.max(axis=0)
     corner = 1 + generator.random(2) * (np.array(size[::-1]) - (high - low) - 2)
     center = corner - low
@@ -202,14 +211,14 @@ def _place(
     return outline + center, np.concatenate([corner, high - low]), 0.0
 
 
-def _turned(points: np.ndarray, theta: float) -> np.ndarray:
-    """Points [k, 2] turned anticlockwise about the origin (y down): (x, y) → (cos·x + sin·y, −sin·x + cos·y)."""
+def _rotate(points: np.ndarray, theta: float) -> np.ndarray:
+    """Points [k, 2] rotated anticlockwise about the origin (y down): (x, y) → (cos·x + sin·y, −sin·x + cos·y)."""
     cos, sin = math.cos(theta), math.sin(theta)
     return points @ np.array([[cos, -sin], [sin, cos]])
 
 
 def _covered(hull: np.ndarray, other: np.ndarray) -> float:
-    """Overlap of two boxes (x1, y1, x2, y2) as a share of the smaller."""
+    """The intersection of two boxes (x1, y1, x2, y2) relative to the area of the smaller."""
     overlap = np.clip(np.minimum(hull[2:], other[2:]) - np.maximum(hull[:2], other[:2]), 0, None).prod()
     return float(overlap / min((hull[2:] - hull[:2]).prod(), (other[2:] - other[:2]).prod()))
 
@@ -217,7 +226,7 @@ def _covered(hull: np.ndarray, other: np.ndarray) -> float:
 def _paint(
     painter: ImageDraw.ImageDraw, generator: np.random.Generator, outline: np.ndarray, background: np.ndarray
 ) -> None:
-    """A filled outline with a darker rim and a shadow, in a color that differs from the background."""
+    """Draws a filled outline with a darker rim and a shadow, in a color that differs from the background."""
     while True:
         hsv = generator.random(), generator.uniform(0.35, 1), generator.uniform(0.2, 1)
         color = np.array(colorsys.hsv_to_rgb(*hsv)) * 255

@@ -1,4 +1,4 @@
-"""The pixel engine of Pillow and torch."""
+"""The pixel engine made of Pillow and PyTorch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .sampler import BatchPlan
 
 
 class TorchLoader(Loader):
-    """Pillow and PyTorch on ``config.workers`` threads: decoding and scaling release Python's lock."""
+    """Makes pixels with Pillow and PyTorch on ``config.workers`` threads; decoding and scaling release the GIL."""
 
     def __init__(self, dataset: Dataset, config: LoaderConfig) -> None:
         super().__init__(dataset, config, threads=max(1, config.workers))
 
-    def _render(self, plan: BatchPlan) -> Tensor:
-        return self._render_with_torch(plan)
+    def render_batch(self, plan: BatchPlan) -> Tensor:
+        return self.render_with_torch(plan)

@@ -1,8 +1,9 @@
-"""DALI's Batches equal the torch loader's: pixels within 2/255 on average, boxes to the bit."""
+"""DALI's Batches equal the torch loader's: pixels within 2/255 on average, boxes bit for bit."""
 
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 dali = pytest.importorskip("odtk.data.dali")
 
 STRONG = AugmentConfig(rotate=True, free_rotate=(-30, 30), brightness=0.2, contrast=0.2, hue=0.1, saturation=0.3)
-MODES = {
+MODES: dict[str, dict[str, Any]] = {
     "shorter side": {"resize": 96, "max_size": 130},
     "enlarged": {"resize": 200, "max_size": 400},
     "letterbox": {"size": (128, 96)},
@@ -32,7 +33,7 @@ MODES = {
 
 
 def picture(seed: int, width: int = 160, height: int = 120) -> PILImage.Image:
-    """A smooth picture with edges, somewhat like a photograph."""
+    """A picture with smooth edges, somewhat like a photograph."""
     generator = np.random.default_rng(seed)
     coarse = PILImage.fromarray(generator.integers(0, 256, (9, 12, 3)).astype(np.uint8))
     image = coarse.resize((width, height), PILImage.Resampling.NEAREST)
@@ -73,7 +74,7 @@ def test_both_loaders_give_the_same_batches(files, mode) -> None:
     assert len(pairs) == (5 if "training" in mode else 3)
     for a, b in pairs:
         assert_equal(a, b, limit=1.0)
-        assert a.images.std() > 0.3  # there is something to compare
+        assert a.images.std() > 0.3  # the images are not empty
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -102,7 +103,7 @@ def odd_file(kind: str, folder: Path) -> Path:
         return folder / "odd.jpg"
     if kind == "alpha":
         image.putalpha(PILImage.linear_gradient("L").resize(image.size))
-    converted = {
+    converted: dict[str, tuple[PILImage.Image, str]] = {
         "grayscale JPEG": (image.convert("L"), "odd.jpg"),
         "grayscale PNG": (image.convert("L"), "odd.png"),
         "CMYK": (image.convert("CMYK"), "odd.jpg"),
@@ -117,7 +118,8 @@ def odd_file(kind: str, folder: Path) -> Path:
         "progressive": (image, "odd.jpg"),
     }
     pixels, name = converted[kind]
-    pixels.save(folder / name, **({"progressive": True} if kind == "progressive" else {}))
+    options: dict[str, Any] = {"progressive": True} if kind == "progressive" else {}
+    pixels.save(folder / name, **options)
     return folder / name
 
 
@@ -154,7 +156,7 @@ def test_odd_images_are_the_same(tmp_path, kind) -> None:
 
 
 def test_exif_ignored_where_the_annotated_size_is_the_stored_one(tmp_path) -> None:
-    """DALI turns by EXIF on its own unless it is told not to."""
+    """DALI applies the EXIF orientation unless it is told not to."""
     path = odd_file("EXIF 6", tmp_path)
     image = Image(1, path, 160, 120, np.zeros((0, 4)), np.zeros(0, np.int64))
     (a,), (b,) = (batches(Dataset([image], ()), loader, 1, resize=120, max_size=160) for loader in ("torch", "dali"))
@@ -183,26 +185,27 @@ def test_a_file_that_vanishes_stops_nothing(files, capsys) -> None:
 
 
 def test_a_pipeline_survives_a_file_that_vanishes_while_another_batch_runs_on_it(files, monkeypatch) -> None:
-    """Two threads: the one that missed a file took away the pipeline that the other was about to run."""
+    """A thread that misses a file must not discard the pipeline that another thread is about to run."""
     loader = create_loader(files, LoaderConfig("images", batch=2, loader="dali", resize=96, max_size=130))
+    assert isinstance(loader, dali.DaliLoader)
     first, second = loader.sampler.plan(0), loader.sampler.plan(1)
-    loader._render(first)
+    loader.render_batch(first)
     pipeline = loader._pipeline
     second.samples[0].image.path.unlink()
-    rows = dali._rows
+    array = dali._array
 
     def interrupted(*args):
-        monkeypatch.setattr(dali, "_rows", rows)
-        assert loader._render(second)[0].abs().max() == 0  # what the other thread does meanwhile
-        return rows(*args)
+        monkeypatch.setattr(dali, "_array", array)
+        assert loader.render_batch(second)[0].abs().max() == 0  # what another thread does meanwhile
+        return array(*args)
 
-    monkeypatch.setattr(dali, "_rows", interrupted)
-    assert loader._render(first).std() > 0.3
+    monkeypatch.setattr(dali, "_array", interrupted)
+    assert loader.render_batch(first).std() > 0.3
     assert loader._pipeline is pipeline
 
 
 def test_resume_and_shards(files) -> None:
-    settings = {"training": True, "jitter": (64, 96), "max_size": 130}
+    settings: dict[str, Any] = {"training": True, "jitter": (64, 96), "max_size": 130}
     config = replace(LoaderConfig("images", batch=2, loader="dali"), **settings)
     whole = list(islice(create_loader(files, config), 4))
     resumed = create_loader(files, config)

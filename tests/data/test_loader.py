@@ -1,9 +1,10 @@
-"""Order, sharding, resume, geometry and damage; the torch loader's pixels against plain arithmetic."""
+"""Order, shards, resuming, geometry and damage; the torch loader's pixels against plain arithmetic."""
 
 import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Generator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
 from odtk.data.records import Fault, Image
 from odtk.data.render import render
-from odtk.data.sampler import Sampler, color_matrix, random_crop
+from odtk.data.sampler import Sample, Sampler, color_matrix, random_crop
 from odtk.data.torch_loader import TorchLoader
 
 STILL = AugmentConfig(flip=0, crop=0, brightness=0, contrast=0, hue=0, saturation=0)
@@ -29,7 +30,7 @@ IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 def records(count: int, width: int = 40, height: int = 30, boxes: int = 2) -> Dataset:
-    """Images that exist only as records: enough for the sampler."""
+    """Images without files, which is enough for the sampler."""
     generator = np.random.default_rng(0)
     images = []
     for i in range(count):
@@ -42,7 +43,7 @@ def records(count: int, width: int = 40, height: int = 30, boxes: int = 2) -> Da
 
 @pytest.fixture
 def files(tmp_path: Path) -> Dataset:
-    """Six PNG files of noise, of two sizes, with one box each but the last."""
+    """Six PNG files of noise in two sizes, each with one box except the last."""
     generator = np.random.default_rng(1)
     images = []
     for i in range(6):
@@ -103,11 +104,11 @@ def test_resume_gives_the_batches_that_would_have_been(files) -> None:
     again = create_loader(files, settings)
     for _ in islice(again, 2):
         state = again.state()
-    assert state == {"seen": 8}  # what was prepared ahead does not count
+    assert state == {"seen": 8}  # batches prepared ahead do not count
     resumed = create_loader(files, settings)
     resumed.restore(state)
     assert all(equal(a, b) for a, b in zip(batches[2:], islice(resumed, 3), strict=True))
-    assert all(equal(a, b) for a, b in zip(batches[2:], islice(again, 3), strict=True))  # a second iteration goes on
+    assert all(equal(a, b) for a, b in zip(batches[2:], islice(again, 3), strict=True))  # a second iteration continues
     other = create_loader(files, replace(settings, batch=2, world=2))
     other.restore(state)
     assert other.state() == state
@@ -177,7 +178,7 @@ def test_the_crop_keeps_a_box() -> None:
 
 
 def marked(tmp_path: Path, rotated: bool) -> Dataset:
-    """A black image with one filled white box and the record of its place."""
+    """A black image with one filled white box, and its annotation."""
     pixels = np.zeros((120, 160, 3), np.uint8)
     pixels[30:60, 50:110] = 255
     PILImage.fromarray(pixels).save(tmp_path / "marked.png")
@@ -189,21 +190,21 @@ def marked(tmp_path: Path, rotated: bool) -> Dataset:
 AUGMENTS = {
     "flip": replace(STILL, flip=1),
     "crop": replace(STILL, crop=1),
-    "quarters": replace(STILL, rotate=True),
-    "crop and quarters": replace(STILL, crop=1, flip=0.5, rotate=True),
-    "free": replace(STILL, free_rotate=(-40, 40)),
+    "quarter turns": replace(STILL, rotate=True),
+    "crop and quarter turns": replace(STILL, crop=1, flip=0.5, rotate=True),
+    "free rotation": replace(STILL, free_rotate=(-40, 40)),
     "all": AugmentConfig(rotate=True, free_rotate=(-20, 20)),
 }
 
 
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_boxes_follow_the_pixels(tmp_path, name) -> None:
-    """The white pixels after augmentation span the box; what a free turn pushes out of sight may leave it larger."""
+    """The augmented box encloses the white pixels closely; with a free rotation part of them may be out of sight."""
     settings = config(training=True, augment=AUGMENTS[name], jitter=(110, 130), max_size=200, **IDENTITY)
     checked = 0
     for batch in islice(create_loader(marked(tmp_path, False), settings), 12):
         if batch.labels[0, 0] < 0:
-            continue  # turned out of the canvas
+            continue  # rotated out of the canvas
         checked += 1
         ys, xs = torch.nonzero(batch.images[0, 0] > 0.5, as_tuple=True)
         found = torch.tensor([xs.min(), ys.min(), xs.max(), ys.max()], dtype=torch.float32)
@@ -236,7 +237,7 @@ def test_rotated_boxes_follow_the_pixels(tmp_path, name, absolute) -> None:
         height, width = batch.images.shape[2:]
         y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
         dx, dy = x - (x1 + x2 + 1) / 2, y - (y1 + y2 + 1) / 2
-        along = math.cos(theta) * dx - math.sin(theta) * dy  # the inverse of the turn
+        along = math.cos(theta) * dx - math.sin(theta) * dy  # the inverse rotation
         across = math.sin(theta) * dx + math.cos(theta) * dy
         inside = torch.maximum(along.abs() - (x2 - x1 + 1) / 2, across.abs() - (y2 - y1 + 1) / 2)
         white = batch.images[0, 0] > 0.5
@@ -281,7 +282,7 @@ def test_a_damaged_image_becomes_zeros_without_boxes_and_is_named_once(files, ca
 
 
 def test_impossible_settings_are_one_sentence(files) -> None:
-    with pytest.raises(OdtkError, match="multiples of the stride 32"):
+    with pytest.raises(OdtkError, match="must be multiples of the stride 32"):
         create_loader(files, config(size=(50, 64)))
     with pytest.raises(OdtkError, match="--jitter 9 3"):
         create_loader(files, config(training=True, jitter=(9, 3)))
@@ -291,13 +292,13 @@ def test_impossible_settings_are_one_sentence(files) -> None:
         create_loader(Dataset([], ()), config())
 
 
-def test_the_torch_loader_steps_in_where_dali_is_absent(files, monkeypatch, capsys) -> None:
+def test_the_torch_loader_replaces_a_missing_dali(files, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "odtk.data.dali", None)
     assert isinstance(create_loader(files, config(loader="dali")), TorchLoader)
     assert "DALI is not available" in capsys.readouterr().err
 
 
-def test_rank_zero_prints_the_counted_warnings(files, capsys) -> None:
+def test_only_rank_0_prints_the_counted_warnings(files, capsys) -> None:
     files.faults = [Fault("x.json", f"annotation {i}", "dropped", True, "degenerate box dropped") for i in (4, 5)]
     create_loader(files, config(rank=1, world=2))
     assert capsys.readouterr().err == ""
@@ -305,10 +306,16 @@ def test_rank_zero_prints_the_counted_warnings(files, capsys) -> None:
     assert capsys.readouterr().err == "Warning: degenerate box dropped (2 ×, first x.json annotation 4)\n"
 
 
-def test_loading_goes_on_ahead_of_its_use(files, monkeypatch) -> None:
-    rendered = []
-    monkeypatch.setattr(batch_module, "render", lambda sample: rendered.append(sample) or render(sample))
+def test_batches_are_prepared_ahead_of_their_use(files, monkeypatch) -> None:
+    rendered: list[Sample] = []
+
+    def counted(sample: Sample) -> np.ndarray:
+        rendered.append(sample)
+        return render(sample)
+
+    monkeypatch.setattr(batch_module, "render", counted)
     batches = iter(create_loader(files, config(training=True, batch=1, workers=1)))
+    assert isinstance(batches, Generator)
     next(batches)
     for _ in range(200):
         if len(rendered) == 1 + PREFETCH:

@@ -1,4 +1,4 @@
-"""The drawn dataset is valid COCO, its boxes are exact, the same seed draws the same files."""
+"""The drawn dataset is valid COCO, its boxes are exact, and the same seed draws the same files."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 from odtk.config import OdtkError
 from odtk.data.check import check
 from odtk.data.images import decode
-from odtk.data.synthetic import ROTATED_SHAPES, SHAPES, draw, synthesize
+from odtk.data.synthetic import ROTATED_SHAPES, SHAPES, draw_image, synthesize
 
 
 @pytest.mark.parametrize("rotated", [False, True])
@@ -23,7 +23,7 @@ def test_the_dataset_is_clean(tmp_path, rotated) -> None:
         assert all((i.width, i.height) == (128, 96) and len(i.boxes) for i in report.dataset.images)
         assert [c.name for c in report.dataset.categories] == list(ROTATED_SHAPES if rotated else SHAPES)[:3]
     first, other = (decode(tmp_path / "set" / part / "00001.jpg") for part in ("train", "val"))
-    assert (first != other).any()  # validation is not a copy of training
+    assert (first != other).any()  # validation does not repeat training
 
 
 def test_the_same_seed_draws_the_same(tmp_path) -> None:
@@ -54,10 +54,10 @@ def test_boxes_hold_exactly_the_drawn_shape(name, rotated, monkeypatch) -> None:
     assert name in names
     generator = np.random.default_rng(5)
     for _ in range(3):
-        image, (entry,) = draw(generator, (120, 160), [name], rotated)
+        image, (entry,) = draw_image(generator, (120, 160), [name], rotated)
         points = np.array(entry["segmentation"][0]).reshape(-1, 2)  # [2·k] → [k, 2]
         x, y, w, h = entry["bbox"][:4]
-        if rotated:  # the box's corners by the contract's formula
+        if rotated:  # the box's corners, rotated anticlockwise about its center (y down)
             theta = entry["bbox"][4]
             cos, sin = math.cos(theta), math.sin(theta)
             offsets = np.array([[-w, -h], [w, -h], [w, h], [-w, h]]) / 2
@@ -74,11 +74,11 @@ def test_boxes_hold_exactly_the_drawn_shape(name, rotated, monkeypatch) -> None:
 
 
 def test_rotated_pixels_are_inside_the_rotated_box(monkeypatch) -> None:
-    """The fill of a rectangle: its own color inside the box, another outside (the sign of theta matters)."""
+    """A rectangle has its own color inside the box and another outside, which a wrong sign of theta would change."""
     monkeypatch.setattr("odtk.data.synthetic.OBJECTS", (1, 1))
     generator = np.random.default_rng(1)
     for _ in range(5):
-        image, (entry,) = draw(generator, (120, 160), ["rectangle"], True)
+        image, (entry,) = draw_image(generator, (120, 160), ["rectangle"], True)
         x, y, w, h, theta = entry["bbox"]
         rows, columns = np.mgrid[:120, :160] + 0.5
         dx, dy = columns - (x + w / 2), rows - (y + h / 2)
@@ -93,7 +93,7 @@ def test_rotated_pixels_are_inside_the_rotated_box(monkeypatch) -> None:
 def test_refusals_are_one_sentence(tmp_path) -> None:
     with pytest.raises(OdtkError, match="1 to 8, not 9"):
         synthesize(tmp_path, classes=9)
-    with pytest.raises(OdtkError, match="2 images"):
+    with pytest.raises(OdtkError, match="at least 2 images"):
         synthesize(tmp_path, images=1)
     (tmp_path / "train.json").write_text(json.dumps({"images": []}))
     with pytest.raises(OdtkError, match="not drawn by odtk synth"):
@@ -112,7 +112,7 @@ def test_drawing_again_replaces_its_own(tmp_path: Path) -> None:
 
 
 def test_images_of_the_user_are_not_drawn_over(tmp_path: Path) -> None:
-    """Without a JSON of ours whatever is in train/ or val/ is the user's."""
+    """Without a JSON of ours, everything in train/ and val/ is the user's."""
     for part in ("train", "val"):
         folder = tmp_path / part
         (folder / part).mkdir(parents=True)
@@ -122,7 +122,7 @@ def test_images_of_the_user_are_not_drawn_over(tmp_path: Path) -> None:
         assert [p.read_bytes() for p in folder.rglob("*.*")] == [b"mine"]
 
 
-def test_an_interrupted_drawing_can_be_drawn_anew(tmp_path: Path, monkeypatch) -> None:
+def test_an_interrupted_drawing_can_be_drawn_again(tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("odtk.data.synthetic._paint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
