@@ -2,11 +2,11 @@
 
     python benchmarks/gpu.py [--batches 1 8 16] [--size 800 1280] [--classes 80] [--report FILE]
 
-Raw heads of a five-level pyramid with 9 anchors, fp16; logits drawn so that a few thousand candidates per image pass
-the threshold, as of a trained model. "read" is the time to read the bytes of all heads once at the bandwidth that the
-copy reached: a copy reads and writes, so it is half of the copy's time. The goal (spec §6) is decode ≤ 3 × read. Times
-are the median of CUDA-graph replays, so that they are the GPU's; torch's path synchronizes and is timed as called. Its
-NMS is torchvision's where that is installed, else the reference of odtk/ops.py.
+The heads are those of a five-level pyramid with 9 anchors, in fp16. Their logits are drawn so that a few thousand
+candidates per image pass the threshold, as with a trained model. "read" is the time to read the bytes of all heads once
+at the bandwidth that the copy reaches: a copy reads and writes, so it is half of the copy's time. The goal is decode
+≤ 3 × read. Times are medians of CUDA-graph replays, so that they are those of the GPU; torch's path synchronizes and is
+timed as it is called. Its NMS is torchvision's if that is installed, otherwise the reference in odtk/ops.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from odtk import ops
+from odtk.box_coder import BOX_CODERS
+from odtk.kernels import extension
 
 DEVICE = "cuda"
 STRIDES = (8, 16, 32, 64, 128)
@@ -47,7 +49,7 @@ def make_heads(batch: int, size: tuple[int, int], classes: int, *, mean: float, 
 
 
 def torch_path(heads: Heads) -> Triple:
-    """Sigmoid of everything, topk per level, decoding, NMS: what one writes without kernels."""
+    """Sigmoid of all logits, topk per level, decoding, NMS: what one would write without kernels."""
     found: list[list[Tensor]] = [[], [], []]
     for logits, boxes, anchors, stride in zip(*heads, STRIDES, strict=True):
         n, channels, h, w = logits.shape
@@ -59,14 +61,14 @@ def torch_path(heads: Heads) -> Triple:
         image = torch.arange(n, device=index.device)[:, None].expand_as(index)
         numbers = boxes.unflatten(1, (ANCHORS, 4))[image, anchor, :, y, x].float()  # [N, A, 4, h, w] → [N, K, 4]
         placed = anchors[anchor] + torch.stack([x, y, x, y], -1) * stride
-        decoded = ops.decode_boxes(numbers, placed, stride, (w * stride, h * stride))
+        decoded = BOX_CODERS["anchor_deltas"].decode(numbers, placed, stride, (w * stride, h * stride))
         for part, values in zip(found, (scores, decoded, channel % classes), strict=True):
             part.append(values)
     return torch_nms(*(torch.cat(part, 1) for part in found))
 
 
 def torch_nms(scores: Tensor, boxes: Tensor, classes: Tensor) -> Triple:
-    """torchvision's, image by image, or the reference."""
+    """torchvision's NMS, image by image, or the reference."""
     try:
         from torchvision.ops import batched_nms
     except ImportError:
@@ -81,7 +83,7 @@ def torch_nms(scores: Tensor, boxes: Tensor, classes: Tensor) -> Triple:
 
 
 def milliseconds(work: Callable[[], object], *, graph: bool, rounds: int = 50) -> float:
-    """Median time of one call on the GPU, after a warm-up; as a CUDA graph where `work` allows it."""
+    """The median time of one call on the GPU after a warm-up; replayed from a CUDA graph if ``graph`` is set."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -150,12 +152,12 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py needs a CUDA GPU and a torch built with CUDA.")
-    if ops.kernels is None:
+    if extension is None:
         raise SystemExit("benchmarks/gpu.py needs odtk._C: `pip install .` where nvcc is.")
     torch.manual_seed(0)
 
     cases = [("trained, channels-last", -7.0, True), ("trained, NCHW", -7.0, False), ("all survive", 5.0, True)]
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, kernels for {ops.kernels.ARCHITECTURES}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, kernels for {extension.ARCHITECTURES}")
     columns = [
         "survivors_per_image",
         "megabytes",

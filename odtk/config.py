@@ -24,11 +24,11 @@ class ModelConfig:
     """What a detector is made of: all that is needed to build it before its weights are loaded.
 
     Attributes:
-        backbones: names from ``odtk.model.backbones.BACKBONES``; their levels are concatenated.
+        backbones: names from ``odtk.model.backbones.catalog.BACKBONES``; their levels are concatenated.
         head: ``retinanet`` (anchors) or ``fcos`` (points).
         classes: number of foreground classes C.
-        ratios, scales, angles: of the anchors, spec §2; ``angles`` is empty for axis-aligned boxes.
-        rounded_anchors: rotated anchors as ODTK 0.2 drew them, sides rounded to whole pixels (heads.base_anchors).
+        ratios, scales, angles: of the anchors (model/anchors.py); ``angles`` is empty for axis-aligned boxes.
+        rounded_anchors: rotated anchors as ODTK 0.2 drew them, sides rounded to whole pixels (model/anchors.py).
         norm: ``frozen`` (affine and statistics fixed), ``batch`` or ``group`` (32 groups).
         norm_eval: BatchNorm keeps its running statistics in training, its affine parameters still learn.
         freeze_at: ResNet stages 1…freeze_at get no gradient (1 is the stem); 0 freezes nothing.
@@ -70,11 +70,11 @@ class ModelConfig:
         return len(self.ratios) * len(self.scales) * max(1, len(self.angles))
 
     @property
-    def box_values(self) -> int:
-        """V, numbers regressed per anchor: 4 deltas; 6 with sin and cos; 5 for FCOS (l, t, r, b, center-ness)."""
+    def box_coder(self) -> str:
+        """The name of the coder that says what the head's numbers per anchor mean: a key of box_coder.BOX_CODERS."""
         if self.head == "fcos":
-            return 5
-        return 6 if self.rotated else 4
+            return "distances_centerness"
+        return "rotated_deltas" if self.rotated else "anchor_deltas"
 
 
 @dataclass(frozen=True)

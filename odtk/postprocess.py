@@ -1,4 +1,4 @@
-"""Raw levels → Detections."""
+"""From raw levels to detections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .config import ModelConfig, PostprocessConfig
 
 @dataclass
 class Detections:
-    """What was found in a batch. A row is used iff its score is above zero; unused rows are zero and come last.
+    """What was found in a batch. A row is used if its score is above zero; unused rows are zero and come last.
 
     Attributes:
         scores: [N, D] float32 in (0, 1], descending.
@@ -35,12 +35,14 @@ def postprocess(
     model: ModelConfig,
     config: PostprocessConfig,
 ) -> Detections:
-    """Decode the raw levels of a Detector and suppress all but the best of overlapping boxes (spec §2, Decoding).
+    """Decodes the raw levels of a Detector (ops.decode) and suppresses all but the best of overlapping boxes (ops.nms).
 
     Args:
-        logits, boxes: per level [N, A·C, h, w] and [N, A·V, h, w].
-        anchors: per level [A, 4], or [A, 5] rotated, of Detector.anchors().
+        logits, boxes: per level [N, A·C, h, w] and [N, A·V, h, w], V being the head_values of the model's box coder.
+        anchors: per level [A, 4], or [A, 5] if rotated, in px: what Detector.anchors() returns.
         strides: px per cell, per level.
+        model: says how the numbers of ``boxes`` are decoded.
+        config: the thresholds and limits.
     """
     candidates = ops.decode(
         logits,
@@ -49,6 +51,6 @@ def postprocess(
         strides,
         score_threshold=config.score_threshold,
         top_n=config.top_n,
-        values=model.box_values,
+        coder=model.box_coder,
     )
     return Detections(*ops.nms(*candidates, threshold=config.nms_threshold, detections=config.detections))

@@ -1,7 +1,7 @@
 """Heads with planted difficulties for the kernels, and the comparison with the torch reference.
 
-tests/test_kernels_host.py runs them through the emulation of csrc/cuda on the CPU, tests/gpu/test_gpu_kernels.py on a
-GPU.
+tests/csrc/test_kernels_host.py runs them on the CPU, through the emulation of csrc/cuda; tests/gpu/test_gpu_kernels.py
+runs them on a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from odtk import boxes as geometry
 from odtk import ops
+from odtk.box_coder import BOX_CODERS
 
 GUARD = 4096  # bytes on either side of the workspace
 POISON = 0xA5
@@ -25,14 +26,14 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Head:
-    """What a random head is drawn from, and how it is decoded."""
+    """How a random head is drawn and decoded."""
 
     name: str
     batch: int = 2
     classes: int = 3
     sizes: tuple[tuple[int, int], ...] = ((7, 5), (4, 3))  # cells (h, w) of each level
     anchors: int = 3
-    values: int = 4
+    coder: str = "anchor_deltas"
     mean: float = -3.0  # of the logits: the logit of the threshold is −2.94
     step: float = 0.0  # logits are rounded to multiples of it: ties
     plant: str = ""  # see logits_of
@@ -68,11 +69,11 @@ HEADS = [
     Head("half", half=True),
     Head("channels_last", channels_last=True, classes=5),
     Head("channels_last_half", channels_last=True, half=True, sizes=((6, 5), (3, 2))),
-    Head("rotated", values=6),
-    Head("rotated_channels_last_half", values=6, half=True, channels_last=True),
-    Head("fcos", values=5, anchors=1),
-    Head("fcos_ties_half", values=5, anchors=1, step=0.5, half=True, mean=-1.0),
-    Head("fcos_not_a_number", values=5, anchors=1, plant="nan", mean=-1.0),
+    Head("rotated", coder="rotated_deltas"),
+    Head("rotated_channels_last_half", coder="rotated_deltas", half=True, channels_last=True),
+    Head("fcos", coder="distances_centerness", anchors=1),
+    Head("fcos_ties_half", coder="distances_centerness", anchors=1, step=0.5, half=True, mean=-1.0),
+    Head("fcos_not_a_number", coder="distances_centerness", anchors=1, plant="nan", mean=-1.0),
     Head("batch_of_sixteen", batch=16, sizes=((3, 3),)),
     Head("ten_levels", sizes=((3, 3), (2, 2), (1, 1), (1, 1), (1, 1)) * 2, batch=1),
 ]
@@ -113,15 +114,15 @@ def make(head: Head, device: str = "cpu") -> tuple[list[Tensor], list[Tensor], l
     logits, boxes, anchors = [], [], []
     for (h, w), stride in zip(head.sizes, strides, strict=True):
         logits.append(place(logits_of(head, (head.batch, head.anchors * head.classes, h, w))))
-        values = torch.randn(head.batch, head.anchors * head.values, h, w)
+        values = torch.randn(head.batch, head.anchors * BOX_CODERS[head.coder].head_values, h, w)
         if head.plant in ("nan", "inf"):
             values.flatten()[1::4] = math.nan if head.plant == "nan" else math.inf
         boxes.append(place(values))
         half = torch.rand(head.anchors, 2) * 2 * stride + stride / 2
         base = torch.cat([0.5 * stride - half, 0.5 * stride + half - 1], -1)
-        if head.values == 5:
+        if head.coder == "distances_centerness":
             base = torch.tensor([[0.0, 0.0, stride - 1.0, stride - 1.0]])
-        elif head.values == 6:
+        elif head.coder == "rotated_deltas":
             base = torch.cat([base, torch.randn(head.anchors, 1)], -1)
         anchors.append(base.to(device))
     return logits, boxes, anchors, strides
@@ -129,16 +130,14 @@ def make(head: Head, device: str = "cpu") -> tuple[list[Tensor], list[Tensor], l
 
 def reference(head: Head, device: str = "cpu") -> Triple:
     """decode in torch."""
-    return ops.decode_reference(
-        *make(head, device), score_threshold=head.threshold, top_n=head.top_n, values=head.values
-    )
+    return ops.decode_reference(*make(head, device), score_threshold=head.threshold, top_n=head.top_n, coder=head.coder)
 
 
 def decoded(head: Head, run: Callable[..., Triple], device: str = "cpu") -> Triple:
     """decode by `run`, the kernel's operator; its outputs hold NaN or the largest integer where nothing was written."""
     torch.use_deterministic_algorithms(True)
     try:
-        return run(*make(head, device), head.threshold, head.top_n, head.values)
+        return run(*make(head, device), head.threshold, head.top_n, head.coder)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -160,7 +159,7 @@ class Candidates:
     batch: int = 2
     count: int = 150
     classes: int = 3
-    values: int = 4
+    box_values: int = 4
     size: float = 100.0  # px: the smaller, the more boxes overlap
     step: float = 0.0  # scores are rounded to multiples of it
     unused: float = 0.2  # share of rows with score 0
@@ -186,14 +185,14 @@ CANDIDATES = [
     Candidates("threshold_zero", threshold=0.0),
     Candidates("threshold_one", threshold=1.0),
     Candidates("sorted_in_global_memory", count=4200, unused=0.0, batch=1, size=40.0, classes=1, detections=100),
-    Candidates("rotated", values=6),
-    Candidates("rotated_ties", values=6, step=0.25, classes=1, size=60.0),
+    Candidates("rotated", box_values=6),
+    Candidates("rotated_ties", box_values=6, step=0.25, classes=1, size=60.0),
     Candidates("batch_of_sixteen", batch=16, count=40),
 ]
 
 
 def candidates(case: Candidates, device: str = "cpu") -> Triple:
-    """Scores [N, T], boxes [N, T, V], classes [N, T]; half of the boxes on a grid, so that equal IoUs occur."""
+    """Scores [N, T], boxes [N, T, box_values], classes [N, T]; half of the boxes on a grid, to get equal IoUs."""
     torch.manual_seed(0)
     shape = (case.batch, case.count)
     scores = torch.rand(shape) * 0.9 + 0.1
@@ -203,7 +202,7 @@ def candidates(case: Candidates, device: str = "cpu") -> Triple:
     start = torch.rand(*shape, 2) * case.size
     boxes = torch.cat([start, start + torch.rand(*shape, 2) * 30 + 5], -1)
     boxes[:, ::2] = (boxes[:, ::2] / 8).round() * 8
-    if case.values == 6:
+    if case.box_values == 6:
         angle = torch.rand(*shape, 1) * 2 * math.pi
         length = torch.rand(*shape, 1) + 0.5  # sin and cos are as regressed, not of length 1
         boxes = torch.cat([boxes, length * angle.sin(), length * angle.cos()], -1)

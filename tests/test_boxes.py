@@ -20,7 +20,7 @@ def random_boxes(n: int, *, extent: float = 100.0, rotated: bool = False) -> Ten
 
 
 def plain_iou(a: list[float], b: list[float]) -> float:
-    """Inclusive pixels, one pair."""
+    """Of one pair, in inclusive pixels."""
     w = min(a[2], b[2]) - max(a[0], b[0]) + 1
     h = min(a[3], b[3]) - max(a[1], b[1]) + 1
     shared = max(w, 0) * max(h, 0)
@@ -31,7 +31,7 @@ def plain_iou(a: list[float], b: list[float]) -> float:
 # --- coding against anchors
 
 
-def test_decode_is_the_formula_of_the_specification() -> None:
+def test_decode_is_the_formula_in_plain_python() -> None:
     anchors, deltas = random_boxes(50), torch.randn(50, 4) * 0.3
     found = geometry.decode(deltas, anchors, (120, 90))
     for (x1, y1, x2, y2), (dx, dy, dw, dh), box in zip(anchors.tolist(), deltas.tolist(), found.tolist(), strict=True):

@@ -5,17 +5,20 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "odtk"
 RULE = (
-    "data flows one way: text, config → categories → boxes → ops → postprocess → files, launch → data, model → "
-    "export → inference → evaluation → training → deploy → info → cli, and data and model are apart"
+    "data flows one way: text, config → categories → boxes → box_coder → kernels → ops → postprocess → "
+    "files, launch, ranks → data, model → export → inference → evaluation → training → "
+    "deploy → info → cli, and data and model are apart"
 )
 ORDER = [
     {"text"},
     {"config"},
     {"categories"},
     {"boxes"},
+    {"box_coder"},
+    {"kernels"},
     {"ops"},
     {"postprocess"},
-    {"files", "launch"},
+    {"files", "launch", "ranks"},
     {"data", "model"},
     {"export"},
     {"inference"},

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from odtk import boxes as geometry
 from odtk import ops
+from odtk.box_coder import BOX_CODERS
 
 INF, NAN = math.inf, math.nan
 THRESHOLD = 0.05
 
 
 def base_anchors(count: int, stride: int, *, rotated: bool = False, points: bool = False) -> Tensor:
-    """Any anchors will do: corners about the first cell."""
+    """Random anchors [count, 4 or 5] at the cell (0, 0); or the one of FCOS."""
     if points:
         return torch.tensor([[0.0, 0.0, stride - 1.0, stride - 1.0]])
     half = torch.rand(count, 2) * 2 * stride + stride / 2
@@ -24,15 +25,22 @@ def base_anchors(count: int, stride: int, *, rotated: bool = False, points: bool
 
 
 def random_head(
-    n: int, classes: int, sizes: list[tuple[int, int]], *, anchors: int = 2, values: int = 4, level: float = -3.0
+    n: int,
+    classes: int,
+    sizes: list[tuple[int, int]],
+    *,
+    anchors: int = 2,
+    coder: str = "anchor_deltas",
+    level: float = -3.0,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    """Logits, boxes, anchors and strides of levels of these (h, w)."""
-    anchors = 1 if values == 5 else anchors
+    """Logits, boxes, anchors and strides of levels with these sizes (h, w)."""
+    points, rotated = coder == "distances_centerness", coder == "rotated_deltas"
+    anchors = 1 if points else anchors
     strides = [8 * 2**i for i in range(len(sizes))]
     return (
         [torch.randn(n, anchors * classes, h, w) + level for h, w in sizes],
-        [torch.randn(n, anchors * values, h, w) * 0.3 for h, w in sizes],
-        [base_anchors(anchors, s, rotated=values == 6, points=values == 5) for s in strides],
+        [torch.randn(n, anchors * BOX_CODERS[coder].head_values, h, w) * 0.3 for h, w in sizes],
+        [base_anchors(anchors, s, rotated=rotated, points=points) for s in strides],
         strides,
     )
 
@@ -43,7 +51,7 @@ def sigmoid(x: float) -> float:
 
 
 def plain_box(numbers: list[float], anchor: list[float], x: int, y: int, stride: int, w: int, h: int) -> list[float]:
-    """The formulas of the specification for one candidate of cell (x, y) on a level of w×h cells."""
+    """The formulas of boxes.py for one candidate, of the cell (x, y) of a level of w×h cells."""
     x1, y1, x2, y2 = (v + (x, y)[i % 2] * stride for i, v in enumerate(anchor[:4]))
     aw, ah = x2 - x1 + 1, y2 - y1 + 1
     cx, cy = x1 + 0.5 * aw, y1 + 0.5 * ah
@@ -58,9 +66,10 @@ def plain_box(numbers: list[float], anchor: list[float], x: int, y: int, stride:
     return [min(max(v, 0), limits[i % 2]) for i, v in enumerate(box)] + (numbers[4:6] if len(numbers) == 6 else [])
 
 
-def plain_decode(head, *, image: int, top_n: int, values: int) -> list[list[tuple[float, list[float], int]]]:
+def plain_decode(head, *, image: int, top_n: int, coder: str) -> list[list[tuple[float, list[float], int]]]:
     """(score, box, class) of one image's candidates, per level, ordered."""
     found = []
+    values = BOX_CODERS[coder].head_values
     for logits, boxes, anchors, stride in zip(*head, strict=True):
         _, channels, h, w = logits.shape
         classes = channels // len(anchors)
@@ -72,25 +81,25 @@ def plain_decode(head, *, image: int, top_n: int, values: int) -> list[list[tupl
             a, c = divmod(channel, classes)
             numbers = boxes[image, a * values : (a + 1) * values, y, x].tolist()
             score = sigmoid(logit)
-            if values == 5:
+            if coder == "distances_centerness":
                 score = math.sqrt(score * sigmoid(numbers[4]))
             candidates.append((score, plain_box(numbers, anchors[a].tolist(), x, y, stride, w, h), c))
         found.append(sorted(candidates, key=lambda candidate: -candidate[0])[:top_n])
     return found
 
 
-def check_decode(head, *, top_n: int = 50, values: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def check_decode(head, *, top_n: int = 50, coder: str = "anchor_deltas") -> tuple[Tensor, Tensor, Tensor]:
     """decode_reference against plain_decode, unused rows included; returns its result."""
-    result = ops.decode_reference(*head, score_threshold=THRESHOLD, top_n=top_n, values=values)
+    result = ops.decode_reference(*head, score_threshold=THRESHOLD, top_n=top_n, coder=coder)
     scores, boxes, classes = result
     columns = [min(top_n, logits[0].numel()) for logits in head[0]]
     images = len(head[0][0])
     assert scores.shape == classes.shape == (images, sum(columns))
-    assert boxes.shape == (images, sum(columns), 6 if values == 6 else 4)
+    assert boxes.shape == (images, sum(columns), BOX_CODERS[coder].box_values)
     assert (scores.dtype, boxes.dtype, classes.dtype) == (torch.float32, torch.float32, torch.int64)
     for image in range(images):
         start = 0
-        for level, width in zip(plain_decode(head, image=image, top_n=top_n, values=values), columns, strict=True):
+        for level, width in zip(plain_decode(head, image=image, top_n=top_n, coder=coder), columns, strict=True):
             rows = slice(start, start + len(level))
             unused = slice(start + len(level), start + width)
             assert scores[image, rows].tolist() == pytest.approx([score for score, _, _ in level], abs=1e-6)
@@ -102,11 +111,11 @@ def check_decode(head, *, top_n: int = 50, values: int = 4) -> tuple[Tensor, Ten
     return result
 
 
-@pytest.mark.parametrize("values", [4, 5, 6])
+@pytest.mark.parametrize("coder", BOX_CODERS)
 @pytest.mark.parametrize("classes", [1, 3, 90])
 @pytest.mark.parametrize("images", [1, 3])
-def test_decode_of_random_heads(values: int, classes: int, images: int) -> None:
-    scores, _, _ = check_decode(random_head(images, classes, [(5, 7), (3, 4), (1, 1)], values=values), values=values)
+def test_decode_of_random_heads(coder: str, classes: int, images: int) -> None:
+    scores, _, _ = check_decode(random_head(images, classes, [(5, 7), (3, 4), (1, 1)], coder=coder), coder=coder)
     assert (scores > 0).any()
 
 
@@ -138,18 +147,18 @@ def test_decode_orders_ties_by_index() -> None:
     assert all(torch.equal(a, b) for a, b in zip((scores, boxes, classes), once_more, strict=True))
 
 
-@pytest.mark.parametrize("values", [4, 5])
-def test_equal_logits_are_ties_wherever_they_lie(values: int) -> None:
+@pytest.mark.parametrize("coder", ["anchor_deltas", "distances_centerness"])
+def test_equal_logits_are_ties_wherever_they_lie(coder: str) -> None:
     """torch's float32 sigmoid on the CPU differs in the last bit between a vector's body and its tail."""
     for logit in torch.randn(200).tolist():
-        head = random_head(1, 1, [(1, 37)], anchors=1, values=values)
+        head = random_head(1, 1, [(1, 37)], anchors=1, coder=coder)
         head[0][0][:], head[1][0][:] = logit, logit
-        scores, _, _ = ops.decode_reference(*head, score_threshold=THRESHOLD, top_n=37, values=values)
+        scores, _, _ = ops.decode_reference(*head, score_threshold=THRESHOLD, top_n=37, coder=coder)
         assert (scores == scores[0, 0]).all()
 
 
 def test_a_score_at_the_threshold_does_not_survive() -> None:
-    """Strictly above, compared as logits; the two neighbors in float32 tell the sides apart."""
+    """Strictly above, compared as logits: of the threshold and its two neighbors in float32, one survives."""
     at = np.float32(math.log(THRESHOLD / (1 - THRESHOLD)))
     head = random_head(1, 1, [(1, 3)], anchors=1)
     head[0][0][:] = torch.tensor([np.nextafter(at, np.float32(-INF)), at, np.nextafter(at, np.float32(INF))])
@@ -165,18 +174,18 @@ def test_thresholds_at_the_ends(threshold: float, survivors: int) -> None:
     assert scores.count_nonzero() == survivors
 
 
-@pytest.mark.parametrize("values", [4, 5, 6])
-def test_what_is_not_a_number_does_not_survive(values: int) -> None:
-    head = random_head(2, 2, [(3, 4)], values=values, level=2.0)
+@pytest.mark.parametrize("coder", BOX_CODERS)
+def test_what_is_not_a_number_does_not_survive(coder: str) -> None:
+    head = random_head(2, 2, [(3, 4)], coder=coder, level=2.0)
     head[0][0][0, :, 1] = NAN
-    scores, boxes, _ = ops.decode_reference(*head, score_threshold=THRESHOLD, top_n=1000, values=values)
+    scores, boxes, _ = ops.decode_reference(*head, score_threshold=THRESHOLD, top_n=1000, coder=coder)
     assert not scores.isnan().any()
     assert (scores[0] > 0).sum() == head[0][0][0].numel() - head[0][0][0].isnan().sum()
     assert (scores[1] > 0).all()
     head[1][0][1] = NAN  # numbers of the boxes
-    scores, boxes, _ = ops.decode_reference(*head, score_threshold=THRESHOLD, top_n=1000, values=values)
+    scores, boxes, _ = ops.decode_reference(*head, score_threshold=THRESHOLD, top_n=1000, coder=coder)
     assert torch.isfinite(boxes).all() and not boxes[1].any()
-    assert (scores[1] > 0).any() != (values == 5)  # a center-ness that is not a number is a score that is none
+    assert (scores[1] > 0).any() != BOX_CODERS[coder].has_centerness  # if the center-ness is NaN, so is the score
 
 
 def test_decode_does_not_depend_on_memory_format_or_float_type() -> None:
@@ -205,7 +214,7 @@ def plain_nms(
 
 
 def overlaps(boxes: Tensor) -> list[list[float]]:
-    """IoU of every two boxes; the polygons' has its own test against another library."""
+    """The IoU of every two boxes; that of rotated boxes is tested against shapely in test_boxes.py."""
     return (geometry.iou if boxes.shape[-1] == 4 else geometry.rotated_iou)(boxes, boxes).tolist()
 
 
@@ -250,7 +259,7 @@ def test_nms_of_random_rotated_candidates(classes: int) -> None:
 
 
 def test_nms_goes_on_beyond_a_chunk_until_the_detections_are_found() -> None:
-    """One image is full after few candidates, the other only with the last; the third never is."""
+    """One image is full after a few candidates, the second only with the last, the third never."""
     count = 3 * ops.NMS_CHUNK
     scores = torch.linspace(1, 0.5, count).repeat(3, 1)
     boxes = torch.tensor([0.0, 0.0, 9.0, 9.0]).repeat(3, count, 1)
@@ -265,14 +274,14 @@ def test_nms_orders_ties_by_index() -> None:
 
 
 def test_an_iou_at_the_threshold_does_not_suppress() -> None:
-    """10×10 and its 10×5 half have IoU 0.5 exactly; one row more and the other goes."""
+    """A 10×10 box and its 10×5 half have an IoU of exactly 0.5; with one row more the second is suppressed."""
     boxes = torch.tensor([[[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 9.0, 4.0]], [[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 9.0, 5.0]]])
     scores = torch.tensor([[0.9, 0.8], [0.9, 0.8]])
     assert check_nms(scores, boxes, torch.zeros(2, 2, dtype=torch.int64)).tolist() == [2, 1]
 
 
 def test_a_suppressed_box_suppresses_nothing() -> None:
-    """A row of boxes, each over the next: every second survives."""
+    """A row of boxes, each overlapping the next: every second one survives."""
     boxes = torch.tensor([[[4.0 * i, 0.0, 4.0 * i + 15, 9.0] for i in range(9)]])
     assert check_nms(torch.linspace(0.9, 0.1, 9)[None], boxes, torch.zeros(1, 9, dtype=torch.int64)).item() == 5
 
@@ -283,7 +292,7 @@ def test_nms_keeps_classes_apart() -> None:
 
 
 def test_unused_rows_do_not_suppress_a_box_at_the_origin() -> None:
-    """The zero box of an unused row is one pixel large, and its class is 0."""
+    """The box of an unused row is zero, which is one pixel at the origin, and its class is 0."""
     boxes = torch.zeros(1, 3, 4)
     assert check_nms(torch.tensor([[0.0, 0.5, NAN]]), boxes, torch.zeros(1, 3, dtype=torch.int64)).item() == 1
 
@@ -315,6 +324,6 @@ def test_rotated_iou_skips_only_pairs_below_the_minimum(minimum: float) -> None:
 
 
 def test_rotated_iou_at_the_minimum_is_given() -> None:
-    """An unturned box and its half: the bound is the IoU itself."""
+    """For an un-rotated box and its half the upper bound is the IoU itself."""
     a, b = torch.tensor([[0.0, 0.0, 9.0, 9.0, 0.0]]), torch.tensor([[0.0, 0.0, 9.0, 4.0, 0.0]])
     assert ops.rotated_iou_reference(a, b, minimum=0.5).item() == 0.5

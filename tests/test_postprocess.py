@@ -1,4 +1,4 @@
-"""From raw levels to detections: planted objects come out, and the settings reach the right place."""
+"""From raw levels to detections: planted objects are found, and each setting has its effect."""
 
 import dataclasses
 import math
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from odtk import boxes as geometry
+from odtk.box_coder import BOX_CODERS
 from odtk.config import LossConfig, ModelConfig, PostprocessConfig
 from odtk.postprocess import Detections, postprocess
 from odtk.training.loss import detection_loss
@@ -20,10 +21,10 @@ KINDS = ["retinanet", "rotated", "fcos"]
 
 def model_config(kind: str) -> ModelConfig:
     """One anchor per cell, three classes."""
-    one = {"classes": 3, "ratios": (1.0,), "scales": (1.0,)}
+    one = ModelConfig(classes=3, ratios=(1.0,), scales=(1.0,))
     if kind == "fcos":
-        return ModelConfig(head="fcos", **one)
-    return ModelConfig(angles=(0.0,) if kind == "rotated" else (), **one)
+        return dataclasses.replace(one, head="fcos")
+    return dataclasses.replace(one, angles=(0.0,) if kind == "rotated" else ())
 
 
 def anchors_of(model: ModelConfig) -> list[Tensor]:
@@ -34,7 +35,7 @@ def anchors_of(model: ModelConfig) -> list[Tensor]:
 
 def empty_heads(model: ModelConfig, n: int) -> tuple[list[Tensor], list[Tensor]]:
     logits = [torch.full((n, model.classes, *shape), -10.0) for shape in SHAPES]
-    return logits, [torch.zeros(n, model.box_values, *shape) for shape in SHAPES]
+    return logits, [torch.zeros(n, BOX_CODERS[model.box_coder].head_values, *shape) for shape in SHAPES]
 
 
 def plant(
@@ -48,7 +49,7 @@ def plant(
     label: int,
     logit: float,
 ) -> None:
-    """Write what the heads would say of this box [4 or 5] at a cell (y, x)."""
+    """Writes what the heads would give for this box [4 or 5] at the cell (y, x)."""
     y, x = cell
     s = STRIDES[level]
     target = torch.tensor(box)
@@ -70,7 +71,7 @@ def run(heads, model: ModelConfig, **settings) -> Detections:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_planted_objects_come_out(kind: str) -> None:
-    """Two classes, two levels, one near copy that is suppressed, an image with nothing."""
+    """Two classes, two levels, a near copy that is suppressed, and an image without objects."""
     model = model_config(kind)
     heads = empty_heads(model, 2)
     angle = [0.3] if model.rotated else []
@@ -124,7 +125,7 @@ def test_detections_are_what_the_class_promises(kind: str) -> None:
 
 
 def test_a_rotated_pair_is_judged_by_its_polygons() -> None:
-    """Two bars crossed at 90°: their circumscribed boxes are nearly the same, their polygons share little."""
+    """Two bars crossed at 90°: their circumscribed boxes are nearly the same, but their polygons overlap little."""
     model = model_config("rotated")
     heads = empty_heads(model, 1)
     bar = [20.0, 28.0, 59.0, 35.0]
@@ -137,25 +138,25 @@ def test_a_rotated_pair_is_judged_by_its_polygons() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_loss_teaches_is_what_postprocess_reads(kind: str) -> None:
-    """Raw levels that minimize the loss give the targets back: both sides agree on layout, anchors and coding."""
+    """Raw levels that minimize the loss decode to the targets: both sides agree on layout, anchors and coding."""
     model = model_config(kind)
     angle = [0.2] if model.rotated else []
     boxes = torch.tensor([[[8.0, 8.0, 17.0, 25.0, *angle], [46.0, 30.0, 55.0, 47.0, *angle]]] * 2)
     labels = torch.tensor([[2, 0], [1, -1]])  # the second box of the second image is padding
     logits, numbers = empty_heads(model, 2)
-    heads = [
-        [level.fill_(value).requires_grad_() for level in part] for part, value in ((logits, -3.0), (numbers, 0.5))
-    ]
+    for part, value in ((logits, -3.0), (numbers, 0.5)):
+        for level in part:
+            level.fill_(value).requires_grad_()
     optimizer = torch.optim.Adam(logits + numbers, lr=0.2)
     for _ in range(60):
         found = detection_loss(
-            *heads, boxes, labels, anchors=anchors_of(model), strides=STRIDES, model=model, loss=LossConfig()
+            logits, numbers, boxes, labels, anchors=anchors_of(model), strides=STRIDES, model=model, loss=LossConfig()
         )
         optimizer.zero_grad()
-        sum(total / normalizer.clamp(min=1) for total, normalizer in found.values()).backward()
+        torch.stack([total / normalizer.clamp(min=1) for total, normalizer in found.values()]).sum().backward()
         optimizer.step()
     with torch.no_grad():
-        detections = run(heads, model, score_threshold=0.5)
+        detections = run((logits, numbers), model, score_threshold=0.5)
     for image, used in enumerate([2, 1]):
         assert (detections.scores[image] > 0).sum() == used
         order = detections.classes[image, :used].argsort(descending=True)

@@ -1,12 +1,17 @@
-// Geometry of boxes, for host and device: the CPU tests run the very code that the kernels run.
+// The geometry of boxes, for host and device, so that the CPU tests run the code that the kernels run.
+//
+// Includes the standard library and box_coder.h only: g++ compiles it without CUDA.
 //
 // The convention is that of odtk/boxes.py: x1, y1, x2, y2 in pixels, inclusive corners (width = x2 - x1 + 1); an angle
 // turns anticlockwise as seen on the screen (y down). Every expression keeps the order of operations of odtk/boxes.py,
-// and these files are compiled without fused multiply-add, so that fp32 results have the same bits as torch's.
+// and what includes this file is compiled without fused multiply-add, so that fp32 results have the same bits as
+// torch's.
 #pragma once
 
 #include <cfloat>
 #include <cmath>
+
+#include "box_coder.h"
 
 #ifdef __CUDACC__
 #define ODTK_HD __host__ __device__ inline
@@ -16,14 +21,14 @@
 
 namespace odtk {
 
-constexpr float kSmallestArea = 1e-9f;  ///< px^2, keeps 0 / 0 out of the IoU of boxes without area
-constexpr float kBoundSlack = 1e-4f;    ///< room for the rounding of iou_bound
+constexpr float kSmallestArea = 1e-9f;  ///< px^2, avoids 0 / 0 in the IoU of boxes without area
+constexpr float kBoundSlack = 1e-4f;    ///< allows for the rounding of iou_bound
 
 struct Box {
   float x1, y1, x2, y2;
 };
 
-/// The un-rotated box and the sine and cosine of its angle, as regressed: not necessarily of length 1.
+/// The un-rotated box, and the sine and cosine of its angle as they were regressed, which need not be normalized.
 struct RotatedBox {
   Box box;
   float sin, cos;
@@ -57,7 +62,7 @@ template <typename T>
 ODTK_HD T ratio(T a, T b) {
   return b == 0 ? T(0) : a / b;
 }
-/// In fp64: rounded once, a score has the same bits wherever it is worked out, so the same scores tie everywhere.
+/// In fp64, so that a score, rounded once, has the same bits on every device, and equal scores tie on all of them.
 ODTK_HD double sigmoid(float logit) { return 1.0 / (1.0 + exp(-static_cast<double>(logit))); }
 
 // ---- decoding ----
@@ -93,8 +98,29 @@ ODTK_HD Box decode_distances(const float* distances, const Box& anchor, int stri
                image_height);
 }
 
-/// A sine or cosine as regressed; NaN becomes 0, infinity the largest finite number.
+/// A sine or cosine as regressed, made finite: NaN becomes 0, infinity the largest finite number.
 ODTK_HD float finite(float value) { return value != value ? 0.0f : clamp(value, -FLT_MAX, FLT_MAX); }
+
+/// Decodes the first box_values(coder) of a head's `values` at a placed anchor into as many numbers of `box`.
+ODTK_HD void decode_box(BoxCoder coder, const float* values, const Box& anchor, int stride, int image_width,
+                        int image_height, float* box) {
+  Box corners{};
+  switch (coder) {
+    case BoxCoder::kAnchorDeltas:
+    case BoxCoder::kRotatedDeltas: corners = decode_deltas(values, anchor, image_width, image_height); break;
+    case BoxCoder::kDistancesCenterness:
+      corners = decode_distances(values, anchor, stride, image_width, image_height);
+      break;
+  }
+  box[0] = corners.x1;
+  box[1] = corners.y1;
+  box[2] = corners.x2;
+  box[3] = corners.y2;
+  if (coder == BoxCoder::kRotatedDeltas) {
+    box[4] = finite(values[4]);
+    box[5] = finite(values[5]);
+  }
+}
 
 // ---- IoU of axis-aligned boxes ----
 
@@ -111,10 +137,10 @@ ODTK_HD float iou(const Box& a, const Box& b) {
 
 // ---- IoU of rotated boxes ----
 
-/// Sine and cosine of the angle that a rotated box means; (0, 1) where both were regressed as 0.
+/// The normalized sine and cosine of a rotated box; (0, 1) if both were regressed as 0.
 template <typename T>
 ODTK_HD void unit_rotation(const RotatedBox& b, T* sine, T* cosine) {
-  // Scaled by the larger before squaring, so that nothing overflows.
+  // Divided by the larger of the two before squaring, so that nothing overflows.
   const T s = b.sin, c = b.cos, scale = larger(magnitude(s), magnitude(c));
   if (scale == 0) {
     *sine = 0;
@@ -127,7 +153,7 @@ ODTK_HD void unit_rotation(const RotatedBox& b, T* sine, T* cosine) {
 }
 
 /// An upper bound of the IoU of two rotated boxes: their intersection is at most the smaller area, and at most the
-/// intersection of their circumscribed axis-aligned boxes. 0 where they surely do not meet.
+/// intersection of their circumscribed axis-aligned boxes. It is 0 only if they do not overlap.
 ODTK_HD float iou_bound(const RotatedBox& a, const RotatedBox& b) {
   float sine[2], cosine[2];
   unit_rotation(a, &sine[0], &cosine[0]);
@@ -164,7 +190,7 @@ ODTK_HD T edge_in_rectangle(const Point<T>& p, const Point<T>& q, T w, T h) {
   return (end - start) * mean;
 }
 
-/// Exact intersection over union in [0, 1] of the polygons of two rotated boxes, worked out in T.
+/// The exact intersection over union in [0, 1] of the polygons of two rotated boxes, computed in T.
 ///
 /// Seen from b, as the rectangle |x| <= w, |y| <= h, the area of the intersection is by Green's theorem the integral of
 /// clamp(x, -w, w) dy along those parts of a's four edges where |y| <= h: no list of intersection points, no sorting,
@@ -173,14 +199,14 @@ template <typename T>
 ODTK_HD T rotated_iou(const RotatedBox& a, const RotatedBox& b) {
   const T width_a = larger(T(a.box.x2) - T(a.box.x1) + 1, T(0)), height_a = larger(T(a.box.y2) - T(a.box.y1) + 1, T(0));
   const T width_b = larger(T(b.box.x2) - T(b.box.x1) + 1, T(0)), height_b = larger(T(b.box.y2) - T(b.box.y1) + 1, T(0));
-  // Center of a about the center of b: half of (x1 + x2 + 1) - (x1' + x2' + 1).
+  // The center of a relative to that of b: half of (x1 + x2 + 1) - (x1' + x2' + 1).
   const T cx = T(0.5) * ((T(a.box.x1) - T(b.box.x1)) + (T(a.box.x2) - T(b.box.x2)));
   const T cy = T(0.5) * ((T(a.box.y1) - T(b.box.y1)) + (T(a.box.y2) - T(b.box.y2)));
   T sin_a, cos_a, sin_b, cos_b;
   unit_rotation(a, &sin_a, &cos_a);
   unit_rotation(b, &sin_b, &cos_b);
 
-  Point<T> corner[4];  // of a, about b's center, turned back by b's angle
+  Point<T> corner[4];  // of a, relative to b's center, turned back by b's angle
   for (int i = 0; i < 4; ++i) {
     const T dx = T(0.5) * (i == 1 || i == 2 ? width_a : -width_a), dy = T(0.5) * (i >= 2 ? height_a : -height_a);
     const T x = cos_a * dx + sin_a * dy + cx, y = cos_a * dy - sin_a * dx + cy;
@@ -194,19 +220,19 @@ ODTK_HD T rotated_iou(const RotatedBox& a, const RotatedBox& b) {
   return inside / larger(width_a * height_a + width_b * height_b - inside, T(kSmallestArea));
 }
 
-/// rotated_iou, and 0 for pairs whose IoU is surely below `minimum`.
+/// rotated_iou, but 0 for pairs whose IoU is certain to be below `minimum`.
 ODTK_HD float rotated_iou(const RotatedBox& a, const RotatedBox& b, float minimum) {
   const float bound = iou_bound(a, b);
   return bound > 0.0f && bound > minimum - kBoundSlack ? static_cast<float>(rotated_iou<double>(a, b)) : 0.0f;
 }
 
-// ---- what the NMS asks ----
+// ---- the test of the NMS ----
 
 /// Whether the IoU is strictly above the threshold.
 ODTK_HD bool overlaps(const Box& a, const Box& b, float threshold) { return iou(a, b) > threshold; }
 
 ODTK_HD bool overlaps(const RotatedBox& a, const RotatedBox& b, float threshold) {
-  constexpr float kDoubtful = 1e-3f;  // fp32 is off by less than this; fp64 is slow on small GPUs
+  constexpr float kDoubtful = 1e-3f;  // fp32 is off by less than this; nearer, fp64 decides, which small GPUs do slowly
   const float bound = iou_bound(a, b);
   if (bound <= 0.0f || bound <= threshold - kBoundSlack) return false;
   const float quick = rotated_iou<float>(a, b);

@@ -1,4 +1,6 @@
-// One check for every CUDA call: a failing call becomes an exception that names the call, the place and CUDA's reason.
+// The check around every CUDA call: a call that fails becomes an exception with the call, the place and CUDA's reason.
+//
+// Includes CUDA's runtime API and the standard library only: no torch, no TensorRT, no kernel language.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,9 +1,11 @@
-// Two launches. find_candidates: the logits are cut into chunks; a block reads one chunk once, with wide loads, and
-// writes the keys of its survivors, at most top_n, to its own list. merge_candidates: a block takes the lists of one
-// image and level, selects the top_n best, sorts them, decodes their boxes and writes the rows.
+// The kernels of decode.h, in two launches. May not include torch or TensorRT.
 //
-// A chunk with more than top_n survivors cannot contribute more than its top_n best: its block selects them, reading the
-// chunk again from the cache. So the workspace is fixed and nothing ever overflows, even when every score survives.
+// find_candidates: the logits are cut into chunks. A block reads one chunk once, with wide loads, and writes the keys
+// of its survivors, at most top_n, to a list of its own. merge_candidates: a block takes the lists of one image and
+// level, selects the top_n best, sorts them, decodes their boxes and writes the rows.
+//
+// If a chunk has more than top_n survivors, only its top_n best can matter: its block selects them, reading the chunk
+// again from the cache. So the size of the workspace is fixed and never too small, even if every score survives.
 #include "decode.h"
 
 #include <cuda_fp16.h>
@@ -21,18 +23,18 @@
 namespace odtk {
 namespace {
 
-constexpr int kChunk = 32768;  // logits of a block: 64 KiB in fp16, so that one image fills a large GPU
+constexpr int kChunk = 32768;  // logits per block: 64 KiB in fp16, small enough that one image fills a large GPU
 constexpr int kFindThreads = 256;
 constexpr int kMergeThreads = 1024;
 constexpr int kUnroll = 4;  // 16-byte loads in flight per thread
 
-/// What the kernels get: the params and what follows from them.
+/// What the kernels receive: the params and what is derived from them.
 struct Plan {
   DecodeParams params;
   float logit_threshold;
-  std::int32_t columns;                   // of the output
-  std::int32_t first_column[kMaxLevels];  // of each level
-  std::int32_t first_chunk[kMaxLevels + 1];  // of each level, among the chunks of one image; then their number
+  std::int32_t columns;                      // of the output
+  std::int32_t first_column[kMaxLevels];     // of each level
+  std::int32_t first_chunk[kMaxLevels + 1];  // of each level, among the chunks of one image; last, their number
 };
 static_assert(sizeof(Plan) <= 3072, "a kernel's parameters are limited to 4 KiB");
 
@@ -41,7 +43,7 @@ struct Buffers {
   std::int32_t* counts;  // [N, chunks]
 };
 
-/// Logits of one image in memory, the padding of channels-last included.
+/// The number of logits of one image in memory, including the padding of channels-last.
 __host__ __device__ inline std::int64_t logits_per_image(const DecodeParams& p, const DecodeLevel& level) {
   const int channels = level.logits_pitch > 0 ? level.logits_pitch : p.anchors * p.classes;
   return static_cast<std::int64_t>(channels) * level.height * level.width;
@@ -57,7 +59,7 @@ void check(const DecodeParams& p) {
   require(p.anchors >= 1 && p.classes >= 1, "anchors and classes must be at least 1");
   require(p.top_n >= 1 && p.top_n <= kMaxTopN, "top_n must be 1 to 4096");
   require(p.anchor_values == 4 || p.anchor_values == 5, "anchor_values must be 4 or 5");
-  require(p.kind == BoxKind::kAnchor || p.kind == BoxKind::kRotated || p.kind == BoxKind::kFcos, "kind is unknown");
+  require(head_values(p.coder) > 0, "coder is unknown");
   for (const DataType type : {p.logits_type, p.boxes_type}) {
     require(type == DataType::kFloat || type == DataType::kHalf, "logits_type and boxes_type must be fp32 or fp16");
   }
@@ -66,7 +68,7 @@ void check(const DecodeParams& p) {
     const DecodeLevel& level = p.level[l];
     require(level.height >= 1 && level.width >= 1 && level.stride >= 1, "height, width and stride must be at least 1");
     require(level.logits_pitch == 0 || level.logits_pitch >= channels, "logits_pitch must be 0 or at least A*C");
-    require(level.boxes_pitch == 0 || level.boxes_pitch >= p.anchors * head_values(p.kind),
+    require(level.boxes_pitch == 0 || level.boxes_pitch >= p.anchors * head_values(p.coder),
             "boxes_pitch must be 0 or at least A*V");
     const std::int64_t cells = static_cast<std::int64_t>(level.height) * level.width;
     require(cells * std::max<std::int64_t>(channels, level.logits_pitch) < (std::int64_t{1} << 31) - kChunk,
@@ -100,7 +102,7 @@ Buffers carve(const Plan& plan, Workspace& workspace) {
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(__half value) { return __half2float(value); }
 
-/// Bit k tells whether the k-th of the logits in these 16 bytes is above the threshold; NaN never is.
+/// A mask whose bit k is set if logit k of these 16 bytes is above the threshold; NaN never is.
 __device__ inline unsigned above(const uint4& bytes, float threshold, float) {
   const unsigned words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
   unsigned mask = 0;
@@ -120,10 +122,10 @@ __device__ inline unsigned above(const uint4& bytes, float threshold, __half) {
   return mask;
 }
 
-/// Value v of anchor a at a cell of an image, from the box head.
-__device__ inline float box_value(const DecodeParams& p, const DecodeLevel& level, int image, int anchor, int v,
+/// Number v of an anchor at a cell of an image, from the box head.
+__device__ inline float head_value(const DecodeParams& p, const DecodeLevel& level, int image, int anchor, int v,
                                   int cell) {
-  const int values = head_values(p.kind), channel = anchor * values + v, cells = level.height * level.width;
+  const int values = head_values(p.coder), channel = anchor * values + v, cells = level.height * level.width;
   const std::int64_t at =
       level.boxes_pitch > 0 ? (static_cast<std::int64_t>(image) * cells + cell) * level.boxes_pitch + channel
                             : (static_cast<std::int64_t>(image) * p.anchors * values + channel) * cells + cell;
@@ -131,7 +133,7 @@ __device__ inline float box_value(const DecodeParams& p, const DecodeLevel& leve
                                          : static_cast<const float*>(level.boxes)[at];
 }
 
-/// The key of the candidate whose logit lies at `offset` in its image's logits; 0 if it does not survive.
+/// The key of the candidate whose logit is at `offset` in its image's logits; 0 if it does not survive.
 template <typename T>
 __device__ Key candidate_key(const Plan& plan, const DecodeLevel& level, const T* logits, int image, int offset) {
   const DecodeParams& p = plan.params;
@@ -145,8 +147,8 @@ __device__ Key candidate_key(const Plan& plan, const DecodeLevel& level, const T
     if (channel >= p.anchors * p.classes) return 0;  // padding
   }
   double precise = sigmoid(logit);
-  if (p.kind == BoxKind::kFcos) {
-    precise = sqrt(precise * sigmoid(box_value(p, level, image, channel / p.classes, 4, cell)));
+  if (has_centerness(p.coder)) {
+    precise = sqrt(precise * sigmoid(head_value(p, level, image, channel / p.classes, box_values(p.coder), cell)));
   }
   const float score = static_cast<float>(precise);
   return score > 0.0f ? make_key(score, static_cast<std::uint32_t>(channel) * cells + cell) : 0;
@@ -154,10 +156,10 @@ __device__ Key candidate_key(const Plan& plan, const DecodeLevel& level, const T
 
 // ---- the kernels ----
 
-/// Calls f(offset) for each of the `count` logits from `logits` on that is above the threshold.
+/// Calls f(offset) for each of the `count` logits at `logits` that is above the threshold.
 template <typename T, typename F>
 __device__ void visit_survivors(const T* logits, int count, float threshold, const F& f) {
-  constexpr int kWide = 16 / sizeof(T);  // logits of one load
+  constexpr int kWide = 16 / sizeof(T);  // logits per load
   const int misaligned = static_cast<int>(reinterpret_cast<std::uintptr_t>(logits) % 16 / sizeof(T));
   const int head = min(count, misaligned == 0 ? 0 : kWide - misaligned);
   const int wides = (count - head) / kWide;
@@ -204,7 +206,7 @@ __global__ void __launch_bounds__(kFindThreads) find_candidates(const Plan plan,
 
   if (threadIdx.x == 0) found = 0;
   __syncthreads();
-  // Once `found` is beyond top_n its exact value does not matter any more: survivors are then selected below.
+  // Once `found` exceeds top_n its exact value no longer matters, because the survivors are then selected below.
   visit_survivors(logits + first, count, plan.logit_threshold, [&](int offset) {
     if (*static_cast<volatile int*>(&found) > top_n) return;
     const Key key = candidate_key(plan, level, logits, image, first + offset);
@@ -248,23 +250,12 @@ __device__ void write_row(const Plan& plan, const DecodeLevel& level, int image,
   const int image_width = level.width * level.stride, image_height = level.height * level.stride;
 
   float values[6];
-  const int count = p.kind == BoxKind::kRotated ? 6 : 4;  // the center-ness is in the score already
+  const int count = box_values(p.coder);  // a center-ness is in the score already
 #pragma unroll
-  for (int v = 0; v < 6; ++v) values[v] = v < count ? box_value(p, level, image, anchor, v, cell) : 0.0f;
-  const Box box = p.kind == BoxKind::kFcos
-                      ? decode_distances(values, placed, level.stride, image_width, image_height)
-                      : decode_deltas(values, placed, image_width, image_height);
+  for (int v = 0; v < 6; ++v) values[v] = v < count ? head_value(p, level, image, anchor, v, cell) : 0.0f;
   scores[row] = key_score(key);
   classes[row] = channel % p.classes;
-  float* const out = boxes + row * count;
-  out[0] = box.x1;
-  out[1] = box.y1;
-  out[2] = box.x2;
-  out[3] = box.y2;
-  if (p.kind == BoxKind::kRotated) {
-    out[4] = finite(values[4]);
-    out[5] = finite(values[5]);
-  }
+  decode_box(p.coder, values, placed, level.stride, image_width, image_height, boxes + row * count);
 }
 
 /// grid (L, N).
@@ -291,7 +282,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
   const int total = found;
   __syncthreads();
 
-  // 32 neighboring threads walk one list together.
+  // 32 neighboring threads go through one list together.
   const auto visit = [&](const auto& f) {
     for (int list = threadIdx.x / 32; list < lists; list += kMergeThreads / 32) {
       const Key* const start = keys + static_cast<std::int64_t>(list) * p.top_n;
@@ -310,7 +301,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
   if (kept > 0) sort_descending<kMergeThreads>(best, kept);
 
   const int columns = (l + 1 < p.levels ? plan.first_column[l + 1] : plan.columns) - plan.first_column[l];
-  const int values = box_values(p.kind);
+  const int values = box_values(p.coder);
   const std::int64_t first_row = static_cast<std::int64_t>(image) * plan.columns + plan.first_column[l];
   for (int i = threadIdx.x; i < columns; i += kMergeThreads) {
     const std::int64_t row = first_row + i;
@@ -353,7 +344,7 @@ void decode(const DecodeParams& params, float* scores, float* boxes, std::int32_
   require(scores && boxes && classes && workspace, "the outputs and the workspace must be given");
   Workspace pieces(workspace);
   const Buffers buffers = carve(plan, pieces);
-  require(pieces.size() <= workspace_bytes, "the workspace is smaller than decode_workspace() says");
+  require(pieces.size() <= workspace_bytes, "the workspace is smaller than decode_workspace() requires");
 
   const dim3 chunks(plan.first_chunk[params.levels], params.batch), lists(params.levels, params.batch);
   const auto find = params.logits_type == DataType::kHalf ? find_candidates<__half> : find_candidates<float>;

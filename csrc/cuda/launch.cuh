@@ -1,4 +1,6 @@
-// Kernel launches that report their own error, and nothing of an earlier call's.
+// Kernel launches that report their own error and not that of an earlier call.
+//
+// For .cu files only. Includes no torch and no TensorRT.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,6 +1,9 @@
-// One launch, one block per image: the used candidates are sorted, then taken in tiles of 64, best first. A tile is
-// tested against the boxes kept so far and within itself, all pairs in parallel, into bit masks; one thread then walks
-// the masks, one step per box kept, so D steps at most for the whole image. It ends with D boxes or no candidates.
+// The kernel of nms.h: one launch, one block per image. May not include torch or TensorRT.
+//
+// The used candidates are sorted, then taken in tiles of 64, best first. Each box of a tile is compared with the boxes
+// kept so far and with the others of the tile, all pairs in parallel, and the results are bit masks. Then one thread
+// goes through the masks, one step per box kept, so an image takes at most D steps. It ends when D boxes are kept or no
+// candidates are left.
 #include "nms.h"
 
 #include <stdexcept>
@@ -14,8 +17,8 @@
 namespace odtk {
 namespace {
 
-constexpr int kTile = 64;          // candidates of a step: the bits of a mask
-constexpr int kSharedKeys = 4096;  // more used candidates than this are sorted in global memory
+constexpr int kTile = 64;          // candidates per step: the bits of a mask
+constexpr int kSharedKeys = 4096;  // if more candidates are used than this, they are sorted in global memory
 using Mask = unsigned long long;
 
 struct Input {
@@ -42,7 +45,7 @@ void check(const NmsParams& p) {
   require(p.batch >= 1 && p.batch <= 65535, "batch must be 1 to 65535");
   require(p.count >= 1 && p.count <= 1 << 24, "count must be 1 to 2^24");
   require(p.detections >= 1 && p.detections <= 1 << 24, "detections must be 1 to 2^24");
-  require(p.values == 4 || p.values == 6, "values must be 4 or 6");
+  require(p.box_values == 4 || p.box_values == 6, "box_values must be 4 or 6");
 }
 
 Buffers carve(const NmsParams& p, Workspace& workspace) {
@@ -60,7 +63,7 @@ struct BoxOf<4> {
 template <>
 struct BoxOf<6> {
   using Type = RotatedBox;
-  static constexpr int kThreads = 512;  // the polygons' IoU needs the registers
+  static constexpr int kThreads = 512;  // fewer, because the polygons' IoU needs more registers
   __device__ static RotatedBox load(const float* v) { return {{v[0], v[1], v[2], v[3]}, v[4], v[5]}; }
 };
 
@@ -75,15 +78,15 @@ __global__ void __launch_bounds__(BoxOf<kValues>::kThreads)
   __shared__ float tile_boxes[kTile][kValues];
   __shared__ float tile_scores[kTile];
   __shared__ std::int32_t tile_classes[kTile];
-  __shared__ Mask suppressed_by[kTile];  // the later ones of the tile that each one rules out
-  __shared__ Mask dead;                  // ruled out by boxes kept before this tile
-  __shared__ int chosen[kTile];          // of the tile, those kept now
+  __shared__ Mask suppressed_by[kTile];  // for each box of the tile, the later ones that it suppresses
+  __shared__ Mask dead;                  // the boxes that those kept before this tile suppress
+  __shared__ int chosen[kTile];          // the boxes of the tile that are kept
   __shared__ int kept_after;
 
   const int thread = threadIdx.x;
   const std::int64_t image = blockIdx.x, first_in = image * p.count, first_out = image * p.detections;
 
-  // The keys of the used candidates, each thread's behind those of the threads before it.
+  // The keys of the used candidates; each thread writes its own after those of the threads before it.
   int own = 0;
   for (int i = thread; i < p.count; i += kThreads) own += in.scores[first_in + i] > 0.0f;
   const int through = inclusive_scan<kThreads>(own, sums), used = sums[kThreads - 1];
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(BoxOf<kValues>::kThreads)
       for (int v = 0; v < kValues; ++v) out.boxes[row * kValues + v] = tile_boxes[from][v];
     }
     kept += more;
-    __syncthreads();  // the rows are read by all threads, and the tile is written anew
+    __syncthreads();  // next, all threads read these rows, and the tile is overwritten
   }
 
   for (int i = kept + thread; i < p.detections; i += kThreads) {
@@ -175,11 +178,11 @@ void nms(const NmsParams& params, const float* scores, const float* boxes, const
   require(out_scores && out_boxes && out_classes && workspace, "the outputs and the workspace must be given");
   Workspace pieces(workspace);
   const Buffers buffers = carve(params, pieces);
-  require(pieces.size() <= workspace_bytes, "the workspace is smaller than nms_workspace() says");
+  require(pieces.size() <= workspace_bytes, "the workspace is smaller than nms_workspace() requires");
 
   const Input in{scores, boxes, classes};
   const Output out{out_scores, out_boxes, out_classes};
-  if (params.values == 4) {
+  if (params.box_values == 4) {
     launch(suppress<4>, dim3(params.batch), dim3(BoxOf<4>::kThreads), stream, params, in, out, buffers);
   } else {
     launch(suppress<6>, dim3(params.batch), dim3(BoxOf<6>::kThreads), stream, params, in, out, buffers);

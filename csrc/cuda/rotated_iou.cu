@@ -1,3 +1,4 @@
+// The kernel of rotated_iou.h, and the same on the host. May not include torch or TensorRT.
 #include "rotated_iou.h"
 
 #include <algorithm>

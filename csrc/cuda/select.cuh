@@ -1,8 +1,10 @@
-// Selection and sorting by one thread block. Everything here is called by all kThreads threads of the block.
+// Selection and sorting by one thread block. All kThreads threads of the block must call these functions together.
 //
-// A key holds a candidate's place in the total order: the bits of its score (a positive float, so its bits grow with
-// it), then the complement of its index. A larger key is a better candidate, ties go to the lower index, no two keys are
-// equal, and 0 is no candidate. Hence whatever order the threads come in, the result has the same bits.
+// For .cu files only. Includes no torch and no TensorRT, and knows nothing of boxes.
+//
+// A key puts the candidates in a total order: it holds the bits of the score (a positive float, so a higher score has
+// larger bits), then the complement of the index. A larger key is a better candidate, ties go to the lower index, no
+// two keys are equal, and 0 stands for no candidate. So the result has the same bits in whatever order the threads run.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +13,7 @@
 
 namespace odtk {
 
-using Key = unsigned long long;  // what atomics and shared memory take
+using Key = unsigned long long;  // the 64-bit type that CUDA's atomics take
 
 __device__ inline Key make_key(float score, std::uint32_t index) {
   return static_cast<Key>(__float_as_uint(score)) << 32 | static_cast<std::uint32_t>(~index);
@@ -19,8 +21,8 @@ __device__ inline Key make_key(float score, std::uint32_t index) {
 __device__ inline float key_score(Key key) { return __uint_as_float(static_cast<std::uint32_t>(key >> 32)); }
 __device__ inline std::uint32_t key_index(Key key) { return ~static_cast<std::uint32_t>(key); }
 
-/// Sum of `value` over this thread and those before it. `sums` is shared memory of kThreads.
-/// A barrier stands before the return: `sums` may be reused at once.
+/// The sum of `value` over this thread and those before it. `sums` is shared memory of kThreads elements.
+/// It ends with a barrier, so `sums` may be reused at once.
 template <int kThreads>
 __device__ int inclusive_scan(int value, int* sums) {
   const int thread = threadIdx.x;
@@ -36,7 +38,7 @@ __device__ int inclusive_scan(int value, int* sums) {
   return value;
 }
 
-/// Shared memory of cut_key.
+/// The shared memory of cut_key.
 template <int kThreads>
 struct SelectScratch {
   static constexpr int kBits = 11;  // of a digit
@@ -46,16 +48,16 @@ struct SelectScratch {
   int digit, wanted, inside;
 };
 
-/// The smallest of the `wanted` largest keys: radix selection from the highest digit down.
+/// The smallest of the `wanted` largest keys, found by radix selection from the highest digit down.
 ///
-/// `visit(f)` calls f(key) for this thread's share of the keys, the same keys at every call; together the threads visit
-/// at least `wanted` keys (>= 1), all non-zero and distinct. Scores are at most 1, so that a key has 62 bits. It ends as
-/// soon as the keys with the digits found so far are all wanted: after two or three passes, unless very many scores tie.
+/// `visit(f)` calls f(key) for this thread's share of the keys, the same keys in every call. Together the threads visit
+/// at least `wanted` (>= 1) keys, all non-zero and distinct. Scores are at most 1, so a key has 62 bits. The search
+/// ends when all keys with the digits found so far are wanted: after two or three passes, unless very many scores tie.
 template <int kThreads, typename Visit>
 __device__ Key cut_key(const Visit& visit, int wanted, SelectScratch<kThreads>& scratch) {
   constexpr int kKeyBits = 62, kBits = SelectScratch<kThreads>::kBits, kBins = SelectScratch<kThreads>::kBins;
-  constexpr int kOwn = kBins / kThreads;  // bins of a thread in the scan
-  static_assert(kBins % kThreads == 0, "the bins are shared out evenly");
+  constexpr int kOwn = kBins / kThreads;  // the bins of each thread in the scan
+  static_assert(kBins % kThreads == 0, "every thread must have the same number of bins");
   const int thread = threadIdx.x;
 
   Key prefix = 0;  // the digits found so far
@@ -64,7 +66,7 @@ __device__ Key cut_key(const Visit& visit, int wanted, SelectScratch<kThreads>& 
     for (int bin = thread; bin < kBins; bin += kThreads) scratch.histogram[bin] = 0;
     __syncthreads();
 
-    // A thread counts a run of equal digits by itself: when all scores tie, the atomics do not queue up.
+    // A thread counts a run of equal digits before it adds the count, so that ties do not make the atomics wait.
     int run_digit = 0, run = 0;
     visit([&](Key key) {
       if (key >> high != prefix) return;
@@ -106,8 +108,8 @@ __host__ __device__ inline int padded_count(int count) {
   return padded;
 }
 
-/// Sorts keys[0, count) largest first: bitonic. `keys` has room for padded_count(count) and the rest is set to 0.
-/// `keys` is shared or global memory that only this block touches. Barriers stand at the start and the end.
+/// Sorts keys[0, count), largest first, by a bitonic network. `keys` has room for padded_count(count) keys; the rest is
+/// set to 0. It is shared or global memory that only this block uses. There is a barrier at the start and at the end.
 template <int kThreads>
 __device__ void sort_descending(Key* keys, int count) {
   const int padded = padded_count(count);

@@ -1,4 +1,5 @@
-// Scratch memory in two phases: the same carving function first measures, then hands out the pieces.
+// Scratch memory in two phases: one carving function first measures, then hands out the pieces.
+// Plain C++ that includes nothing of CUDA, TensorRT or torch.
 //
 //   Buffers carve(const Params& p, Workspace& w) { return {w.take<int>(p.batch), w.take<float>(p.count)}; }
 //   size:  Workspace w;            carve(p, w);  bytes = w.size();
@@ -14,11 +15,11 @@ namespace odtk {
 
 class Workspace {
  public:
-  /// Every piece starts at a multiple of this many bytes from the base, which must itself be so aligned (what
-  /// cudaMalloc, torch's allocator and TensorRT's workspace give).
+  /// Every piece starts at a multiple of this many bytes from the base. The base must be aligned to it too, as memory
+  /// from cudaMalloc, torch's allocator and TensorRT's workspace is.
   static constexpr std::size_t kAlignment = 256;
 
-  /// Without a base nothing is handed out: take() returns null pointers and only counts.
+  /// Without a base it only measures: take() returns null pointers.
   explicit Workspace(void* base = nullptr) : base_(static_cast<std::uint8_t*>(base)) {}
 
   /// The next `count` elements of T, uninitialized; null while measuring.

@@ -1,5 +1,7 @@
-// The Python module odtk._C: the only file that includes pybind11. It takes pointers, shapes and the caller's CUDA stream;
-// Python allocates. Arguments that are device pointers or streams are plain integers (torch: data_ptr(), cuda_stream).
+// The Python module odtk._C, the only file that includes pybind11. May not include torch or TensorRT's headers.
+//
+// It takes pointers, shapes and the caller's CUDA stream; Python allocates. Device pointers and streams are plain
+// integers (in torch: data_ptr(), cuda_stream).
 #include <pybind11/native_enum.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -39,7 +41,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-/// Why no kernel can run here, or nothing.
+/// Why no kernel can run on this machine, or nothing if they can.
 std::optional<std::string> device_error() {
   int devices = 0;
   const cudaError_t status = cudaGetDeviceCount(&devices);
@@ -47,7 +49,7 @@ std::optional<std::string> device_error() {
   return std::string(status == cudaSuccess ? "no CUDA device" : cudaGetErrorString(status));
 }
 
-/// CudaError -> RuntimeError; says what this machine lacks where that is the reason.
+/// CudaError becomes RuntimeError, which says what this machine lacks if that is the reason.
 void translate(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -63,9 +65,9 @@ void translate(std::exception_ptr error) {
   }
 }
 
-// ---- host geometry, on numpy arrays ----
+// ---- geometry on the host, on numpy arrays ----
 
-/// Rows of an array [n, values]; throws ValueError for another shape.
+/// The rows of an array [n, values]; throws ValueError for any other shape.
 py::ssize_t rows(const Array& array, py::ssize_t values, const char* name) {
   if (array.ndim() != 2 || array.shape(1) != values) {
     throw py::value_error(std::string(name) + " must have the shape [n, " + std::to_string(values) + "]");
@@ -76,20 +78,14 @@ py::ssize_t rows(const Array& array, py::ssize_t values, const char* name) {
 odtk::Box box_of(const float* v) { return {v[0], v[1], v[2], v[3]}; }
 odtk::RotatedBox rotated_box_of(const float* v) { return {box_of(v), v[4], v[5]}; }
 
-Array decode_boxes(odtk::BoxKind kind, const Array& values, const Array& anchors, int stride, std::pair<int, int> size) {
-  const py::ssize_t count = rows(values, odtk::head_values(kind), "values");
-  if (rows(anchors, 4, "anchors") != count) throw py::value_error("values and anchors must have as many rows");
-  const py::ssize_t width = odtk::box_values(kind);
-  Array out({count, width});
+Array decode_boxes(odtk::BoxCoder coder, const Array& values, const Array& anchors, int stride,
+                   std::pair<int, int> size) {
+  const py::ssize_t count = rows(values, odtk::head_values(coder), "values");
+  if (rows(anchors, 4, "anchors") != count) throw py::value_error("values and anchors must have equally many rows");
+  Array out({count, py::ssize_t{odtk::box_values(coder)}});
   for (py::ssize_t i = 0; i < count; ++i) {
-    const float* const v = values.data(i, 0);
-    float* const o = out.mutable_data(i, 0);
-    const odtk::Box anchor = box_of(anchors.data(i, 0));
-    const odtk::Box box = kind == odtk::BoxKind::kFcos
-                              ? odtk::decode_distances(v, anchor, stride, size.first, size.second)
-                              : odtk::decode_deltas(v, anchor, size.first, size.second);
-    o[0] = box.x1, o[1] = box.y1, o[2] = box.x2, o[3] = box.y2;
-    if (kind == odtk::BoxKind::kRotated) o[4] = odtk::finite(v[4]), o[5] = odtk::finite(v[5]);
+    odtk::decode_box(coder, values.data(i, 0), box_of(anchors.data(i, 0)), stride, size.first, size.second,
+                     out.mutable_data(i, 0));
   }
   return out;
 }
@@ -117,11 +113,11 @@ py::array_t<bool> overlaps(const Array& a, const Array& b, float threshold) {
 }
 
 void bind_host(py::module_& m) {
-  m.def("decode_boxes", &decode_boxes, "kind"_a, "values"_a, "anchors"_a, "stride"_a, "size"_a,
-        "Boxes [n, 4 or 6] of head values [n, V] and placed anchors [n, 4]; size (width, height) px of the level.");
+  m.def("decode_boxes", &decode_boxes, "coder"_a, "values"_a, "anchors"_a, "stride"_a, "size"_a,
+        "Boxes [n, 4 or 6] of a head's values [n, V] and placed anchors [n, 4]; size: (width, height) px of the level.");
   m.def("iou", &iou, "a"_a, "b"_a, "IoU [n, m] of boxes a [n, 4] and b [m, 4], inclusive corners.");
   m.def("overlaps", &overlaps, "a"_a, "b"_a, "threshold"_a,
-        "Whether the IoU is above the threshold, [n, m], of boxes [n, 4] or [n, 6]: what the NMS kernel asks.");
+        "Whether the IoU is above the threshold, [n, m], for boxes [n, 4] or [n, 6]: the test of the NMS kernel.");
   m.def(
       "rotated_iou_host",
       [](const odtk::RotatedIouParams& params, Address a, Address b, Address out) {
@@ -134,10 +130,10 @@ void bind_host(py::module_& m) {
 // ---- kernels, on device pointers ----
 
 void bind_kernels(py::module_& m) {
-  py::native_enum<odtk::BoxKind>(m, "BoxKind", "enum.IntEnum", "How the values of a box head are read.")
-      .value("ANCHOR", odtk::BoxKind::kAnchor)
-      .value("ROTATED", odtk::BoxKind::kRotated)
-      .value("FCOS", odtk::BoxKind::kFcos)
+  py::native_enum<odtk::BoxCoder>(m, "BoxCoder", "enum.IntEnum", "What the numbers of a box head mean.")
+      .value("ANCHOR_DELTAS", odtk::BoxCoder::kAnchorDeltas)
+      .value("ROTATED_DELTAS", odtk::BoxCoder::kRotatedDeltas)
+      .value("DISTANCES_CENTERNESS", odtk::BoxCoder::kDistancesCenterness)
       .finalize();
   m.attr("MAX_LEVELS") = odtk::kMaxLevels;
   m.attr("MAX_TOP_N") = odtk::kMaxTopN;
@@ -159,9 +155,10 @@ void bind_kernels(py::module_& m) {
            py::kw_only(), "logits"_a, "boxes"_a, "anchors"_a, "height"_a, "width"_a, "stride"_a, "logits_pitch"_a = 0,
            "boxes_pitch"_a = 0);
 
-  py::class_<odtk::DecodeParams>(m, "DecodeParams", "All of one call of decode; see csrc/cuda/decode.h.")
+  py::class_<odtk::DecodeParams>(m, "DecodeParams", "The parameters of one call of decode; see csrc/cuda/decode.h.")
       .def(py::init([](const std::vector<odtk::DecodeLevel>& levels, int batch, int anchors, int classes, int top_n,
-                       int anchor_values, double score_threshold, odtk::BoxKind kind, bool logits_half, bool boxes_half) {
+                       int anchor_values, double score_threshold, odtk::BoxCoder coder, bool logits_half,
+                       bool boxes_half) {
              if (levels.size() > static_cast<std::size_t>(odtk::kMaxLevels)) {
                throw std::invalid_argument("odtk::decode: levels must be 1 to 16");
              }
@@ -173,17 +170,17 @@ void bind_kernels(py::module_& m) {
              p.top_n = top_n;
              p.anchor_values = anchor_values;
              p.score_threshold = score_threshold;
-             p.kind = kind;
+             p.coder = coder;
              p.logits_type = logits_half ? odtk::DataType::kHalf : odtk::DataType::kFloat;
              p.boxes_type = boxes_half ? odtk::DataType::kHalf : odtk::DataType::kFloat;
              for (std::size_t l = 0; l < levels.size(); ++l) p.level[l] = levels[l];
              return p;
            }),
            py::kw_only(), "levels"_a, "batch"_a, "anchors"_a, "classes"_a, "top_n"_a, "anchor_values"_a,
-           "score_threshold"_a, "kind"_a, "logits_half"_a, "boxes_half"_a)
+           "score_threshold"_a, "coder"_a, "logits_half"_a, "boxes_half"_a)
       .def_property_readonly("columns", [](const odtk::DecodeParams& p) { return odtk::decode_columns(p); });
 
-  m.def("decode_workspace", &odtk::decode_workspace, "params"_a, "Bytes of scratch that decode needs.");
+  m.def("decode_workspace", &odtk::decode_workspace, "params"_a, "Bytes of scratch memory that decode needs.");
   m.def(
       "decode",
       [](const odtk::DecodeParams& params, Address scores, Address boxes, Address classes, Address workspace,
@@ -194,12 +191,12 @@ void bind_kernels(py::module_& m) {
       "params"_a, "scores"_a, "boxes"_a, "classes"_a, "workspace"_a, "workspace_bytes"_a, "stream"_a,
       py::call_guard<py::gil_scoped_release>(), "Enqueues the decoding; see csrc/cuda/decode.h.");
 
-  py::class_<odtk::NmsParams>(m, "NmsParams", "All of one call of nms; see csrc/cuda/nms.h.")
-      .def(py::init([](int batch, int count, int detections, int values, float threshold) {
-             return odtk::NmsParams{batch, count, detections, values, threshold};
+  py::class_<odtk::NmsParams>(m, "NmsParams", "The parameters of one call of nms; see csrc/cuda/nms.h.")
+      .def(py::init([](int batch, int count, int detections, int box_values, float threshold) {
+             return odtk::NmsParams{batch, count, detections, box_values, threshold};
            }),
-           py::kw_only(), "batch"_a, "count"_a, "detections"_a, "values"_a, "threshold"_a);
-  m.def("nms_workspace", &odtk::nms_workspace, "params"_a, "Bytes of scratch that nms needs.");
+           py::kw_only(), "batch"_a, "count"_a, "detections"_a, "box_values"_a, "threshold"_a);
+  m.def("nms_workspace", &odtk::nms_workspace, "params"_a, "Bytes of scratch memory that nms needs.");
   m.def(
       "nms",
       [](const odtk::NmsParams& params, Address scores, Address boxes, Address classes, Address out_scores,
@@ -212,7 +209,7 @@ void bind_kernels(py::module_& m) {
       "workspace_bytes"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
       "Enqueues the suppression; see csrc/cuda/nms.h.");
 
-  py::class_<odtk::RotatedIouParams>(m, "RotatedIouParams", "All of one call of rotated_iou; see csrc/cuda/rotated_iou.h.")
+  py::class_<odtk::RotatedIouParams>(m, "RotatedIouParams", "The parameters of one call; see csrc/cuda/rotated_iou.h.")
       .def(py::init([](int batch, int a_count, int b_count, int a_values, int b_values, bool a_shared, bool b_shared,
                        float minimum) {
              return odtk::RotatedIouParams{batch, a_count, b_count, a_values, b_values, a_shared, b_shared, minimum};
@@ -231,7 +228,7 @@ void bind_kernels(py::module_& m) {
 // ---- engine ----
 
 #ifdef ODTK_WITH_TENSORRT
-/// TensorRT from pip lies beside its Python module: the package tensorrt_libs (10 and newer), or tensorrt itself (8.6).
+/// pip installs TensorRT's libraries in a Python package: tensorrt_libs (10 and newer), or tensorrt itself (8.6).
 void find_pip_tensorrt() {
   static bool searched = false;
   if (std::exchange(searched, true)) return;
@@ -244,8 +241,8 @@ void find_pip_tensorrt() {
   }
 }
 
-/// A Python callable for TensorRT's lines; it takes a level of the module logging and the line. Never freed: TensorRT may
-/// log until the process ends.
+/// Sets a Python callable for TensorRT's messages, which takes a level of the module logging and the message. It is
+/// never freed, because TensorRT may log until the process ends.
 void set_logger(const py::object& callable) {
   if (callable.is_none()) return odtk::set_logger({});
   auto* function = new py::object(callable);
@@ -261,12 +258,12 @@ void set_logger(const py::object& callable) {
   });
 }
 
-py::bytes engine_build(const py::bytes& onnx, std::array<std::int32_t, 3> batch, std::size_t workspace, bool fp16, bool int8,
-                       const std::vector<std::string>& float_layers, const std::string& timing_cache,
+py::bytes engine_build(const py::bytes& onnx, std::array<std::int32_t, 3> batch, std::size_t workspace, bool fp16,
+                       bool int8, const std::vector<std::string>& float_layers, const std::string& timing_cache,
                        const std::string& metadata, const py::object& progress) {
   find_pip_tensorrt();
   odtk::BuildOptions options{batch, workspace, fp16, int8, float_layers, timing_cache, metadata, {}};
-  std::exception_ptr raised;  // by progress, e.g. KeyboardInterrupt: stops the build and goes on from here
+  std::exception_ptr raised;  // by progress, e.g. KeyboardInterrupt: it stops the build and is raised again below
   if (!progress.is_none()) {
     options.progress = [&](const std::string& phase, int step, int steps) {
       const py::gil_scoped_acquire gil;
@@ -301,7 +298,8 @@ py::list engine_tensors(const odtk::Engine& engine) {
 void bind_engine(py::module_& m) {
   m.attr("TENSORRT_HEADERS") = ODTK_TENSORRT_HEADERS;
   m.def("set_logger", &set_logger, "callable"_a,
-        "Where TensorRT's lines go: callable(level of the module logging, line); None: errors and warnings to stderr.");
+        "Sets where TensorRT's messages go: callable(level of the module logging, message). With None, errors and "
+        "warnings go to stderr.");
   m.def(
       "tensorrt_version",
       [] {
@@ -309,19 +307,20 @@ void bind_engine(py::module_& m) {
         const py::gil_scoped_release released;
         return odtk::tensorrt_version();
       },
-      "Version of the TensorRT library; RuntimeError that says what to do where there is none.");
+      "The version of the TensorRT library. RuntimeError, which says what to do, if there is none.");
   m.def("engine_build", &engine_build, "onnx"_a, py::kw_only(), "batch"_a, "workspace"_a, "fp16"_a = false,
         "int8"_a = false, "float_layers"_a = std::vector<std::string>{}, "timing_cache"_a = "", "metadata"_a = "",
         "progress"_a = py::none(),
-        "A plan (bytes) from ONNX (bytes); see BuildOptions in csrc/engine/engine.h. progress(phase, step, steps) may "
-        "return False to stop.");
+        "Builds a plan (bytes) from ONNX (bytes); see BuildOptions in csrc/engine/engine.h. The build stops if "
+        "progress(phase, step, steps) returns False.");
   m.def(
       "split_plan",
       [](const py::bytes& file) {
         const std::string_view bytes = file;
         return odtk::split_plan(bytes.data(), bytes.size());
       },
-      "file"_a, "Size of the plain TensorRT plan in a plan file, and the metadata behind it (mostly none).");
+      "file"_a,
+      "The size of the plain TensorRT plan in a plan file, and the metadata in the trailer (empty if there is none).");
 
   py::class_<odtk::Engine>(m, "Engine", "A loaded plan; see csrc/engine/engine.h.")
       .def(py::init([](const py::bytes& plan) {
@@ -331,9 +330,9 @@ void bind_engine(py::module_& m) {
              return std::make_unique<odtk::Engine>(bytes.data(), bytes.size());
            }),
            "plan"_a)
-      .def_property_readonly("metadata", &odtk::Engine::metadata, "What engine_build was given.")
-      .def_property_readonly("tensors", &engine_tensors, "dicts of name, input, dtype, shape (-1: the batch).")
-      .def_property_readonly("batch", &odtk::Engine::batch, "Smallest and largest batch.")
+      .def_property_readonly("metadata", &odtk::Engine::metadata, "The metadata that engine_build was given.")
+      .def_property_readonly("tensors", &engine_tensors, "For each a dict of name, input, dtype, shape (-1: the batch).")
+      .def_property_readonly("batch", &odtk::Engine::batch, "The smallest and the largest batch.")
       .def(
           "infer",
           [](odtk::Engine& engine, const std::map<std::string, std::pair<Address, std::vector<std::int64_t>>>& tensors,
@@ -344,18 +343,18 @@ void bind_engine(py::module_& m) {
             engine.infer(bindings, pointer<CUstream_st>(stream), graph);
           },
           "tensors"_a, "stream"_a, "graph"_a = false,
-          "Enqueues one inference. tensors: name -> (device pointer, shape), inputs and outputs.");
+          "Enqueues one inference. tensors: name -> (device pointer, shape), for the inputs and the outputs.");
 }
 #endif
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of odtk, their geometry on the host, and the TensorRT engine where it was built.";
+  m.doc() = "The compiled kernels of odtk, their geometry on the host, and the TensorRT engine if it was built.";
   py::register_exception_translator(&translate);
   m.attr("CUDA_VERSION") = CUDART_VERSION;
   m.attr("ARCHITECTURES") = ODTK_ARCHITECTURES;
-  m.def("device_error", &device_error, "Why no kernel can run on this machine, or None.");
+  m.def("device_error", &device_error, "Why no kernel can run on this machine, or None if they can.");
   bind_host(m);
   bind_kernels(m);
 #ifdef ODTK_WITH_TENSORRT

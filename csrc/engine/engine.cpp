@@ -1,3 +1,5 @@
+// Implements engine.h. Includes TensorRT's headers, csrc/plugins and csrc/cuda/check.h; may not include torch, pybind11
+// or the kernels.
 #include "engine.h"
 
 #include <NvInfer.h>
@@ -16,8 +18,8 @@
 #include "../cuda/check.h"
 #include "../plugins/plugin.h"
 
-// TensorRT's own repository brings the headers without the parser's (that is in onnx/onnx-tensorrt): then only build()
-// is left out. Installed packages have it.
+// Installed packages have the parser's header. TensorRT's own repository does not (it is in onnx/onnx-tensorrt): then
+// only build() is left out.
 #if __has_include(<NvOnnxParser.h>)
 #include <NvOnnxParser.h>
 #define ODTK_ONNX_PARSER 1
@@ -28,7 +30,8 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------------ logger
 
-/// One for the process and never destroyed: TensorRT keeps the pointer in runtimes, engines and its global registry.
+/// One per process and never destroyed, because TensorRT keeps the pointer in runtimes, engines and its global
+/// registry.
 class Logger final : public nvinfer1::ILogger {
  public:
   static Logger& get() {
@@ -56,7 +59,7 @@ class Logger final : public nvinfer1::ILogger {
       else if (level <= LogLevel::kWarning)
         std::fprintf(stderr, "TensorRT: %s\n", message);
     } catch (const std::exception& error) {
-      std::fprintf(stderr, "TensorRT: %s (and the logger failed: %s)\n", message, error.what());
+      std::fprintf(stderr, "TensorRT: %s (the logger failed: %s)\n", message, error.what());
     }
   }
 
@@ -69,7 +72,7 @@ class Logger final : public nvinfer1::ILogger {
     errors_.clear();
     warnings_.clear();
   }
-  /// Since forget_errors(); TensorRT 8 gives the reason of some failures as a warning.
+  /// The errors since forget_errors(), or the warnings if there are none: TensorRT 8 gives some reasons as warnings.
   std::string errors() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return errors_.empty() ? warnings_ : errors_;
@@ -99,7 +102,7 @@ std::string& tensorrt_folder() {
   return folder;
 }
 
-/// A library of TensorRT's, with the major version of the headers.
+/// Opens a library of TensorRT with the major version of the headers.
 void* open_library(const std::string& stem) {
   const std::string name = stem + ".so." + std::to_string(NV_TENSORRT_MAJOR);
   std::vector<std::string> paths;
@@ -114,7 +117,7 @@ void* open_library(const std::string& stem) {
     if (void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) return library;
     reason = dlerror();
   }
-  throw TensorRtError("TensorRT " + std::to_string(NV_TENSORRT_MAJOR) + " is not found on this machine (" + reason +
+  throw TensorRtError("TensorRT " + std::to_string(NV_TENSORRT_MAJOR) + " was not found on this machine (" + reason +
                       "): install it, or set TENSORRT_ROOT or LD_LIBRARY_PATH to where " + name + " is");
 }
 
@@ -124,7 +127,7 @@ Function* symbol(void* library, const char* name) {
   throw TensorRtError(std::string("this TensorRT library has no function ") + name);
 }
 
-/// The C functions of libnvinfer. What else TensorRT offers is reached through virtual methods.
+/// The C functions of libnvinfer. Everything else in TensorRT is reached through virtual methods.
 struct Nvinfer {
   void* library = open_library("libnvinfer");
   void* (*create_builder)(void*, std::int32_t) = symbol<void*(void*, std::int32_t)>(library,
@@ -149,7 +152,7 @@ struct Nvinfer {
 #ifdef ODTK_ONNX_PARSER
 
 #if NV_TENSORRT_MAJOR >= 10
-/// Hands the steps of TensorRT's phases to BuildOptions::progress.
+/// Passes the steps of TensorRT's phases to BuildOptions::progress.
 class Progress final : public nvinfer1::IProgressMonitor {
  public:
   explicit Progress(decltype(BuildOptions::progress) callback) : callback_(std::move(callback)) {}
@@ -194,7 +197,7 @@ std::string parser_errors(const nvonnxparser::IParser& parser) {
 std::unique_ptr<nvonnxparser::IParser> parse(const void* onnx, std::size_t size,
                                              nvinfer1::INetworkDefinition& network) {
 #if NV_TENSORRT_MAJOR < 10
-  open_library("libnvinfer_plugin");  // which the parser's library needs, perhaps from the same folder
+  open_library("libnvinfer_plugin");  // the parser's library needs it and might not find it by itself
 #endif
   const auto create = symbol<void*(void*, void*, int)>(open_library("libnvonnxparser"), "createNvOnnxParser_INTERNAL");
   std::unique_ptr<nvonnxparser::IParser> parser(static_cast<nvonnxparser::IParser*>(
@@ -205,7 +208,7 @@ std::unique_ptr<nvonnxparser::IParser> parse(const void* onnx, std::size_t size,
 }
 
 #if NV_TENSORRT_MAJOR < 10
-/// What the graph computes in float32 stays so in a network whose types TensorRT chooses.
+/// Keeps these layers in float32, in a network whose types TensorRT would choose.
 void keep_in_float(nvinfer1::INetworkDefinition& network, const std::vector<std::string>& names) {
   for (int i = 0; i < network.getNbLayers(); ++i) {
     nvinfer1::ILayer& layer = *network.getLayer(i);
@@ -305,7 +308,7 @@ nvinfer1::Dims dims_of(const std::vector<std::int64_t>& shape) {
   return dims;
 }
 
-/// Makes a device current, and the previous one again at the end.
+/// Makes a device current, and the previous one again when destroyed.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -327,7 +330,7 @@ struct StreamDeleter {
   void operator()(CUstream_st* stream) const { cudaStreamDestroy(stream); }
 };
 
-/// One captured inference: valid for exactly these addresses.
+/// A captured inference. It is valid for these addresses only.
 struct Replay {
   std::vector<void*> addresses;
   std::unique_ptr<CUgraphExec_st, GraphDeleter> graph;
@@ -380,7 +383,7 @@ std::vector<char> build(const void* onnx, std::size_t size, const BuildOptions& 
 #endif
   const std::unique_ptr<nvinfer1::INetworkDefinition> network(
       checked(builder->createNetworkV2(flags), "create a network"));
-  const std::unique_ptr<nvonnxparser::IParser> parser = parse(onnx, size, *network);  // holds the weights
+  const std::unique_ptr<nvonnxparser::IParser> parser = parse(onnx, size, *network);  // owns the weights
   if (const std::string name = network_name(options.metadata); !name.empty()) network->setName(name.c_str());
 
   const std::unique_ptr<nvinfer1::IBuilderConfig> config(
@@ -419,13 +422,13 @@ std::vector<char> build(const void* onnx, std::size_t size, const BuildOptions& 
 #endif
 }
 
-// Members are destroyed last to first: graphs and context before the engine, the engine before its runtime.
+// Members are destroyed from last to first: graphs and context before the engine, the engine before its runtime.
 struct Engine::State {
   int device = 0;
   std::unique_ptr<nvinfer1::IRuntime> runtime;
   std::unique_ptr<nvinfer1::ICudaEngine> engine;
   std::unique_ptr<nvinfer1::IExecutionContext> context;
-  std::unique_ptr<CUstream_st, StreamDeleter> capture;  // graphs are recorded here, nothing ever runs on it
+  std::unique_ptr<CUstream_st, StreamDeleter> capture;  // graphs are captured on it; nothing ever runs on it
   std::map<std::int64_t, Replay> replays;               // by batch size
   std::string metadata;
   std::vector<TensorInfo> tensors;
@@ -468,7 +471,7 @@ struct Engine::State {
     return {std::move(addresses), size};
   }
 
-  /// Hands shapes and addresses to the context.
+  /// Passes shapes and addresses to the context.
   void bind(const std::map<std::string, Binding>& bindings) {
     for (const TensorInfo& tensor : tensors) {
       const Binding& binding = bindings.at(tensor.name);
@@ -490,8 +493,8 @@ struct Engine::State {
       for (const std::int64_t one : sizes) line += (line.empty() ? "" : ", ") + std::to_string(one);
       return "[" + line + "]";
     };
-    throw std::invalid_argument("input '" + tensor.name + "' has the shape " + text(shape) + ", the engine takes " +
-                                text(tensor.shape) + " with batches " + std::to_string(batch.first) + " to " +
+    throw std::invalid_argument("input '" + tensor.name + "' has the shape " + text(shape) + ", but the engine takes " +
+                                text(tensor.shape) + " with a batch of " + std::to_string(batch.first) + " to " +
                                 std::to_string(batch.second));
   }
 
@@ -499,8 +502,8 @@ struct Engine::State {
     if (!context->enqueueV3(stream)) fail("TensorRT could not run the engine");
   }
 
-  /// Records what enqueue() does, with the shapes and addresses bound now.
-  Replay record(std::vector<void*> addresses) {
+  /// Captures what enqueue() does with the shapes and addresses that are bound now.
+  Replay capture_graph(std::vector<void*> addresses) {
     if (!capture) {
       cudaStream_t stream = nullptr;
       ODTK_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -531,7 +534,7 @@ Engine::Engine(const void* file, std::size_t size) : state_(std::make_unique<Sta
   state_->runtime.reset(static_cast<nvinfer1::IRuntime*>(
       checked(nvinfer.create_runtime(&Logger::get(), NV_TENSORRT_VERSION), "create a runtime")));
   state_->engine.reset(checked(state_->runtime->deserializeCudaEngine(file, plan_size),
-                               "load the plan (it runs only with the TensorRT version and GPU that built it)"));
+                               "load the plan (it runs only with the TensorRT version and GPU that it was built for)"));
   state_->context.reset(checked(state_->engine->createExecutionContext(), "create an execution context"));
   const std::string name = state_->engine->getName();
   const bool ours = name.rfind(kNamePrefix, 0) == 0;
@@ -559,8 +562,8 @@ void Engine::infer(const std::map<std::string, Binding>& bindings, cudaStream_t 
     return;
   }
   state.bind(bindings);
-  state.enqueue(stream);  // before a capture too: TensorRT settles what a new shape needs in a plain run
-  if (graph) state.replays[batch] = state.record(std::move(addresses));
+  state.enqueue(stream);  // before a capture too, because TensorRT prepares for a new shape in a plain run
+  if (graph) state.replays[batch] = state.capture_graph(std::move(addresses));
 }
 
 }  // namespace odtk

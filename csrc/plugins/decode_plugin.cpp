@@ -1,8 +1,11 @@
-// OdtkDecode: the raw head tensors of all levels -> the best candidates of each image, in front of OdtkNms.
+// OdtkDecode: the raw head tensors of all levels -> the best candidates of each image, for OdtkNms.
 //
-// Inputs, 2L + 1: class logits of level 0 … L-1 [N, A*C, h, w], box heads [N, A*V, h, w], anchors [L, A, 4] (fp32, a
-// constant of the graph: x1, y1, x2, y2 in pixels of cell (0, 0)). Outputs: scores [N, K] fp32, boxes [N, K, 4|6] fp32
-// (x1, y1, x2, y2 inclusive, in pixels of the network's input; rotated: and sin, cos), classes [N, K] int32.
+// May include csrc/cuda and TensorRT, but not torch or csrc/engine.
+//
+// The 2L + 1 inputs are the class logits of levels 0 … L-1 [N, A*C, h, w], their box heads [N, A*V, h, w], and the
+// anchors [L, A, 4] (fp32, a constant of the graph: x1, y1, x2, y2 of cell (0, 0), pixels). V is head_values(coder).
+// Outputs: scores [N, K] fp32, boxes [N, K, 4 or 6] fp32 (x1, y1, x2, y2 inclusive, in pixels of the network's input,
+// then sin and cos if the boxes are rotated), classes [N, K] int32.
 #include "../cuda/decode.h"
 #include "plugin.h"
 
@@ -22,7 +25,7 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
   static void visit(Plugin& plugin, Visitor&& visitor) {
     visitor("strides", plugin.strides_);
     visitor("classes", plugin.classes_);
-    visitor("values", plugin.values_);
+    visitor("coder", plugin.coder_, "values");
     visitor("score_threshold", plugin.score_threshold_);
     visitor("top_n", plugin.top_n_);
   }
@@ -33,9 +36,9 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
     for (const std::int32_t stride : strides_)
       if (stride < 1) throw std::invalid_argument("field 'strides' must be positive, not " + std::to_string(stride));
     if (classes_ < 1) throw std::invalid_argument("field 'classes' must be positive, not " + std::to_string(classes_));
-    if (values_ < 4 || values_ > 6)
-      throw std::invalid_argument("field 'values' must be 4 (deltas), 5 (FCOS) or 6 (rotated), not " +
-                                  std::to_string(values_));
+    if (head_values(coder()) == 0)
+      throw std::invalid_argument("field 'coder' is " + std::to_string(coder_) +
+                                  ", but there is no box coder with that number (enum class BoxCoder)");
     if (!(score_threshold_ >= 0.f && score_threshold_ <= 1.f))
       throw std::invalid_argument("field 'score_threshold' must lie in [0, 1], not " +
                                   std::to_string(score_threshold_));
@@ -59,11 +62,12 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
     }
     const auto* batch = inputs[0].d[0];
     outputs[0] = {2, {batch, columns}};
-    outputs[1] = {3, {batch, columns, builder.constant(box_values(kind()))}};
+    outputs[1] = {3, {batch, columns, builder.constant(box_values(coder()))}};
     outputs[2] = {2, {batch, columns}};
   }
 
-  /// Logits and boxes each of one type; all heads NCHW, or all channels-last. The rest is fp32 (classes int32), linear.
+  /// All logits must have one type, and all boxes; all heads are NCHW or all are channels-last. The rest is linear
+  /// fp32, except the classes, which are int32.
   bool supports(const PluginTensorDesc* tensors, int position, int inputs) const {
     const PluginTensorDesc& tensor = tensors[position];
     if (position >= 2 * levels()) {
@@ -71,7 +75,7 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
       return tensor.format == TensorFormat::kLINEAR && tensor.type == (classes ? DataType::kINT32 : DataType::kFLOAT);
     }
     if (position == 0) return is_head(tensor);
-    const int first = position < levels() ? 0 : levels();  // of the same kind of head
+    const int first = position < levels() ? 0 : levels();  // the first logits or the first boxes
     const bool same_type = position == first || tensor.type == tensors[first].type;
     return is_head(tensor) && same_type && is_linear(tensor) == is_linear(tensors[0]);
   }
@@ -92,7 +96,7 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
 
  private:
   int levels() const { return static_cast<int>(strides_.size()); }
-  BoxKind kind() const { return values_ == 4 ? BoxKind::kAnchor : values_ == 5 ? BoxKind::kFcos : BoxKind::kRotated; }
+  BoxCoder coder() const { return static_cast<BoxCoder>(coder_); }
 
   static bool is_linear(const PluginTensorDesc& tensor) { return tensor.format == TensorFormat::kLINEAR; }
   static bool is_head(const PluginTensorDesc& tensor) {
@@ -100,7 +104,7 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
     return tensor.type == DataType::kHALF && (is_linear(tensor) || tensor.format == TensorFormat::kHWC8);
   }
 
-  /// Elements per cell in memory: 0 for NCHW, else the channels, which kHWC8 pads to a multiple of 8.
+  /// Elements per cell in memory: 0 for NCHW, else the number of channels, which kHWC8 pads to a multiple of 8.
   static std::int32_t pitch(const PluginTensorDesc& tensor) {
     const auto channels = static_cast<std::int32_t>(tensor.dims.d[1]);
     if (is_linear(tensor)) return 0;
@@ -109,8 +113,9 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
 
   void check_inputs(const nvinfer1::DimsExprs* inputs, int count) const {
     if (count != 2 * levels() + 1)
-      throw std::invalid_argument("got " + std::to_string(count) + " inputs, but " + std::to_string(levels()) +
-                                  " strides need the logits and the boxes of as many levels, and the anchors");
+      throw std::invalid_argument("got " + std::to_string(count) + " inputs, but field 'strides' has " +
+                                  std::to_string(levels()) + ", so there must be " + std::to_string(2 * levels() + 1) +
+                                  ": the logits of each level, the boxes of each level, and the anchors");
     const auto size = [](const nvinfer1::IDimensionExpr* expr) {
       return expr->isConstant() ? expr->getConstantValue() : -1;
     };
@@ -119,7 +124,7 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
       throw std::invalid_argument("the anchors must be [" + std::to_string(levels()) + ", A, 4]");
     for (int i = 0; i < 2 * levels(); ++i) {
       const bool logits = i < levels();
-      const auto channels = size(anchors.d[1]) * (logits ? classes_ : values_);
+      const auto channels = size(anchors.d[1]) * (logits ? classes_ : head_values(coder()));
       const std::string name = std::string(logits ? "logits" : "boxes") + " of level " + std::to_string(i % levels());
       if (inputs[i].nbDims != 4) throw std::invalid_argument(name + " must be [N, channels, h, w]");
       if (size(inputs[i].d[1]) != channels)
@@ -138,7 +143,7 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
     p.classes = classes_;
     p.top_n = top_n_;
     p.score_threshold = score_threshold_;
-    p.kind = kind();
+    p.coder = coder();
     p.logits_type = type(inputs[0].type);
     p.boxes_type = type(inputs[levels()].type);
     for (int l = 0; l < p.levels; ++l) {
@@ -154,7 +159,7 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
 
   std::vector<std::int32_t> strides_;
   std::int32_t classes_ = 0;
-  std::int32_t values_ = 0;
+  std::int32_t coder_ = 0;
   float score_threshold_ = 0.f;
   std::int32_t top_n_ = 0;
 };

@@ -1,9 +1,10 @@
-// How odtk's plugins get into a plugin registry, and where their messages go. The same object serves
-//   * libodtk_plugins.so for hosts that only dlopen it (Triton, DeepStream, LD_PRELOAD): registered when loaded;
-//   * libodtk_plugins.so through IPluginRegistry::loadLibrary (trtexec --dynamicPlugins): getCreators, setLoggerFinder;
-//   * odtk._C and C++ programs that link it: register_plugins().
-// TensorRT is never linked: a host that has plugins to register has loaded it already, under whichever name (the full,
-// the lean and the dispatch runtime each bring a registry). So one library serves them all, and loads without any.
+// How odtk's plugins get into a plugin registry, and where their messages go. May include TensorRT and plugin.h, but no
+// torch and nothing of csrc/cuda or csrc/engine. The same object serves
+//   * libodtk_plugins.so in hosts that only dlopen it (Triton, DeepStream, LD_PRELOAD): registered when it is loaded;
+//   * libodtk_plugins.so loaded by IPluginRegistry::loadLibrary (trtexec --dynamicPlugins): getCreators, setLoggerFinder;
+//   * odtk._C, and C++ programs that link it: register_plugins().
+// TensorRT is never linked. A host that needs the plugins has already loaded it as the full, the lean or the dispatch
+// runtime, each of which has a registry. So one library serves them all, and it loads even where there is none.
 #include <dlfcn.h>
 
 #include <array>
@@ -17,7 +18,7 @@ namespace {
 
 nvinfer1::ILoggerFinder* logger_finder = nullptr;
 
-/// A C function of the TensorRT that this process has loaded, or nullptr.
+/// A C function of the TensorRT library that this process has loaded, or nullptr.
 void* find_symbol(const char* name) {
   if (void* symbol = dlsym(RTLD_DEFAULT, name)) return symbol;
   const std::string major = std::to_string(NV_TENSORRT_MAJOR);
@@ -54,15 +55,16 @@ nvinfer1::IPluginRegistry* find_registry() {
   return get ? get() : nullptr;
 }
 
-/// Whether the plugins were registered when this library was loaded, because TensorRT was there.
+/// Whether the plugins were registered when this library was loaded, because TensorRT had been loaded before.
 bool registered_at_load = [] {
   nvinfer1::IPluginRegistry* registry = find_registry();
   if (registry) register_plugins(*registry);
   return registry != nullptr;
 }();
 
-/// loadLibrary() registers what it gets and fails for what is there: it must not find what its own dlopen registered.
-void hand_over() {
+/// loadLibrary() registers the creators it gets and fails for those already registered, so what its own dlopen of this
+/// library registered is taken back first.
+void take_back() {
   if (!std::exchange(registered_at_load, false)) return;
   for (PluginCreator* creator : creators()) find_registry()->deregisterCreator(*creator);
 }
@@ -78,10 +80,10 @@ void log_error(const std::string& message) noexcept {
 
 void register_plugins(nvinfer1::IPluginRegistry& registry) {
   for (PluginCreator* creator : creators()) {
-    auto& known = static_cast<PluginCreatorBase&>(*creator);
-    if (registered(registry, known)) continue;
+    auto& base = static_cast<PluginCreatorBase&>(*creator);
+    if (registered(registry, base)) continue;
     if (!registry.registerCreator(*creator, kPluginNamespace))
-      throw std::runtime_error(std::string("TensorRT refused to register the plugin ") + known.getPluginName());
+      throw std::runtime_error(std::string("TensorRT refused to register the plugin ") + base.getPluginName());
   }
 }
 
@@ -97,7 +99,7 @@ ODTK_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& 
 #else
 ODTK_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(std::int32_t& count) {
 #endif
-  odtk::hand_over();
+  odtk::take_back();
   count = static_cast<std::int32_t>(odtk::creators().size());
   return odtk::creators().data();
 }

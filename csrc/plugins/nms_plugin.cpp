@@ -1,8 +1,10 @@
 // OdtkNms: the candidates of OdtkDecode -> the detections, after suppression per class.
 //
-// Inputs: scores [N, M] fp32, boxes [N, M, V] fp32, classes [N, M] int32; V is 4, or 6 for rotated boxes (IoU of the
-// polygons). Outputs, by falling score, unused rows zero: scores [N, D] fp32, boxes [N, D, V] fp32, classes [N, D]
-// int32.
+// May include csrc/cuda and TensorRT, but not torch or csrc/engine.
+//
+// Inputs: scores [N, M] fp32, boxes [N, M, box_values] fp32, classes [N, M] int32; box_values is 4, or 6 for rotated
+// boxes (then the IoU is that of the polygons). Outputs, by descending score, unused rows zero: scores [N, D] fp32,
+// boxes [N, D, box_values] fp32, classes [N, D] int32.
 #include "../cuda/nms.h"
 #include "plugin.h"
 
@@ -18,14 +20,14 @@ class NmsPlugin final : public PluginBase<NmsPlugin> {
 
   template <typename Plugin, typename Visitor>
   static void visit(Plugin& plugin, Visitor&& visitor) {
-    visitor("values", plugin.values_);
+    visitor("box_values", plugin.box_values_, "values");
     visitor("threshold", plugin.threshold_);
     visitor("detections", plugin.detections_);
   }
 
   void check() const {
-    if (values_ != 4 && values_ != 6)
-      throw std::invalid_argument("field 'values' must be 4 or 6 (rotated), not " + std::to_string(values_));
+    if (box_values_ != 4 && box_values_ != 6)
+      throw std::invalid_argument("field 'box_values' must be 4 or 6 (rotated), not " + std::to_string(box_values_));
     if (!(threshold_ >= 0.f && threshold_ <= 1.f))
       throw std::invalid_argument("field 'threshold' must lie in [0, 1], not " + std::to_string(threshold_));
     if (detections_ < 1)
@@ -39,10 +41,10 @@ class NmsPlugin final : public PluginBase<NmsPlugin> {
     if (count != 3)
       throw std::invalid_argument("needs scores, boxes and classes, not " + std::to_string(count) + " inputs");
     if (inputs[0].nbDims != 2 || inputs[1].nbDims != 3 || inputs[2].nbDims != 2)
-      throw std::invalid_argument("needs scores [N, M], boxes [N, M, V], classes [N, M]");
+      throw std::invalid_argument("needs scores [N, M], boxes [N, M, box_values], classes [N, M]");
     const auto* values = inputs[1].d[2];
-    if (!values->isConstant() || values->getConstantValue() != values_)
-      throw std::invalid_argument("boxes must have " + std::to_string(values_) + " values (field 'values')");
+    if (!values->isConstant() || values->getConstantValue() != box_values_)
+      throw std::invalid_argument("boxes must have " + std::to_string(box_values_) + " values (field 'box_values')");
     const auto* batch = inputs[0].d[0];
     const auto* rows = builder.constant(detections_);
     outputs[0] = {2, {batch, rows}};
@@ -71,12 +73,12 @@ class NmsPlugin final : public PluginBase<NmsPlugin> {
     p.batch = static_cast<std::int32_t>(inputs[0].dims.d[0]);
     p.count = static_cast<std::int32_t>(inputs[0].dims.d[1]);
     p.detections = detections_;
-    p.values = values_;
+    p.box_values = box_values_;
     p.threshold = threshold_;
     return p;
   }
 
-  std::int32_t values_ = 0;
+  std::int32_t box_values_ = 0;
   float threshold_ = 0.f;
   std::int32_t detections_ = 0;
 };

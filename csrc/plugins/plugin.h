@@ -1,20 +1,22 @@
-// PluginBase<Derived>: all that TensorRT's plugin interfaces ask for and that does not differ between plugins: names,
-// fields, parsing, serialization, the guard around every noexcept method. One derived class serves both generations:
-// IPluginV3 with TensorRT 10 and newer, IPluginV2DynamicExt with 8.5 and 8.6.
+// PluginBase<Derived>: what TensorRT's plugin interfaces require and what is the same for all our plugins: names,
+// fields, parsing, serialization, and a guard around every noexcept method. One derived class serves both generations:
+// IPluginV3 for TensorRT 10 and newer, IPluginV2DynamicExt for 8.5 and 8.6.
 //
-// A Derived plugin states:
-//   static constexpr const char* kName;                     op_type of its ONNX node
+// May not include torch, nor anything of csrc/cuda or csrc/engine.
+//
+// A Derived plugin has:
+//   static constexpr const char* kName;                     the op_type of its ONNX node
 //   static constexpr int kOutputs;
 //   template <Plugin, Visitor> static void visit(Plugin&, Visitor&&)   its fields: visitor("name", plugin.member), …
 //   void check() const                                      throws std::invalid_argument for impossible field values
 //   static DataType output_type(int output)
 //   void output_shapes(inputs, count, outputs, builder) const          throws for inputs of a wrong count, rank or size
-//   bool supports(descs, position, inputs) const            format and type of one tensor, given those before it
+//   bool supports(descs, position, inputs) const            the format and type of one tensor, given those before it
 //   std::size_t workspace(inputs, count) const              bytes, for inputs of these (largest) sizes
 //   void enqueue(input_descs, inputs, outputs, workspace, stream) const
-// Any of them may throw; the message goes to TensorRT's logger, the caller gets TensorRT's sign of failure.
+// Any of them may throw: the message goes to TensorRT's logger, and the caller gets TensorRT's sign of failure.
 //
-// (The split of a plugin in capabilities is that of NVIDIA/TensorRT, plugin/roiAlignPlugin.)
+// (The split of a plugin into capabilities is that of NVIDIA/TensorRT, plugin/roiAlignPlugin.)
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -36,7 +38,7 @@ static_assert(NV_TENSORRT_MAJOR >= 10 || (NV_TENSORRT_MAJOR == 8 && NV_TENSORRT_
 namespace odtk {
 
 constexpr const char* kPluginVersion = "1";
-constexpr const char* kPluginNamespace = "";  // the one that the ONNX parser searches when a node names none
+constexpr const char* kPluginNamespace = "";  // the one that the ONNX parser searches if a node names none
 
 #if NV_TENSORRT_MAJOR >= 10
 using PluginCreator = nvinfer1::IPluginCreatorInterface;
@@ -46,16 +48,16 @@ using PluginCreator = nvinfer1::IPluginCreator;
 using PluginCreatorBase = nvinfer1::IPluginCreator;
 #endif
 
-/// Registers odtk's plugins in `registry`; those that are already there stay. Throws std::runtime_error.
+/// Registers odtk's plugins in `registry`, except those that are already there. Throws std::runtime_error.
 void register_plugins(nvinfer1::IPluginRegistry& registry);
 
-/// One line to the logger of the engine at work, else to TensorRT's global logger, else to stderr.
+/// Writes a line to the logger that TensorRT gives its plugins, else to its global logger, else to stderr.
 void log_error(const std::string& message) noexcept;
 
 PluginCreator& decode_creator();
 PluginCreator& nms_creator();
 
-/// Runs `function`; an exception becomes a line in the log and the result `failure`.
+/// Runs `function`. If it throws, logs the message and returns `failure`.
 template <typename Result, typename Function>
 Result guarded(const char* plugin, Result failure, Function&& function) noexcept {
   try {
@@ -83,11 +85,11 @@ struct FieldType<float> {
   static constexpr const char* kName = "float32";
 };
 
-/// Visitor: the fields of a plugin as TensorRT's list. The data pointers lead into the plugin that was visited.
+/// Visitor: the fields of a plugin as TensorRT's list. The data pointers point into the plugin that was visited.
 class FieldList {
  public:
   template <typename T>
-  void operator()(const char* name, const T& value) {
+  void operator()(const char* name, const T& value, const char* = nullptr) {
     fields_.emplace_back(name, &value, FieldType<T>::kType, 1);
   }
   template <typename T>
@@ -107,12 +109,14 @@ class FieldList {
 };
 
 /// Visitor: sets the fields of a plugin from TensorRT's list. Each must be there once, with the right type and length.
+/// A field may have a former name, under which the engines of earlier versions hold it.
 class FieldReader {
  public:
   explicit FieldReader(const nvinfer1::PluginFieldCollection& given) : given_(given) {}
 
   template <typename T>
-  void operator()(const char* name, T& value) {
+  void operator()(const char* name, T& value, const char* former_name = nullptr) {
+    if (former_name && !has(name) && has(former_name)) name = former_name;
     const std::vector<T> values = read<T>(name);
     if (values.size() != 1)
       throw std::invalid_argument(quoted(name) + " must be one number, not " + std::to_string(values.size()));
@@ -123,18 +127,24 @@ class FieldReader {
     values = read<T>(name);
   }
 
-  /// To be called after the visit: whatever was given must have been asked for.
-  void finish() const {
+  /// To be called after the visit. Throws if a field was given that the plugin does not have.
+  void refuse_unread() const {
     for (std::int32_t i = 0; i < given_.nbFields; ++i) {
       const char* name = given_.fields[i].name;
-      bool known = false;
-      for (const std::string& one : read_) known = known || one == name;
-      if (!known) throw std::invalid_argument(quoted(name) + " is not a field of this plugin");
+      bool was_read = false;
+      for (const std::string& one : read_) was_read = was_read || one == name;
+      if (!was_read) throw std::invalid_argument(quoted(name) + " is not a field of this plugin");
     }
   }
 
  private:
   static std::string quoted(const char* name) { return std::string("field '") + (name ? name : "") + "'"; }
+
+  bool has(const char* name) const {
+    for (std::int32_t i = 0; i < given_.nbFields; ++i)
+      if (given_.fields[i].name && std::strcmp(given_.fields[i].name, name) == 0) return true;
+    return false;
+  }
 
   const nvinfer1::PluginField& find(const char* name) {
     const nvinfer1::PluginField* found = nullptr;
@@ -171,7 +181,7 @@ class FieldReader {
 class FieldText {
  public:
   template <typename T>
-  void operator()(const char* name, const T& value) {
+  void operator()(const char* name, const T& value, const char* = nullptr) {
     text_ << name << '=' << value << ';';
   }
   template <typename T>
@@ -186,14 +196,14 @@ class FieldText {
   std::ostringstream text_;
 };
 
-/// A plugin made from its fields. Throws std::invalid_argument with the field at fault.
+/// Makes a plugin from its fields. Throws std::invalid_argument that names the field at fault.
 template <typename Derived>
 std::unique_ptr<Derived> create_plugin(const nvinfer1::PluginFieldCollection* fields) {
   if (!fields || (fields->nbFields > 0 && !fields->fields)) throw std::invalid_argument("no fields were given");
   auto plugin = std::make_unique<Derived>();
   FieldReader reader(*fields);
   Derived::visit(*plugin, reader);
-  reader.finish();
+  reader.refuse_unread();
   plugin->check();
   return plugin;
 }
@@ -302,7 +312,7 @@ class PluginBase : public nvinfer1::IPluginV3,
     });
   }
 
-  FieldList fields_;  // what getFieldsToSerialize() returned last
+  FieldList fields_;  // what getFieldsToSerialize() last returned
   std::string text_;
 };
 
@@ -364,11 +374,11 @@ class PluginBase : public nvinfer1::IPluginV2DynamicExt {
     });
   }
 
-  /// The inverse of serialize(). Throws std::invalid_argument for bytes that are not of this plugin.
+  /// The inverse of serialize(). Throws std::invalid_argument for bytes that this plugin did not write.
   static std::unique_ptr<Derived> from_bytes(const void* data, std::size_t size) {
-    const Derived names;
+    const Derived defaults;  // for the names and types of the fields
     FieldList list;
-    Derived::visit(names, list);
+    Derived::visit(defaults, list);
     const char* at = static_cast<const char*>(data);
     const char* const end = at + size;
     for (nvinfer1::PluginField& field : list.fields()) {
@@ -389,7 +399,7 @@ class PluginBase : public nvinfer1::IPluginV2DynamicExt {
 
   const Derived& self() const { return static_cast<const Derived&>(*this); }
 
-  /// For each field in the order of visit(): its length (int32), then its numbers.
+  /// For each field, in the order of visit(): its length (int32), then its numbers.
   std::vector<char> bytes() const noexcept {
     FieldList list;
     Derived::visit(self(), list);
@@ -408,11 +418,11 @@ class PluginBase : public nvinfer1::IPluginV2DynamicExt {
 
 #endif
 
-/// Makes plugins of one class, for the registry.
+/// What the registry holds: makes plugins of one class.
 template <typename Derived>
 class Creator : public PluginCreatorBase {
  public:
-  Creator() { Derived::visit(names_, fields_); }
+  Creator() { Derived::visit(defaults_, fields_); }
 
   const char* getPluginName() const noexcept override { return Derived::kName; }
   const char* getPluginVersion() const noexcept override { return kPluginVersion; }
@@ -448,7 +458,7 @@ class Creator : public PluginCreatorBase {
   std::string namespace_ = kPluginNamespace;
 #endif
 
-  Derived names_;  // whose fields are listed
+  Derived defaults_;  // the plugin whose fields are listed
   FieldList fields_;
 };
 

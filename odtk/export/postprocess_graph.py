@@ -1,21 +1,28 @@
-"""The end of the graph: decoding and NMS in standard operators, or as nodes of our TensorRT plugins."""
+"""The end of the exported graph: decoding and NMS, in standard ONNX operators or as nodes of our TensorRT plugins."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from ..box_coder import BOX_CODERS, BoxCoder
 from ..config import ModelConfig
 from ..ops import to_logit
 from .metadata import Metadata
 
 
 class Level(NamedTuple):
-    """One level of a raw graph: its values and shape, base anchors [A, 4 or 5] in px, and stride in px per cell."""
+    """One level of a raw graph.
+
+    Attributes:
+        names: the values of its logits and its boxes, then its height and width in cells.
+        anchors: the anchors [A, 4 or 5] of the cell (0, 0), in px.
+        stride: px per cell.
+    """
 
     names: tuple[str, str, int, int]
     anchors: torch.Tensor
@@ -23,37 +30,40 @@ class Level(NamedTuple):
 
 
 class Writer:
-    """Appends nodes and constants to a graph; every node's outputs get fresh names under ``postprocess/``."""
+    """Appends nodes and constants to a graph, with new names under ``postprocess/`` for them and their outputs."""
 
     def __init__(self, model: ModelProto) -> None:
         self.graph = model.graph
         self.count = 0
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """One node with one output, whose name is returned."""
+        """Appends a node with one output and returns the name of that output."""
         return self.ops(kind, *inputs, outputs=1, **attributes)[0]
 
     def ops(self, kind: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
+        """Appends a node and returns the names of its outputs."""
         name = self.fresh(kind.lower())
         names = [name, *(f"{name}.{i}" for i in range(1, outputs))]
         self.graph.node.append(helper.make_node(kind, list(inputs), names, name=name, **attributes))
         return names
 
     def constant(self, value: Any, dtype: type = np.float32) -> str:
+        """Appends a constant and returns its name."""
         name = self.fresh("constant")
         self.graph.initializer.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
     def integers(self, *values: int) -> str:
-        """A constant [n] int64: a shape, axes or indices."""
+        """Appends a constant [n] int64 (a shape, axes or indices) and returns its name."""
         return self.constant(values, np.int64)  # type: ignore[arg-type]
 
     def fresh(self, stem: str) -> str:
+        """A name that no other node or constant of this writer has."""
         self.count += 1
         return f"postprocess/{stem}_{self.count}"
 
     def outputs(self, values: Iterable[tuple[str, str, int, Sequence[int | str]]]) -> None:
-        """Replaces the graph's outputs by (value, name, element type, shape)."""
+        """Replaces the graph's outputs with these: (value, name, element type, shape) each."""
         del self.graph.output[:]
         for value, name, kind, shape in values:
             self.graph.node.append(helper.make_node("Identity", [value], [name], name=f"postprocess/{name}"))
@@ -63,7 +73,10 @@ class Writer:
 def append_standard_postprocess(
     model: ModelProto, levels: Sequence[Level], config: ModelConfig, metadata: Metadata
 ) -> None:
-    """Decoding and NMS (spec §2) in standard operators, in FP32: the same steps as ops.decode and ops.nms."""
+    """Appends decoding and NMS in standard operators, in FP32: the same steps as ops.decode and ops.nms.
+
+    Rotated detectors end after decoding, because ONNX has no NMS of rotated boxes.
+    """
     g = Writer(model)
     candidates = [decode_level(g, level, config, metadata) for level in levels]
     scores, boxes, classes = (
@@ -86,22 +99,24 @@ def append_standard_postprocess(
 
 
 def level_size(level: Level, config: ModelConfig) -> int:
-    """A·C·h·w, the candidates of a level."""
+    """A·C·h·w, the number of candidates of a level."""
     return config.num_anchors * config.classes * level.names[2] * level.names[3]
 
 
 def decode_level(g: Writer, level: Level, config: ModelConfig, metadata: Metadata) -> tuple[str, str, str]:
-    """The best candidates of a level: scores [N, K] falling, boxes [N, K, 4 or 6], classes [N, K]; scores of 0 unused.
+    """The best candidates of a level: scores [N, K], descending, boxes [N, K, 4 or 6] in px and classes [N, K].
 
-    A candidate's index is ((a·C + c)·h + y)·w + x, its regressed number v lies at ((a·V + v)·h + y)·w + x.
+    A row with score 0 is unused. A candidate's index is ((a·C + c)·h + y)·w + x, and number v of its box lies at
+    ((a·V + v)·h + y)·w + x, V being the coder's head_values.
     """
     (logits, boxes, height, width), cells = level.names, level.names[2] * level.names[3]
-    values = config.box_values
+    coder = BOX_CODERS[config.box_coder]
     logits, boxes = (g.op("Cast", name, to=TensorProto.FLOAT) for name in (logits, boxes))
     scores = g.op("Sigmoid", logits)  # [N, A·C, h, w]
     keep = g.op("Greater", logits, g.constant(to_logit(metadata.score_threshold)))  # false for NaN
-    if values == 5:
-        centerness = g.op("Sigmoid", g.op("Slice", boxes, g.integers(4), g.integers(5), g.integers(1)))
+    if coder.has_centerness:
+        start, end = g.integers(coder.box_values), g.integers(coder.head_values)
+        centerness = g.op("Sigmoid", g.op("Slice", boxes, start, end, g.integers(1)))
         scores = g.op("Sqrt", g.op("Mul", scores, centerness))
         keep = g.op("And", keep, g.op("Greater", scores, g.constant(0.0)))  # false for NaN
     scores = g.op("Where", keep, scores, g.constant(0.0))
@@ -113,12 +128,12 @@ def decode_level(g: Writer, level: Level, config: ModelConfig, metadata: Metadat
     anchor = g.op("Div", channel, g.integers(config.classes))
     classes = g.op("Mod", channel, g.integers(config.classes))
 
-    first = g.op("Add", g.op("Mul", anchor, g.integers(values * cells)), cell)  # [N, K], of v = 0
-    steps = g.integers(*(v * cells for v in range(6 if values == 6 else 4)))
-    where = g.op("Add", g.op("Unsqueeze", first, g.integers(2)), steps)  # [N, K, V]
+    first = g.op("Add", g.op("Mul", anchor, g.integers(coder.head_values * cells)), cell)  # [N, K], at v = 0
+    steps = g.integers(*(v * cells for v in range(coder.box_values)))
+    where = g.op("Add", g.op("Unsqueeze", first, g.integers(2)), steps)  # [N, K, box_values]
     flat = g.op("Reshape", boxes, g.integers(0, -1))  # [N, A·V·h·w]
-    numbers = g.op("GatherElements", flat, g.op("Reshape", where, g.integers(0, -1)), axis=1)  # [N, K·V]
-    numbers = g.op("Reshape", numbers, g.integers(0, -1, 6 if values == 6 else 4))  # [N, K, V]
+    numbers = g.op("GatherElements", flat, g.op("Reshape", where, g.integers(0, -1)), axis=1)  # [N, K·box_values]
+    numbers = g.op("Reshape", numbers, g.integers(0, -1, coder.box_values))  # [N, K, box_values]
 
     x, y = g.op("Mod", cell, g.integers(width)), g.op("Div", cell, g.integers(width))  # [N, K]
     axis = g.integers(2)
@@ -129,42 +144,65 @@ def decode_level(g: Writer, level: Level, config: ModelConfig, metadata: Metadat
     anchor_size = g.op("Gather", g.constant(size), anchor, axis=0)  # [N, K, 2]
     center = g.op("Add", g.op("Gather", g.constant(base[:, :2] + 0.5 * size), anchor, axis=0), corner)
     limits = (width * level.stride, height * level.stride)
-    return scores, place(g, numbers, center, anchor_size, level.stride, limits, values), classes
+    return scores, decode_boxes(g, coder, numbers, center, anchor_size, level.stride, limits), classes
 
 
-def place(g: Writer, numbers: str, center: str, size: str, stride: int, limits: tuple[int, int], values: int) -> str:
-    """Boxes [N, K, 4 or 6] from regressed numbers [N, K, V] and the centers and sizes [N, K, 2] of anchors, px.
-
-    boxes.decode, decode_rotated and decode_distances in operators.
+def decode_boxes(
+    g: Writer, coder: BoxCoder, numbers: str, center: str, size: str, stride: int, limits: tuple[int, int]
+) -> str:
+    """BoxCoder.decode in operators: boxes [N, K, 4 or 6] in px.
 
     Args:
+        numbers: [N, K, box_values], the head's numbers without a center-ness.
+        center, size: [N, K, 2] each, of the anchors, px.
         limits: (width, height) of the level in px; corners are clamped inside, a NaN becomes 0.
     """
     one = g.constant(1.0)
-    if values == 5:
-        distances = g.op("Mul", g.op("Relu", numbers), g.constant(stride))
-        before, after = g.ops("Split", distances, outputs=2, axis=2, num_outputs=2)  # (left, top), (right, bottom)
-        start, end = g.op("Sub", center, before), g.op("Sub", g.op("Add", center, after), one)
-    else:
-        parts = g.ops("Split", numbers, outputs=values // 2, axis=2, num_outputs=values // 2)  # (dx, dy), (dw, dh), …
-        center = g.op("Add", g.op("Mul", parts[0], size), center)
-        half = g.op("Mul", g.op("Mul", g.op("Exp", parts[1]), size), g.constant(0.5))
-        start, end = g.op("Sub", center, half), g.op("Sub", g.op("Add", center, half), one)
+    start, end, *rotation = CORNERS[coder.name](g, numbers, center, size, stride, one)
     boxes = g.op("Concat", start, end, axis=2)  # [N, K, 4]
     boxes = g.op("Where", g.op("IsNaN", boxes), g.constant(0.0), boxes)
     most = [limits[0] - 1, limits[1] - 1]
     boxes = g.op("Min", g.op("Max", boxes, g.constant(0.0)), g.constant(most * 2))
-    if values == 6:
-        turn = g.op("Where", g.op("IsNaN", parts[2]), g.constant(0.0), parts[2])
-        boxes = g.op("Concat", boxes, turn, axis=2)
+    for sin_cos in rotation:
+        finite = g.op("Where", g.op("IsNaN", sin_cos), g.constant(0.0), sin_cos)
+        boxes = g.op("Concat", boxes, finite, axis=2)  # [N, K, 6]
     return boxes
 
 
-def suppress(g: Writer, scores: str, boxes: str, classes: str, metadata: Metadata, rows: int) -> tuple[str, str, str]:
-    """NMS per class of candidates (scores [N, T], boxes [N, T, 4], classes [N, T]), then the D best of each image.
+def corners_of_deltas(
+    g: Writer, numbers: str, center: str, size: str, stride: int, one: str, parts: int = 2
+) -> list[str]:
+    """boxes.decode without the clamp: the corners (x1, y1) and (x2, y2) [N, K, 2]; the third part is left as it is."""
+    center_delta, size_delta, *rotation = g.ops("Split", numbers, outputs=parts, axis=2, num_outputs=parts)
+    center = g.op("Add", g.op("Mul", center_delta, size), center)
+    half = g.op("Mul", g.op("Mul", g.op("Exp", size_delta), size), g.constant(0.5))
+    return [g.op("Sub", center, half), g.op("Sub", g.op("Add", center, half), one), *rotation]
 
-    NonMaxSuppression has no notion of an inclusive corner, so it is given boxes one pixel longer, and takes one score
-    per class and box, so a candidate scores 0, which is never kept, in all classes but its own.
+
+def corners_of_rotated_deltas(g: Writer, numbers: str, center: str, size: str, stride: int, one: str) -> list[str]:
+    """boxes.decode_rotated without the clamp: the corners of the un-rotated box, and (sin θ, cos θ) [N, K, 2]."""
+    return corners_of_deltas(g, numbers, center, size, stride, one, parts=3)
+
+
+def corners_of_distances(g: Writer, numbers: str, center: str, size: str, stride: int, one: str) -> list[str]:
+    """boxes.decode_distances without the clamp, of distances in strides: the corners [N, K, 2]."""
+    distances = g.op("Mul", g.op("Relu", numbers), g.constant(stride))
+    before, after = g.ops("Split", distances, outputs=2, axis=2, num_outputs=2)  # (left, top), (right, bottom)
+    return [g.op("Sub", center, before), g.op("Sub", g.op("Add", center, after), one)]
+
+
+CORNERS: dict[str, Callable[[Writer, str, str, str, int, str], list[str]]] = {
+    "anchor_deltas": corners_of_deltas,
+    "rotated_deltas": corners_of_rotated_deltas,
+    "distances_centerness": corners_of_distances,
+}
+
+
+def suppress(g: Writer, scores: str, boxes: str, classes: str, metadata: Metadata, rows: int) -> tuple[str, str, str]:
+    """NMS per class of the candidates (scores [N, T], boxes [N, T, 4], classes [N, T]), then the D best of each image.
+
+    NonMaxSuppression does not know inclusive corners, so it gets boxes that are one pixel longer. It takes a score for
+    every class of a box, so a candidate gets 0, which is never kept, in all classes but its own.
     """
     longer = g.op("Add", boxes, g.constant([0, 0, 1, 1]))
     every = g.constant(np.arange(metadata.classes)[None, :, None], np.int64)  # type: ignore[arg-type]
@@ -193,7 +231,10 @@ def suppress(g: Writer, scores: str, boxes: str, classes: str, metadata: Metadat
 def append_plugin_postprocess(
     model: ModelProto, levels: Sequence[Level], config: ModelConfig, metadata: Metadata
 ) -> None:
-    """Decoding and NMS by odtk's TensorRT plugins (csrc/plugins); they read the levels as float16 but for fp32."""
+    """Appends decoding and NMS by odtk's TensorRT plugins (csrc/plugins).
+
+    They read the levels in float32 if the precision is fp32, and in float16 otherwise.
+    """
     g = Writer(model)
     kind = TensorProto.FLOAT if metadata.precision == "fp32" else TensorProto.FLOAT16
     model.opset_import.append(helper.make_opsetid("odtk", 1))
@@ -207,7 +248,7 @@ def append_plugin_postprocess(
         outputs=3,
         strides=[level.stride for level in levels],
         classes=config.classes,
-        values=config.box_values,
+        coder=BOX_CODERS[config.box_coder].number,
         score_threshold=metadata.score_threshold,
         top_n=metadata.top_n,
         **plugin,
@@ -216,7 +257,7 @@ def append_plugin_postprocess(
         "OdtkNms",
         *candidates,
         outputs=3,
-        values=metadata.box_values,
+        box_values=metadata.box_values,
         threshold=metadata.nms_threshold,
         detections=metadata.detections,
         **plugin,

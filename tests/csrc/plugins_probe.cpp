@@ -1,8 +1,8 @@
-// Drives libodtk_plugins.so through a real TensorRT library, as a host would, without a GPU; tests/test_plugins.py compiles
-// it against the headers of that TensorRT and reads what it prints.
-//   plugins_probe NVINFER_LIBRARY PLUGIN_LIBRARY dlopen|loadLibrary      prints all that can be asked of the plugins
+// Drives libodtk_plugins.so through a real TensorRT library, as a host would, without a GPU; tests/csrc/test_plugins.py
+// compiles it against the headers of that TensorRT and reads what it prints.
+//   plugins_probe NVINFER_LIBRARY PLUGIN_LIBRARY dlopen|loadLibrary      prints what the plugins answer
 //   plugins_probe NVINFER_LIBRARY PLUGIN_LIBRARY run FILE…               runs one plugin for each file, see run()
-// The library's kernels are the emulated ones (tests/emulation), so a plugin runs on host memory.
+// The plugin library is built with the emulated kernels (tests/emulation), so a plugin runs on host memory.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -285,14 +285,24 @@ std::vector<PluginField> with(std::vector<PluginField> fields, std::size_t index
   return fields;
 }
 
+/// The same fields as an engine of an earlier version holds them: field `index` is named "values".
+void print_former_name(const std::string& name, Creator& creator, std::vector<PluginField> fields, std::size_t index) {
+  const PluginField field = fields[index];
+  fields[index] = PluginField("values", field.data, field.type, field.length);
+  print_creation(name + ".former_name", creator, fields);
+  print(name + ".former_name.state", Probe(creator, create(creator, fields)).state());
+  fields.push_back(field);
+  print_creation(name + ".both_names", creator, fields);
+}
+
 void probe_decode(Creator& creator) {
-  const std::int32_t strides[] = {8, 16}, two[] = {1, 1}, classes = 3, rotated = 6, fcos = 5, values = 4, top_n = 100,
+  const std::int32_t strides[] = {8, 16}, two[] = {1, 1}, classes = 3, rotated = 6, fcos = 5, deltas = 4, top_n = 100,
                      zero = 0, many = 99999;
   const float threshold = 0.05f, bad_threshold = 1.5f;
   using T = PluginFieldType;
   const std::vector<PluginField> good = {{"strides", strides, T::kINT32, 2},
                                          {"classes", &classes, T::kINT32, 1},
-                                         {"values", &values, T::kINT32, 1},
+                                         {"coder", &deltas, T::kINT32, 1},
                                          {"score_threshold", &threshold, T::kFLOAT32, 1},
                                          {"top_n", &top_n, T::kINT32, 1}};
   print_creation("decode.good", creator, good);
@@ -306,7 +316,7 @@ void probe_decode(Creator& creator) {
   print_creation("decode.zero_classes", creator, with(good, 1, &zero, T::kINT32, 1));
   print_creation("decode.zero_stride", creator, with(good, 0, &zero, T::kINT32, 1));
   print_creation("decode.null_strides", creator, with(good, 0, nullptr, T::kINT32, 2));
-  print_creation("decode.bad_values", creator, with(good, 2, &classes, T::kINT32, 1));
+  print_creation("decode.bad_coder", creator, with(good, 2, &classes, T::kINT32, 1));
   print_creation("decode.bad_threshold", creator, with(good, 3, &bad_threshold, T::kFLOAT32, 1));
   std::vector<PluginField> extra = good;
   extra.emplace_back("top_k", &top_n, T::kINT32, 1);
@@ -314,6 +324,7 @@ void probe_decode(Creator& creator) {
   extra.back() = good.front();
   print_creation("decode.twice", creator, extra);
   print_creation("decode.empty", creator, {});
+  print_former_name("decode", creator, good, 2);
 
   Plugin* plugin = create(creator, good);
   Probe probe(creator, plugin);
@@ -369,18 +380,19 @@ void probe_decode(Creator& creator) {
 }
 
 void probe_nms(Creator& creator) {
-  const std::int32_t values = 6, detections = 100, zero = 0, five = 5;
+  const std::int32_t box_values = 6, detections = 100, zero = 0, five = 5;
   const float threshold = 0.5f, bad_threshold = -0.1f;
   using T = PluginFieldType;
-  const std::vector<PluginField> good = {{"values", &values, T::kINT32, 1},
+  const std::vector<PluginField> good = {{"box_values", &box_values, T::kINT32, 1},
                                          {"threshold", &threshold, T::kFLOAT32, 1},
                                          {"detections", &detections, T::kINT32, 1}};
   print_creation("nms.good", creator, good);
   for (std::size_t i = 0; i < good.size(); ++i)
     print_creation("nms.missing." + std::string(good[i].name), creator, without(good, i));
-  print_creation("nms.bad_values", creator, with(good, 0, &five, T::kINT32, 1));
+  print_creation("nms.bad_box_values", creator, with(good, 0, &five, T::kINT32, 1));
   print_creation("nms.bad_threshold", creator, with(good, 1, &bad_threshold, T::kFLOAT32, 1));
   print_creation("nms.zero_detections", creator, with(good, 2, &zero, T::kINT32, 1));
+  print_former_name("nms", creator, good, 0);
 
   Plugin* plugin = create(creator, good);
   Probe probe(creator, plugin);

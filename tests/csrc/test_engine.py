@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from odtk import ops
+from odtk import kernels
 
 TRAILER = b"ODTKMETA"
 
@@ -15,9 +15,9 @@ TRAILER = b"ODTKMETA"
 @pytest.fixture
 def module() -> ModuleType:
     """odtk._C with the engine in it."""
-    if ops.kernels is None or not ops.kernels.WITH_TENSORRT:
+    if kernels.extension is None or not kernels.extension.WITH_TENSORRT:
         pytest.skip("odtk._C was built without the engine: `odtk info` says how to get it")
-    return ops.kernels
+    return kernels.extension
 
 
 def with_trailer(plan: bytes, metadata: str) -> bytes:
@@ -42,7 +42,7 @@ def test_a_damaged_trailer_is_refused(module: ModuleType) -> None:
 def test_missing_tensorrt_or_gpu_is_named(module: ModuleType) -> None:
     if module.device_error() is None:
         pytest.skip("this machine has a GPU")
-    expected = r"TensorRT \d+ is not found on this machine .*: install it, or set TENSORRT_ROOT|needs a GPU"
+    expected = r"TensorRT \d+ was not found on this machine .*: install it, or set TENSORRT_ROOT|needs a GPU"
     with pytest.raises(RuntimeError, match=expected):
         module.Engine(b"plan")
     with pytest.raises(RuntimeError, match=expected):

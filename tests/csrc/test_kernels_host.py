@@ -11,6 +11,8 @@ import torch
 
 from odtk import boxes as geometry
 from odtk import ops
+from odtk.box_coder import BOX_CODERS, BoxCoder
+from odtk.kernels import decode_kernel, nms_kernel
 from tests import emulation
 from tests import kernel_cases as cases
 from tests.kernel_cases import CANDIDATES, HEADS, Candidates, Head
@@ -24,13 +26,13 @@ def compiled() -> ModuleType:
 @pytest.fixture
 def kernels(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The emulated odtk._C in place of the real one, if any."""
-    monkeypatch.setattr(ops, "kernels", compiled)
+    monkeypatch.setattr("odtk.kernels.extension", compiled)
     return compiled
 
 
 # The functions behind the CUDA operators: on CPU tensors they hand the emulation pointers that it can read.
-decode: Callable[..., cases.Triple] = ops.decode_kernel._init_fn
-nms: Callable[..., cases.Triple] = ops.nms_kernel._init_fn
+decode: Callable[..., cases.Triple] = decode_kernel._init_fn
+nms: Callable[..., cases.Triple] = nms_kernel._init_fn
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
@@ -64,7 +66,7 @@ def test_nms_does_not_depend_on_the_order_of_threads(kernels: ModuleType, name: 
 
 
 def test_workspace_is_enough_and_nothing_is_kept_in_it(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "kernels", cases.Guarded(kernels, "cpu"))
+    monkeypatch.setattr("odtk.kernels.extension", cases.Guarded(kernels, "cpu"))
     for head in HEADS[:8]:
         cases.assert_same(cases.decoded(head, decode), cases.reference(head))
     for case in [c for c in CANDIDATES if c.name in ("plain", "sorted_in_global_memory", "rotated")]:
@@ -85,7 +87,7 @@ def test_workspace_grows_with_batch_and_size(kernels: ModuleType) -> None:
                 top_n=top_n,
                 anchor_values=4,
                 score_threshold=0.05,
-                kind=kernels.BoxKind.ANCHOR,
+                coder=kernels.BoxCoder.ANCHOR_DELTAS,
                 logits_half=True,
                 boxes_half=True,
             )
@@ -118,7 +120,7 @@ def test_bad_parameters_are_named(kernels: ModuleType, change: dict[str, int], f
         "top_n": 1,
         "anchor_values": 4,
         "score_threshold": 0.05,
-        "kind": kernels.BoxKind.ANCHOR,
+        "coder": kernels.BoxCoder.ANCHOR_DELTAS,
         "logits_half": False,
         "boxes_half": False,
     }
@@ -156,7 +158,7 @@ def test_padding_of_channels_last_is_not_read_as_classes(kernels: ModuleType) ->
         top_n=20,
         anchor_values=4,
         score_threshold=0.05,
-        kind=kernels.BoxKind.ANCHOR,
+        coder=kernels.BoxCoder.ANCHOR_DELTAS,
         logits_half=True,
         boxes_half=True,
     )
@@ -173,7 +175,7 @@ def test_fake_operators_have_the_shapes_of_the_real_ones(kernels: ModuleType) ->
     head = next(head for head in HEADS if head.name == "rotated")
     with FakeTensorMode() as mode:
         logits, boxes, anchors, strides = cases.make(head)
-        fake = torch.ops.odtk.decode(logits, boxes, anchors, strides, head.threshold, head.top_n, head.values)
+        fake = torch.ops.odtk.decode(logits, boxes, anchors, strides, head.threshold, head.top_n, head.coder)
         kept = torch.ops.odtk.nms(*fake, 0.5, 100)
         iou = torch.ops.odtk.rotated_iou(torch.empty(1, 7, 5), torch.empty(3, 4, 5), 0.0)
     assert mode is not None
@@ -186,16 +188,25 @@ def test_fake_operators_have_the_shapes_of_the_real_ones(kernels: ModuleType) ->
 # ---- geometry ----
 
 
-@pytest.mark.parametrize("values", [4, 5, 6])
-def test_decoded_boxes_are_torchs(kernels: ModuleType, values: int) -> None:
-    numbers = torch.randn(2000, values) * 2
-    numbers[::50, values % 3] = torch.nan
+def test_box_coders_are_the_same_in_python_and_cpp(kernels: ModuleType) -> None:
+    assert {coder.name.upper(): coder.number for coder in BOX_CODERS.values()} == dict(kernels.BoxCoder.__members__)
+    for coder in BOX_CODERS.values():
+        values, anchors = np.zeros((1, coder.head_values), np.float32), np.zeros((1, 4), np.float32)
+        boxes = kernels.decode_boxes(kernels.BoxCoder(coder.number), values, anchors, 8, (64, 64))
+        assert boxes.shape == (1, coder.box_values)
+        with pytest.raises(ValueError, match="values must have the shape"):
+            kernels.decode_boxes(kernels.BoxCoder(coder.number), values[:, 1:], anchors, 8, (64, 64))
+
+
+@pytest.mark.parametrize("coder", BOX_CODERS.values(), ids=lambda coder: coder.name)
+def test_decoded_boxes_are_torchs(kernels: ModuleType, coder: BoxCoder) -> None:
+    numbers = torch.randn(2000, coder.head_values) * 2
+    numbers[::50, coder.head_values % 3] = torch.nan
     numbers[1::50, 2] = torch.inf
     numbers[2::50, 0] = -torch.inf
     anchors = geometry.circumscribe(cases.random_rotated_boxes(2000))
-    kind = {4: kernels.BoxKind.ANCHOR, 5: kernels.BoxKind.FCOS, 6: kernels.BoxKind.ROTATED}[values]
-    found = kernels.decode_boxes(kind, numbers.numpy(), anchors.numpy(), 16, (512, 384))
-    expected = ops.decode_boxes(numbers, anchors, 16, (512, 384))
+    found = kernels.decode_boxes(kernels.BoxCoder(coder.number), numbers.numpy(), anchors.numpy(), 16, (512, 384))
+    expected = coder.decode(numbers, anchors, 16, (512, 384))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-3)
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from odtk import ops
+from odtk.box_coder import BOX_CODERS
 from tests import emulation
 from tests import kernel_cases as cases
 from tests.kernel_cases import CANDIDATES, HEADS, Candidates, Head, Triple
@@ -141,8 +142,8 @@ def answers(host: Host, request: pytest.FixtureRequest) -> Answers:
 
 def test_creators_register_and_list_their_fields(answers: Answers) -> None:
     assert answers.values["loaded"] == "yes"
-    assert answers.values["fields.OdtkDecode"] == "strides:5 classes:5 values:5 score_threshold:1 top_n:5"
-    assert answers.values["fields.OdtkNms"] == "values:5 threshold:1 detections:5"
+    assert answers.values["fields.OdtkDecode"] == "strides:5 classes:5 coder:5 score_threshold:1 top_n:5"
+    assert answers.values["fields.OdtkNms"] == "box_values:5 threshold:1 detections:5"
 
 
 def test_the_interface_is_that_of_the_version(answers: Answers) -> None:
@@ -158,7 +159,7 @@ def test_plugins_are_made_from_good_fields(answers: Answers) -> None:
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        *((f"decode.missing.{f}", f"'{f}' is missing") for f in ("strides", "classes", "values", "top_n")),
+        *((f"decode.missing.{f}", f"'{f}' is missing") for f in ("strides", "classes", "coder", "top_n")),
         ("decode.missing.score_threshold", "'score_threshold' is missing"),
         ("decode.float_classes", "'classes' must be int32"),
         ("decode.int_threshold", "'score_threshold' must be float32"),
@@ -166,15 +167,15 @@ def test_plugins_are_made_from_good_fields(answers: Answers) -> None:
         ("decode.zero_classes", "'classes' must be positive, not 0"),
         ("decode.zero_stride", "'strides' must be positive, not 0"),
         ("decode.null_strides", "'strides' is empty"),
-        ("decode.bad_values", "'values' must be 4"),
+        ("decode.bad_coder", "'coder' is 3, but there is no box coder with that number"),
         ("decode.bad_threshold", "'score_threshold' must lie in"),
         ("decode.zero_top_n", "'top_n' must lie in 1 … 4096, not 0"),
         ("decode.many_top_n", "'top_n' must lie in 1 … 4096, not 99999"),
         ("decode.unknown", "'top_k' is not a field"),
         ("decode.twice", "'strides' was given twice"),
         ("decode.empty", "'strides' is missing"),
-        *((f"nms.missing.{f}", f"'{f}' is missing") for f in ("values", "threshold", "detections")),
-        ("nms.bad_values", "'values' must be 4 or 6"),
+        *((f"nms.missing.{f}", f"'{f}' is missing") for f in ("box_values", "threshold", "detections")),
+        ("nms.bad_box_values", "'box_values' must be 4 or 6"),
         ("nms.bad_threshold", "'threshold' must lie in [0, 1]"),
         ("nms.zero_detections", "'detections' must be positive"),
     ],
@@ -183,6 +184,15 @@ def test_bad_fields_are_refused_with_the_reason(answers: Answers, key: str, reas
     assert answers.values[key] == "refused"
     assert reason in answers.log[key]
     assert answers.log[key].startswith("OdtkDecode: field" if key.startswith("decode") else "OdtkNms: field")
+
+
+@pytest.mark.parametrize("plugin", ["decode", "nms"])
+def test_engines_of_earlier_versions_are_read(answers: Answers, plugin: str) -> None:
+    """They hold the fields coder and box_values under the name values. Both names together are refused."""
+    assert answers.values[f"{plugin}.former_name"] == "made"
+    assert answers.values[f"{plugin}.former_name.state"] == answers.values[f"{plugin}.state"]
+    assert answers.values[f"{plugin}.both_names"] == "refused"
+    assert "'values' is not a field" in answers.log[f"{plugin}.both_names"]
 
 
 def test_output_shapes_and_types(answers: Answers) -> None:
@@ -197,7 +207,7 @@ def test_output_shapes_and_types(answers: Answers) -> None:
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("decode.shapes.no_anchors", "got 4 inputs, but 2 strides need"),
+        ("decode.shapes.no_anchors", "got 4 inputs, but field 'strides' has 2, so there must be 5"),
         ("decode.shapes.channels", "boxes of level 1 have 9 channels instead of 8"),
         ("nms.shapes.values", "boxes must have 6 values"),
     ],
@@ -289,7 +299,7 @@ def test_decode_is_the_reference(host: Host, head: Head, tmp_path: Path) -> None
     script = Script(tmp_path, "OdtkDecode")
     script.field("int", "strides", *strides)
     script.field("int", "classes", head.classes)
-    script.field("int", "values", head.values)
+    script.field("int", "coder", BOX_CODERS[head.coder].number)
     script.field("int", "top_n", head.top_n)
     script.field("float", "score_threshold", head.threshold)
     layout = LINEAR if not head.channels_last else HWC8 if head.half else HWC
@@ -308,14 +318,14 @@ def test_decode_is_the_reference(host: Host, head: Head, tmp_path: Path) -> None
 def test_nms_is_the_reference(host: Host, case: Candidates, tmp_path: Path) -> None:
     scores, boxes, classes = cases.candidates(case)
     script = Script(tmp_path, "OdtkNms")
-    script.field("int", "values", case.values)
+    script.field("int", "box_values", case.box_values)
     script.field("int", "detections", case.detections)
     script.field("float", "threshold", case.threshold)
     script.input(scores)
     script.input(boxes)
     script.input(classes.int())
     script.output(torch.float32, case.batch, case.detections)
-    script.output(torch.float32, case.batch, case.detections, case.values)
+    script.output(torch.float32, case.batch, case.detections, case.box_values)
     script.output(torch.int32, case.batch, case.detections)
     expected = ops.nms_reference(scores, boxes, classes, threshold=case.threshold, detections=case.detections)
     cases.assert_same(run(host, script), expected)

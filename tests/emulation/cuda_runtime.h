@@ -1,9 +1,9 @@
 // Runs the kernels of csrc/cuda on the CPU, for tests (tests/emulation/__init__.py builds odtk._C with this in place of
 // CUDA's header, so that the tests go through the very bindings and kernels that a GPU gets).
 //
-// A block's threads are fibers on one CPU thread; a barrier hands over to the next fiber, in an order that is drawn anew
-// after every barrier from the seed in ODTK_EMULATION_SEED. So a missing barrier shows as results that depend on the
-// seed. Blocks run one after the other, in drawn order too. Only what csrc/cuda uses is here: barriers, atomics, no
+// A block's threads are fibers on one CPU thread; a barrier hands over to the next fiber, in an order that is drawn
+// anew after every barrier from the seed in ODTK_EMULATION_SEED. So a missing barrier shows as results that depend on
+// the seed. Blocks run one after the other, in drawn order too. Only what csrc/cuda uses is here: barriers, atomics, no
 // warp intrinsics.
 #pragma once
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from odtk import ops
+from odtk import kernels as compiled
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,8 +23,8 @@ def gpu() -> str:
 @pytest.fixture
 def kernels(gpu: str):
     """odtk._C on a GPU that it can run on."""
-    if ops.kernels is None:
+    if compiled.extension is None:
         pytest.skip("odtk._C is not built: `pip install .` where nvcc is (see `odtk info`)")
-    if reason := ops.kernels.device_error():
+    if reason := compiled.extension.device_error():
         pytest.skip(f"odtk._C cannot run here: {reason}")
-    return ops.kernels
+    return compiled.extension

@@ -19,14 +19,31 @@ LARGE = [
     Head("coco_float", classes=80, anchors=9, sizes=COCO[:2], mean=-5.0, top_n=1000),
     Head("coco_all_above", classes=80, anchors=9, sizes=COCO[:2], mean=5.0, top_n=1000, half=True),
     Head("coco_all_tie", classes=80, anchors=9, sizes=COCO[:1], mean=50.0, step=1.0, top_n=1000),
-    Head("rotated_large", classes=15, anchors=27, values=6, sizes=((64, 64), (32, 32)), mean=-4.0, top_n=1000),
-    Head("fcos_large", classes=80, anchors=1, values=5, sizes=COCO[:2], mean=-4.0, top_n=1000, half=True),
+    Head(
+        "rotated_large",
+        classes=15,
+        anchors=27,
+        coder="rotated_deltas",
+        sizes=((64, 64), (32, 32)),
+        mean=-4.0,
+        top_n=1000,
+    ),
+    Head(
+        "fcos_large",
+        classes=80,
+        anchors=1,
+        coder="distances_centerness",
+        sizes=COCO[:2],
+        mean=-4.0,
+        top_n=1000,
+        half=True,
+    ),
     Head("odd_large", batch=5, classes=17, sizes=((101, 37), (51, 19)), mean=-4.0, top_n=1000, half=True),
 ]
 MANY = [
     Candidates("five_thousand", batch=4, count=5000, classes=80, size=1000.0, detections=100),
     Candidates("five_thousand_of_one_class", batch=2, count=5000, classes=1, size=2000.0, detections=300),
-    Candidates("ten_thousand_rotated", batch=2, count=10000, classes=15, size=1000.0, values=6, detections=100),
+    Candidates("ten_thousand_rotated", batch=2, count=10000, classes=15, size=1000.0, box_values=6, detections=100),
 ]
 
 
@@ -53,7 +70,7 @@ def test_nms_is_the_reference(case: Candidates) -> None:
 
 @pytest.mark.parametrize("head", [HEADS[4], *LARGE], ids=str)
 def test_decode_gives_the_same_bits_at_every_run(head: Head) -> None:
-    inputs = (*cases.make(head, "cuda"), head.threshold, head.top_n, head.values)
+    inputs = (*cases.make(head, "cuda"), head.threshold, head.top_n, head.coder)
     first = torch.ops.odtk.decode(*inputs)
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(first, torch.ops.odtk.decode(*inputs), strict=True))
@@ -68,7 +85,7 @@ def test_nms_gives_the_same_bits_at_every_run(case: Candidates) -> None:
 
 
 def test_nothing_is_written_outside_the_workspace(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "kernels", cases.Guarded(kernels, "cuda"))
+    monkeypatch.setattr("odtk.kernels.extension", cases.Guarded(kernels, "cuda"))
     for head in HEADS + LARGE:
         cases.assert_same(run(head), cases.reference(head, "cuda"))
     for case in CANDIDATES + MANY:
@@ -140,7 +157,7 @@ def test_rotated_iou_is_the_reference(count: int) -> None:
 
 def test_operators_pass_torchs_own_checks() -> None:
     logits, boxes, anchors, strides = cases.make(HEADS[0], "cuda")
-    torch.library.opcheck(torch.ops.odtk.decode, (logits, boxes, anchors, strides, 0.05, 20, 4))
+    torch.library.opcheck(torch.ops.odtk.decode, (logits, boxes, anchors, strides, 0.05, 20, "anchor_deltas"))
     torch.library.opcheck(torch.ops.odtk.nms, (*cases.candidates(CANDIDATES[0], "cuda"), 0.5, 20))
     pair = cases.random_rotated_boxes(9)[None].cuda(), cases.random_rotated_boxes(8)[None].cuda()
     torch.library.opcheck(torch.ops.odtk.rotated_iou, (*pair, 0.0))
@@ -163,7 +180,7 @@ def test_kernels_that_cannot_run_leave_the_work_to_torch(monkeypatch: pytest.Mon
     head = HEADS[0]
     made = cases.make(head, "cuda")
     broken = SimpleNamespace(MAX_LEVELS=16, MAX_TOP_N=4096, device_error=lambda: "the driver is too old")
-    monkeypatch.setattr(ops, "kernels", broken)  # a call of anything else would be an AttributeError
-    found = ops.decode(*made, score_threshold=head.threshold, top_n=head.top_n, values=head.values)
+    monkeypatch.setattr("odtk.kernels.extension", broken)  # a call of anything else would be an AttributeError
+    found = ops.decode(*made, score_threshold=head.threshold, top_n=head.top_n, coder=head.coder)
     cases.assert_same(found, cases.reference(head, "cuda"))
     ops.nms(*found, threshold=0.5, detections=10)
