@@ -1,10 +1,11 @@
-"""Which anchor is to find which box (target assignment), and the losses. Vectorized over batch and levels.
+"""The losses of RetinaNet and FCOS, vectorized over the batch.
 
-Nothing here waits for the device: sizes come from shapes, choices are made by masks. The exception is rotated boxes
-where the compiled kernel is absent (ops.rotated_iou).
+Nothing here waits for the device: sizes are taken from shapes, and choices are made by masks. The only exception is
+rotated boxes without the compiled kernel (see ops.rotated_iou).
 
-Everything about anchors is in the order (y, x, a) of each level, levels one after the other: P places in all. Seen in
-that order a head's channels-last output is contiguous, and any other is read through its strides, never copied.
+P is the number of anchors of all levels; FCOS has one per cell, whose center is its point. They are ordered by level,
+and within a level by (y, x, a). In that order the channels-last output of a head is contiguous; outputs of another
+memory format are read through their strides, never copied.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..config import LossConfig, ModelConfig
 from ..model.anchors import place_anchors
 from .assign import IGNORED, assign, assign_points, level_limits
 
-SMALLEST = 1e-6  # keeps the logarithm and the quotients of the IoU loss finite
+EPSILON = 1e-6  # keeps the logarithm and the quotients of the IoU loss finite
 
 
 def detection_loss(
@@ -38,23 +39,22 @@ def detection_loss(
     model: ModelConfig,
     loss: LossConfig,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The losses of a batch as sums, with what each is to be divided by.
+    """Computes each loss of a batch as a sum, with the normalizer by which it is to be divided (see normalize).
 
     Args:
-        logits, boxes: raw levels [N, A·C, h, w] and [N, A·V, h, w] of a Detector, any float type and memory format.
-        target_boxes: [N, M, 4], or [N, M, 5] rotated, px of the network's input, inclusive corners.
+        logits, boxes: raw levels [N, A·C, h, w] and [N, A·V, h, w] of a Detector, in any float type and memory format.
+        target_boxes: [N, M, 4], or [N, M, 5] if rotated; pixels of the network's input, inclusive corners.
         target_labels: [N, M] int64 class indices; −1 marks padding.
-        anchors: per level [A, 4 or 5] of Detector.anchors().
-        strides: px per cell, per level.
+        anchors: per level [A, 4 or 5], from Detector.anchors().
+        strides: pixels per cell, per level.
 
     Returns:
-        {"cls": (sum, normalizer), "box": …}, and "centerness" for FCOS; float32 scalars. Over several processes the
-        loss is the sum of sums / (sum of normalizers).clamp(min=1).
+        {"cls": (sum, normalizer), "box": (sum, normalizer)}, and "centerness" for FCOS; float32 scalars.
     """
     compute = _fcos_loss if model.head == "fcos" else _retinanet_loss
     shapes = [tuple(level.shape[-2:]) for level in logits]
-    places = place_anchors(anchors, strides, shapes, target_boxes.device)
-    return compute(logits, boxes, target_boxes.float(), target_labels, places, strides, model, loss)
+    placed = place_anchors(anchors, strides, shapes, target_boxes.device)  # [P, 4 or 5]
+    return compute(logits, boxes, target_boxes.float(), target_labels, placed, strides, model, loss)
 
 
 def _retinanet_loss(
@@ -67,7 +67,10 @@ def _retinanet_loss(
     model: ModelConfig,
     loss: LossConfig,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Focal loss over all anchors that are not ignored, smooth L1 over the foreground; by the foreground's number."""
+    """Focal loss of all anchors that are not ignored, smooth L1 of the foreground; both normalized by its count.
+
+    https://arxiv.org/abs/1708.02002 §4; ``anchors`` are placed, [P, 4 or 5].
+    """
     labels, index = assign(
         anchors,
         target_boxes,
@@ -75,50 +78,52 @@ def _retinanet_loss(
         background_iou=loss.background_iou,
         foreground_iou=loss.foreground_iou,
     )
-    matched = _take(target_boxes, index)  # [N, P, 4 or 5]
+    matched = _gather_boxes(target_boxes, index)  # [N, P, 4 or 5]
     if model.rotated:
-        if not loss.absolute_angle:  # a box at ±45° would else be regressed in two forms, and their mean is neither
+        if not loss.absolute_angle:  # else a box at ±45° would have two forms, and the head would learn their mean
             matched = geometry.normalize_angle(matched, around=anchors[:, 4:])
         targets = geometry.encode_rotated(matched, anchors)
     else:
         targets = geometry.encode(matched, anchors)
-    targets = torch.where((labels >= 0)[..., None], targets, 0)  # elsewhere the logarithm may be infinite
+    targets = torch.where((labels >= 0)[..., None], targets, 0)  # the logarithm of a background target may be infinite
 
     class_sum = box_sum = torch.zeros((), device=labels.device)
-    levels = zip(logits, boxes, _per_level(labels, logits, model), _per_level(targets, logits, model), strict=True)
+    levels = zip(
+        logits, boxes, _split_levels(labels, logits, model), _split_levels(targets, logits, model), strict=True
+    )
     for level_logits, level_boxes, level_labels, level_targets in levels:
-        class_sum = class_sum + focal_loss(_by_place(level_logits, model), level_labels, loss.alpha, loss.gamma)
-        predicted = _by_place(level_boxes, model).float()
+        class_sum = class_sum + focal_loss(_view_by_anchor(level_logits, model), level_labels, loss.alpha, loss.gamma)
+        predicted = _view_by_anchor(level_boxes, model).float()
         distance = F.smooth_l1_loss(predicted, level_targets, beta=loss.beta, reduction="none")  # [N, h, w, A, V]
         box_sum = box_sum + torch.where((level_labels >= 0)[..., None], distance, 0).sum()
     foreground = (labels >= 0).sum().float()
     return {"cls": (class_sum, foreground), "box": (box_sum, foreground)}
 
 
-def _by_place(level: Tensor, model: ModelConfig) -> Tensor:
-    """A raw level [N, A·X, h, w] seen as [N, h, w, A, X], whatever its memory format; never a copy."""
+def _view_by_anchor(level: Tensor, model: ModelConfig) -> Tensor:
+    """Views a raw level [N, A·X, h, w] as [N, h, w, A, X], whatever its memory format; never a copy."""
     return level.unflatten(1, (model.num_anchors, -1)).permute(0, 3, 4, 1, 2)  # [N, A, X, h, w] → [N, h, w, A, X]
 
 
-def _per_level(values: Tensor, logits: Sequence[Tensor], model: ModelConfig) -> list[Tensor]:
-    """Values of all places [N, P, …] as one view [N, h, w, A, …] per level."""
+def _split_levels(values: Tensor, logits: Sequence[Tensor], model: ModelConfig) -> list[Tensor]:
+    """Splits values of all anchors [N, P, …] into one view [N, h, w, A, …] per level."""
     shapes = [(*level.shape[-2:], model.num_anchors) for level in logits]
     parts = values.split([math.prod(shape) for shape in shapes], 1)
     return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _take(boxes: Tensor, index: Tensor) -> Tensor:
-    """The boxes [N, P, V] at the indices [N, P] of boxes [N, M, V]."""
+def _gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
+    """Boxes [N, M, V] and indices [N, P] → the box of each anchor [N, P, V]."""
     return boxes.gather(1, index[..., None].expand(-1, -1, boxes.shape[-1]))
 
 
 class _FocalLoss(torch.autograd.Function):
-    """Sum of the focal loss; keeps only the logits, and works its gradient out again from them.
+    """Sum of the focal loss. To save memory it keeps only the logits, and computes the gradient from them again.
 
-    The classes of a place are all background but at most one, so everything is computed as background, and the one
-    class put right: no one-hot target. With p = sigmoid(x) and softplus(x) = log(1 + e^x), stable for every x:
+    At most one class of an anchor is foreground. So all are computed as background, and then that one is corrected,
+    which needs no one-hot target. With p = sigmoid(x) and softplus(x) = log(1 + e^x), which are stable for every x:
         background: (1 − α)·p^γ·softplus(x)      its derivative: (1 − α)·p^γ·(γ·(1 − p)·softplus(x) + p)
-    and the foreground is the same function of −x with α in place of 1 − α.
+    The foreground is the same function of −x with α in place of 1 − α.
     """
 
     @staticmethod
@@ -139,30 +144,30 @@ class _FocalLoss(torch.autograd.Function):
         logits, labels = ctx.saved_tensors
         values = logits.float()
         label = labels.clamp(min=0)[..., None]
-        slope = _focal_slope(values, 1 - ctx.alpha, ctx.gamma)
-        foreground = -_focal_slope(-values.gather(-1, label), ctx.alpha, ctx.gamma)
-        slope.scatter_(-1, label, torch.where((labels >= 0)[..., None], foreground, slope.gather(-1, label)))
-        slope.mul_(torch.where(labels == IGNORED, 0, grad)[..., None])
-        return slope.to(logits.dtype), None, None, None
+        gradient = _focal_gradient(values, 1 - ctx.alpha, ctx.gamma)
+        foreground = -_focal_gradient(-values.gather(-1, label), ctx.alpha, ctx.gamma)
+        gradient.scatter_(-1, label, torch.where((labels >= 0)[..., None], foreground, gradient.gather(-1, label)))
+        gradient.mul_(torch.where(labels == IGNORED, 0, grad)[..., None])
+        return gradient.to(logits.dtype), None, None, None
 
 
 def _focal(x: Tensor, weight: float, gamma: float) -> Tensor:
-    """weight·p^γ·softplus(x), p = sigmoid(x)."""
+    """weight·p^γ·softplus(x) with p = sigmoid(x)."""
     return x.sigmoid().pow_(gamma).mul_(F.softplus(x)).mul_(weight)
 
 
-def _focal_slope(x: Tensor, weight: float, gamma: float) -> Tensor:
-    """The derivative of _focal by x: weight·p^γ·(γ·(1 − p)·softplus(x) + p)."""
+def _focal_gradient(x: Tensor, weight: float, gamma: float) -> Tensor:
+    """The derivative of _focal with respect to x: weight·p^γ·(γ·(1 − p)·softplus(x) + p)."""
     p = x.sigmoid()
     return F.softplus(x).mul_(1 - p).mul_(gamma).add_(p).mul_(p.pow_(gamma)).mul_(weight)
 
 
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Sum of the focal loss, https://arxiv.org/abs/1708.02002 eq. 5, in float32 whatever the logits are.
+    """Sum of the focal loss (https://arxiv.org/abs/1708.02002 eq. 5), computed in float32 from logits of any type.
 
     Args:
-        logits: [..., C], any float type and strides.
-        labels: [...] int64: the class index of each place, BACKGROUND, or IGNORED (which counts nothing).
+        logits: [..., C] of any float type and any strides.
+        labels: [...] int64: a class index, BACKGROUND, or IGNORED, which adds nothing to the sum.
     """
     return _FocalLoss.apply(logits, labels, alpha, gamma)
 
@@ -177,7 +182,10 @@ def _fcos_loss(
     model: ModelConfig,
     loss: LossConfig,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Focal loss over all points, IoU loss weighted by the center-ness target, center-ness by cross entropy."""
+    """Focal loss of all points; of the foreground, IoU loss weighted by center-ness, and center-ness by cross entropy.
+
+    https://arxiv.org/abs/1904.01355 §3; ``anchors`` are placed, [P, 4], with the points at their centers.
+    """
     device = target_boxes.device
     counts = [level.shape[-2] * level.shape[-1] for level in logits]
     stride = torch.cat([torch.full((n,), float(s), device=device) for n, s in zip(counts, strides, strict=True)])
@@ -190,65 +198,75 @@ def _fcos_loss(
     points = geometry.center_and_size(anchors)[0]
     labels, index = assign_points(points, stride, limits, target_boxes, target_labels)
     foreground = labels >= 0
-    matched = _take(target_boxes, index)  # [N, P, 4]
-    distances = torch.cat([points - matched[..., :2], matched[..., 2:] + 1 - points], -1)  # l, t, r, b px
+    matched = _gather_boxes(target_boxes, index)  # [N, P, 4]
+    distances = torch.cat([points - matched[..., :2], matched[..., 2:] + 1 - points], -1)  # l, t, r, b in px
     distances = torch.where(foreground[..., None], distances, 1)
     centerness = torch.where(foreground, centerness_targets(distances), 0)
 
     class_sum = box_sum = centerness_sum = torch.zeros((), device=device)
-    parts = (_per_level(value, logits, model) for value in (labels, distances, centerness))
+    parts = (_split_levels(value, logits, model) for value in (labels, distances, centerness))
     for level_logits, level_boxes, s, level_labels, level_distances, weight in zip(
         logits, boxes, strides, *parts, strict=True
     ):
-        raw = _by_place(level_boxes, model).float()  # [N, h, w, 1, 5]
-        class_sum = class_sum + focal_loss(_by_place(level_logits, model), level_labels, loss.alpha, loss.gamma)
+        raw = _view_by_anchor(level_boxes, model).float()  # [N, h, w, 1, 5]
+        class_sum = class_sum + focal_loss(_view_by_anchor(level_logits, model), level_labels, loss.alpha, loss.gamma)
         overlap = iou_loss(raw[..., :4].relu() * s, level_distances, kind=loss.fcos_box_loss)
         box_sum = box_sum + torch.where(level_labels >= 0, overlap * weight, 0).sum()
         entropy = F.binary_cross_entropy_with_logits(raw[..., 4], weight, reduction="none")
         centerness_sum = centerness_sum + torch.where(level_labels >= 0, entropy, 0).sum()
-    number = foreground.sum().float()
-    return {"cls": (class_sum, number), "box": (box_sum, centerness.sum()), "centerness": (centerness_sum, number)}
+    count = foreground.sum().float()
+    return {"cls": (class_sum, count), "box": (box_sum, centerness.sum()), "centerness": (centerness_sum, count)}
 
 
 def centerness_targets(distances: Tensor) -> Tensor:
-    """Center-ness [...] in (0, 1] of positive distances (l, t, r, b) [..., 4]: FCOS, eq. 3."""
+    """Positive distances (l, t, r, b) [..., 4] → center-ness [...] in (0, 1]: https://arxiv.org/abs/1904.01355 eq. 3"""
     start, end = distances[..., :2], distances[..., 2:]
     return (torch.minimum(start, end) / torch.maximum(start, end)).prod(-1).sqrt()
 
 
 def iou_loss(predicted: Tensor, target: Tensor, *, kind: str) -> Tensor:
-    """Loss [...] of two boxes about the same point, as distances (l, t, r, b) [..., 4] ≥ 0.
+    """Loss between boxes that contain the same point.
 
     Args:
+        predicted, target: distances (l, t, r, b) [..., 4] of the point to the box's sides, ≥ 0, in pixels.
         kind: ``iou``: −log IoU (UnitBox, https://arxiv.org/abs/1608.01471 eq. 1); ``giou``: 1 − GIoU
             (https://arxiv.org/abs/1902.09630 alg. 1).
+
+    Returns:
+        [...], one loss per pair of boxes.
     """
-    shared = torch.minimum(predicted, target)
-    intersection = (shared[..., 0] + shared[..., 2]) * (shared[..., 1] + shared[..., 3])
+    inner = torch.minimum(predicted, target)
+    intersection = (inner[..., 0] + inner[..., 2]) * (inner[..., 1] + inner[..., 3])
     areas = [(box[..., 0] + box[..., 2]) * (box[..., 1] + box[..., 3]) for box in (predicted, target)]
-    union = (areas[0] + areas[1] - intersection).clamp(min=SMALLEST)
+    union = (areas[0] + areas[1] - intersection).clamp(min=EPSILON)
     iou = intersection / union
     if kind == "iou":
-        return -iou.clamp(min=SMALLEST).log()
-    around = torch.maximum(predicted, target)
-    hull = ((around[..., 0] + around[..., 2]) * (around[..., 1] + around[..., 3])).clamp(min=SMALLEST)
+        return -iou.clamp(min=EPSILON).log()
+    outer = torch.maximum(predicted, target)
+    hull = ((outer[..., 0] + outer[..., 2]) * (outer[..., 1] + outer[..., 3])).clamp(min=EPSILON)
     return 1 - iou + (hull - union) / hull
 
 
 def normalize(terms: dict[str, tuple[Tensor, Tensor]], world: int) -> tuple[Tensor, Tensor]:
-    """The loss to differentiate, and the value of each term over all ranks.
+    """Divides the sums of detection_loss by their normalizers, over all ranks.
 
-    A term is the sum over all ranks by the normalizers of all ranks. DistributedDataParallel averages gradients over
-    the ranks, hence the factor ``world``: several processes give the gradients of one with the whole batch.
+    The value of a term is its sum over all ranks / max(1, its normalizer over all ranks). DistributedDataParallel
+    averages the gradients of the ranks, so each rank's loss is multiplied by ``world``: then several processes compute
+    the same gradients as one process with the whole batch.
+
+    Args:
+        terms: as returned by detection_loss.
+        world: number of ranks; all of them must call this.
 
     Returns:
-        loss: scalar of this rank; values: [terms], detached, equal on all ranks.
+        loss: scalar, this rank's share, to call backward on.
+        values: [terms], detached, equal on all ranks.
     """
     sums = torch.stack([total for total, _ in terms.values()])  # [terms]
     normalizers = torch.stack([normalizer for _, normalizer in terms.values()])  # [terms]
-    everywhere = torch.cat([sums.detach(), normalizers])
+    global_values = torch.cat([sums.detach(), normalizers])
     if world > 1:
-        dist.all_reduce(everywhere)
-    totals, normalizers = everywhere.chunk(2)
+        dist.all_reduce(global_values)
+    totals, normalizers = global_values.chunk(2)
     normalizers = normalizers.clamp(min=1)
     return (sums / normalizers).sum() * world, totals / normalizers

@@ -1,5 +1,6 @@
-"""Target assignment and losses against restatements in plain Python, and their gradients against naive autograd."""
+"""Target assignment and losses against plain Python loops, and their gradients against autograd."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odtk import boxes as geometry
+from odtk.box_coder import BOX_CODERS
 from odtk.config import LossConfig, ModelConfig
 from odtk.model.anchors import place_anchors
 from odtk.training import assign
@@ -17,21 +19,21 @@ from odtk.training import loss as losses
 from odtk.training.assign import BACKGROUND, IGNORED
 
 STRIDES = (8, 16)
-SHAPES = ((4, 5), (2, 3))  # odd sizes: 40 × 32 px, and more at the right of the second
+SHAPES = ((4, 5), (2, 3))  # (h, w) of an input of 40 × 32 pixels, which is no multiple of 16
 BOUNDS = {"background_iou": 0.4, "foreground_iou": 0.5}
 ROTATED = (-math.pi / 6, 0.0, math.pi / 6)
 
 
 def model_config(kind: str, classes: int = 3) -> ModelConfig:
     """``retinanet``, ``rotated`` or ``fcos``, with few anchors."""
-    few = {"classes": classes, "ratios": (1.0, 0.5), "scales": (2.0,)}
+    few = ModelConfig(classes=classes, ratios=(1.0, 0.5), scales=(2.0,))
     if kind == "fcos":
-        return ModelConfig(head="fcos", **few)
-    return ModelConfig(angles=ROTATED if kind == "rotated" else (), **few)
+        return dataclasses.replace(few, head="fcos")
+    return dataclasses.replace(few, angles=ROTATED if kind == "rotated" else ())
 
 
 def base_anchors(model: ModelConfig, stride: int) -> Tensor:
-    """Written out: angle outermost, then scale, then ratio."""
+    """The anchors of a cell, written out: angle outermost, then scale, then ratio."""
     if model.head == "fcos":
         return torch.tensor([[0.0, 0.0, stride - 1.0, stride - 1.0]])
     rows = []
@@ -47,13 +49,13 @@ def base_anchors(model: ModelConfig, stride: int) -> Tensor:
 
 
 def random_heads(model: ModelConfig, n: int, *, shapes=SHAPES) -> tuple[list[Tensor], list[Tensor]]:
-    channels = model.num_anchors * model.classes, model.num_anchors * model.box_values
+    channels = model.num_anchors * model.classes, model.num_anchors * BOX_CODERS[model.box_coder].head_values
     logits, boxes = ([torch.randn(n, c, *shape, requires_grad=True) for shape in shapes] for c in channels)
     return logits, boxes
 
 
 def random_targets(model: ModelConfig, n: int, count: int) -> tuple[Tensor, Tensor]:
-    """Boxes of 8 to 40 px; the last of each image is padding, and the last image has none."""
+    """Boxes of 8 to 40 pixels; the last box of each image is padding, and so are all of the last image."""
     start = torch.rand(n, count, 2) * 30
     boxes = torch.cat([start, start + 7 + torch.rand(n, count, 2) * 32], -1)
     if model.rotated:
@@ -74,6 +76,16 @@ def compute(model: ModelConfig, logits, boxes, targets, **settings) -> dict[str,
         model=model,
         loss=LossConfig(**settings),
     )
+
+
+def gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
+def total_loss(terms: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of all losses, not normalized."""
+    return torch.stack([total for total, _ in terms.values()]).sum()
 
 
 # --- focal loss
@@ -98,23 +110,23 @@ def test_focal_loss_and_its_gradient(classes: int, alpha: float, gamma: float) -
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     (found * 3).backward()
     (expected * 3).backward()
-    assert torch.allclose(logits.grad, exact.grad.float(), atol=1e-5)
-    assert not logits.grad[labels == IGNORED].any()
+    assert torch.allclose(gradient(logits), gradient(exact).float(), atol=1e-5)
+    assert not gradient(logits)[labels == IGNORED].any()
 
 
-def test_focal_loss_is_finite_at_great_logits() -> None:
+def test_focal_loss_is_finite_at_large_logits() -> None:
     logits = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]]).mT.requires_grad_()
     for label in (0, BACKGROUND):
         logits.grad = None
         value = losses.focal_loss(logits, torch.full((5,), label))
         value.backward()
-        assert torch.isfinite(value) and torch.isfinite(logits.grad).all()
+        assert torch.isfinite(value) and torch.isfinite(gradient(logits)).all()
         assert value.item() == pytest.approx((0.25 if label == 0 else 0.75) * (10100 + 0.25 * math.log(2)), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_focal_loss_of_half_precision_logits_is_worked_out_in_float32(dtype: torch.dtype) -> None:
-    """A loss scale reaches the gradient before it is rounded to the logits' type."""
+def test_focal_loss_of_half_precision_logits_is_computed_in_float32(dtype: torch.dtype) -> None:
+    """The gradient is multiplied by the loss scale before it is rounded to the type of the logits."""
     logits = (torch.randn(2, 9, 3) - 6).to(dtype).requires_grad_()
     labels = torch.randint(-2, 3, (2, 9))
     exact = logits.detach().float().requires_grad_()
@@ -122,9 +134,11 @@ def test_focal_loss_of_half_precision_logits_is_worked_out_in_float32(dtype: tor
         value = losses.focal_loss(values, labels)
         assert value.dtype == torch.float32
         (value * 4096).backward()
-    assert logits.grad.dtype == dtype
-    assert torch.allclose(logits.grad.float(), exact.grad, rtol=1e-2, atol=1e-7)  # float16 has steps of 6e-8
-    assert logits.grad[labels == BACKGROUND].all()  # nothing underflowed to 0
+    assert gradient(logits).dtype == dtype
+    assert torch.allclose(
+        gradient(logits).float(), gradient(exact), rtol=1e-2, atol=1e-7
+    )  # the smallest step of float16 is 6e-8
+    assert gradient(logits)[labels == BACKGROUND].all()  # nothing underflowed to 0
 
 
 # --- assignment by IoU
@@ -154,9 +168,9 @@ def plain_assign(anchors: list[list[float]], boxes: list[list[float]], labels: l
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "rotated"])
-@pytest.mark.parametrize("chunk", [assign.CHUNK, 1000])
+@pytest.mark.parametrize("chunk", [assign.CHUNK_SIZE, 1000])
 def test_assign_equals_plain_loops(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assign, "CHUNK", chunk)
+    monkeypatch.setattr(assign, "CHUNK_SIZE", chunk)
     model = model_config(kind)
     bases = [base_anchors(model, s) for s in STRIDES]
     anchors = place_anchors(bases, STRIDES, SHAPES, torch.device("cpu"))
@@ -188,7 +202,7 @@ def test_anchors_are_placed_by_row_then_column_then_anchor() -> None:
 
 @pytest.mark.parametrize("rotated", [False, True])
 def test_an_iou_at_a_bound(rotated: bool) -> None:
-    """10 × 10 px against its 10 × 5 and 10 × 4 parts, and a little less: 0.5 is foreground, 0.4 is ignored."""
+    """Parts of 10 × 5 and 10 × 4 pixels of a 10 × 10 box, and a little less: 0.5 is foreground, 0.4 is ignored."""
     anchors = torch.tensor([[0.0, 0, 9, 4], [0, 0, 9, 3.999], [0, 0, 9, 3], [0, 0, 9, 2.999]])
     box = torch.tensor([[[0.0, 0, 9, 9]]])
     if rotated:
@@ -209,7 +223,7 @@ def test_a_box_that_no_anchor_reaches_stays_unmatched() -> None:
 def naive_retinanet(model: ModelConfig, logits, boxes, targets, absolute: bool) -> dict[str, tuple[Tensor, int]]:
     """Anchor by anchor, channel by channel."""
     cls, box, foreground = torch.zeros(()), torch.zeros(()), 0
-    v = model.box_values
+    v = BOX_CODERS[model.box_coder].head_values
     for image in range(len(logits[0])):
         image_boxes, image_labels = targets[0][image].tolist(), targets[1][image].tolist()
         for level, (s, (h, w)) in enumerate(zip(STRIDES, SHAPES, strict=True)):
@@ -334,10 +348,10 @@ def test_fcos_loss_equals_plain_loops(kind: str) -> None:
     assert_same(compute(model, logits, boxes, targets, fcos_box_loss=kind), expected, logits + boxes)
 
 
-@pytest.mark.parametrize("chunk", [assign.CHUNK, 4000])
+@pytest.mark.parametrize("chunk", [assign.CHUNK_SIZE, 4000])
 def test_assign_points_equals_plain_loops(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All five levels, boxes of 4 to 900 px, some equal: of equal areas the first wins."""
-    monkeypatch.setattr(assign, "CHUNK", chunk)
+    monkeypatch.setattr(assign, "CHUNK_SIZE", chunk)
     strides, shapes = (8, 16, 32, 64, 128), ((32, 24), (16, 12), (8, 6), (4, 3), (2, 2))
     size = torch.exp(torch.empty(3, 12, 2).uniform_(math.log(4), math.log(900)))
     center = torch.rand(3, 12, 2) * torch.tensor([192.0, 256.0])
@@ -374,7 +388,7 @@ def test_the_loss_of_a_box_without_area_is_finite(kind: str) -> None:
     predicted = torch.zeros(1, 4, requires_grad=True)
     value = losses.iou_loss(predicted, torch.tensor([[3.0, 4.0, 5.0, 6.0]]), kind=kind).sum()
     value.backward()
-    assert torch.isfinite(value) and torch.isfinite(predicted.grad).all()
+    assert torch.isfinite(value) and torch.isfinite(gradient(predicted)).all()
 
 
 # --- what holds for every head
@@ -390,20 +404,20 @@ def test_images_without_boxes_have_finite_losses_and_gradients(kind: str) -> Non
     assert found["cls"][0] > 0
     assert all(normalizer == 0 for _, normalizer in found.values())
     assert all(total == 0 for name, (total, _) in found.items() if name != "cls")
-    sum(total for total, _ in found.values()).backward()
-    assert all(torch.isfinite(level.grad).all() for level in logits + boxes)
+    total_loss(found).backward()
+    assert all(torch.isfinite(gradient(level)).all() for level in logits + boxes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_degenerate_boxes_are_background(kind: str) -> None:
-    """The data's rules refuse them; were one to come, it must not spoil the step."""
+    """The dataset refuses them; if one came through all the same, it must not spoil the step."""
     model = model_config(kind)
     logits, boxes = random_heads(model, 1)
     degenerate = F.pad(torch.tensor([[[20.0, 20.0, 10.0, 10.0], [20.0, 20.0, 19.0, 30.0]]]), (0, int(model.rotated)))
     found = compute(model, logits, boxes, (degenerate, torch.zeros(1, 2, dtype=torch.int64)))
     assert all(normalizer == 0 for _, normalizer in found.values())
-    sum(total for total, _ in found.values()).backward()
-    assert all(torch.isfinite(level.grad).all() for level in logits + boxes)
+    total_loss(found).backward()
+    assert all(torch.isfinite(gradient(level)).all() for level in logits + boxes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -417,27 +431,26 @@ def test_memory_format_changes_nothing(kind: str) -> None:
             [level.detach().contiguous(memory_format=memory_format).requires_grad_() for level in part]
             for part in (logits, boxes)
         ]
-        found = compute(model, *heads, targets)
-        sum(total for total, _ in found.values()).backward()
-        results.append(([total for total, _ in found.values()], [level.grad for part in heads for level in part]))
+        found = compute(model, heads[0], heads[1], targets)
+        total_loss(found).backward()
+        results.append(([total for total, _ in found.values()], [gradient(level) for part in heads for level in part]))
     for a, b in zip(results[0][0] + results[0][1], results[1][0] + results[1][1], strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
 def test_the_loss_never_waits_for_the_device(kind: str) -> None:
-    """On the meta device there are no values: whatever would fetch one, or list places, raises."""
+    """The meta device has no values, so an operation that has to wait for one raises."""
     model = model_config(kind)
     logits, boxes = ([level.detach().to("meta").requires_grad_() for level in part] for part in random_heads(model, 2))
     targets = [part.to("meta") for part in random_targets(model, 2, 5)]
     found = compute(model, logits, boxes, targets)
-    total = sum(value / normalizer.clamp(min=1) for value, normalizer in found.values())
-    total.backward()
+    torch.stack([total / normalizer.clamp(min=1) for total, normalizer in found.values()]).sum().backward()
     assert all(level.grad is not None for level in logits + boxes)
 
 
 def test_batches_add_up() -> None:
-    """Two images at once give the sums of each alone: what gradient accumulation and several processes rely on."""
+    """The sums of two images are those of each alone: gradient accumulation and several processes rely on it."""
     model = model_config("retinanet")
     logits, boxes = random_heads(model, 2)
     targets = random_targets(model, 3, 5)
