@@ -1,4 +1,4 @@
-"""Processes of a run: they meet, they end together, and the first error is the one that is told."""
+"""The processes of a run: they meet, they end together, and the first error is the one that is reported."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from odtk.config import LoaderConfig, OdtkError
 
 @dataclass(frozen=True)
 class Config:
-    """What launch needs of a config, and where a job writes."""
+    """The part of a config that launch needs, and the folder into which a job writes."""
 
     data: LoaderConfig
     folder: str = ""
@@ -32,7 +32,7 @@ def config(folder: Path | str = "") -> Config:
 
 
 def note(config: Config, rank: int, world: int) -> str:
-    """A job: writes where it ran; all ranks add up their number."""
+    """A job: writes its rank, its device and a sum over all ranks into a file."""
     total = torch.tensor(rank + 1)
     if world > 1:
         dist.all_reduce(total)
@@ -43,39 +43,41 @@ def note(config: Config, rank: int, world: int) -> str:
 
 
 def refuse(config: Config, rank: int, world: int) -> None:
-    """A job: rank 1 finds something to mend while rank 0 waits for it."""
+    """A job: rank 1 raises an error of the user's while rank 0 waits for it."""
     if rank == 1:
         raise OdtkError("The file x.json is broken: mend it.")
     dist.barrier()
 
 
 def crash(config: Config, rank: int, world: int) -> None:
+    """A job: rank 1 raises an error of ours."""
     if rank == 1:
         raise ZeroDivisionError("by nothing")
     dist.barrier()
 
 
 def be_killed(config: Config, rank: int, world: int) -> None:
+    """A job: rank 1 is killed, as by the kernel when memory is short."""
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
 
 
 def hang(config: Config, rank: int, world: int) -> None:
-    """A job: rank 0 is deaf in an endless wait when rank 1 fails."""
+    """A job: rank 1 fails while rank 0 waits and ignores SIGTERM."""
     if rank == 1:
         raise OdtkError("Rank 1 has a reason.")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(600)
 
 
-def say_much(config: Config, rank: int, world: int) -> None:
-    """A job: an error that is longer than a pipe holds."""
+def raise_long_error(config: Config, rank: int, world: int) -> None:
+    """A job: its error is longer than what a pipe holds."""
     raise ValueError("x" * 1_000_000)
 
 
 def wait_for_signal(config: Config, rank: int, world: int) -> None:
-    """A job that ends as training does: on SIGTERM, with a code of its own."""
+    """A job that ends as training does: on SIGTERM, with an exit code of its own."""
     received: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     Path(config.folder, f"ready{rank}").touch()
@@ -85,62 +87,63 @@ def wait_for_signal(config: Config, rank: int, world: int) -> None:
     raise SystemExit(128 + received[0])
 
 
-def test_one_process_is_this_one(tmp_path: Path) -> None:
+def test_a_single_device_needs_no_other_process(tmp_path: Path) -> None:
     assert launch.launch(note, config(tmp_path), devices="cpu") == "0 1 0 1 cpu 1"
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert [launch.resolve(d) for d in (None, "cpu", "cpu:3", "2", 4)] == [
+    assert [launch.parse_devices(d) for d in (None, "cpu", "cpu:3", "2", 4)] == [
         ("cuda", 4),
         ("cpu", 1),
         ("cpu", 3),
         ("cuda", 2),
         ("cuda", 4),
     ]
-    with pytest.raises(OdtkError, match="--devices 5: 4 GPUs are visible"):
+    with pytest.raises(OdtkError, match="--devices 5: only 4 GPUs are visible"):
         launch.world_size(5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert launch.resolve(None) == ("cpu", 1)
-    with pytest.raises(OdtkError, match="--devices 1: 0 GPUs are visible"):
+    assert launch.parse_devices(None) == ("cpu", 1)
+    with pytest.raises(OdtkError, match="--devices 1: no GPU is visible"):
         launch.world_size("1")
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "16")
     assert launch.world_size("cpu") == 16
 
 
-def test_the_meeting_place() -> None:
+def test_the_store_opens_on_the_given_port_or_a_free_one() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = server.getsockname()[1]
-        store = launch.meeting_place(f"127.0.0.1:{taken}")
+        store = launch.open_store(f"127.0.0.1:{taken}")
         assert (store.host, store.port != taken) == ("127.0.0.1", True)
-    store = launch.meeting_place(f"127.0.0.1:{taken}")
+    store = launch.open_store(f"127.0.0.1:{taken}")
     assert store.port == taken
-    assert launch.meeting_place(f"127.0.0.1:{taken}").port != taken  # a second run at the same time has its own
+    assert launch.open_store(f"127.0.0.1:{taken}").port != taken  # a second run at the same time gets its own
     for wrong in ("127.0.0.1", "host:name", ":29500"):
-        with pytest.raises(OdtkError, match="give an address and a port"):
-            launch.meeting_place(wrong)
+        with pytest.raises(OdtkError, match="pass an address and a port"):
+            launch.open_store(wrong)
     with pytest.raises(OdtkError, match="not an address of this machine"):
-        launch.meeting_place("192.0.2.1:29500")
+        launch.open_store("192.0.2.1:29500")
 
 
-def test_the_first_error_is_told() -> None:
-    """Codes and sentences of ranks, in the order in which they ended, to what is raised."""
+def test_the_first_error_is_raised() -> None:
+    """Exit codes and failures of the ranks → the exception."""
     late, early = (2.0, launch.Failure(0, "Connection closed.")), (1.0, launch.Failure(1, "The disk is full."))
     with pytest.raises(OdtkError, match=r"^The disk is full\.$"):
-        launch.report([1, 1], [late, early], [])
-    with pytest.raises(OdtkError, match=r"^Rank 1 of 2 was ended by SIGKILL \(out of memory\?\)"):
-        launch.report([1, -9], [late], [])  # rank 1 could not speak, rank 0 is only its echo
-    for codes in ([143, 143], [143, -15], [None, 143]):
+        launch.raise_first_error([1, 1], [late, early], [])
+    with pytest.raises(OdtkError, match=r"^Rank 1 of 2 was killed by SIGKILL \(out of memory\?\)"):
+        launch.raise_first_error([1, -9], [late], [])  # rank 1 sent nothing; rank 0 failed because of it
+    ends: list[list[int | None]] = [[143, 143], [143, -15], [None, 143]]
+    for codes in ends:
         with pytest.raises(SystemExit) as stop:
-            launch.report(codes, [], [signal.SIGTERM])
+            launch.raise_first_error(codes, [], [signal.SIGTERM])
         assert stop.value.code == 143
-    launch.report([0, 0], [], [])
+    launch.raise_first_error([0, 0], [], [])
 
 
 @pytest.mark.slow
-def test_processes_meet(tmp_path: Path) -> None:
+def test_spawned_processes_form_a_group(tmp_path: Path) -> None:
     assert launch.launch(note, config(tmp_path), devices="cpu:2", master="127.0.0.1:29511") is None
     assert (tmp_path / "0").read_text() == "0 2 0 2 cpu 3"
     assert (tmp_path / "1").read_text() == "1 2 1 2 cpu 3"
@@ -151,10 +154,10 @@ def test_processes_meet(tmp_path: Path) -> None:
     "job, message",
     [
         (refuse, r"^The file x\.json is broken: mend it\.$"),
-        (crash, r"^Rank 1 of 2 failed, and the run with it: ZeroDivisionError: by nothing$"),
-        (be_killed, r"^Rank 1 of 2 was ended by SIGKILL"),
+        (crash, r"^Rank 1 of 2 failed, which ended the run: ZeroDivisionError: by nothing$"),
+        (be_killed, r"^Rank 1 of 2 was killed by SIGKILL"),
         (hang, r"^Rank 1 has a reason\.$"),
-        (say_much, r"^Rank \d of 2 failed, and the run with it: ValueError: x{1000}"),
+        (raise_long_error, r"^Rank \d of 2 failed, which ended the run: ValueError: x{1000}"),
     ],
     ids=["refuse", "crash", "killed", "hang", "long"],
 )
@@ -168,7 +171,7 @@ def test_a_rank_that_dies_ends_the_run(job, message: str, capfd: pytest.CaptureF
 
 
 class Child:
-    """What watch sees of a process: the sentinel, and the exit code, which the system may tell later."""
+    """A process as wait_for_ranks sees it: a sentinel, and an exit code that may be known only later."""
 
     def __init__(self, *codes: int | None) -> None:
         self.codes = list(codes)
@@ -183,16 +186,16 @@ class Child:
 
 
 def test_an_exit_code_that_comes_after_the_sentinel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the run would wait for the other ranks for as long as they hang."""
-    monkeypatch.setattr(launch, "GRACE", 0.1)
-    deaf = Child(None)
-    for late in range(4):  # looks at the exit code that are in vain
+    """If it were missed, the run would wait for the other ranks for as long as they hang."""
+    monkeypatch.setattr(launch, "EXIT_SECONDS", 0.1)
+    hanging = Child(None)
+    for late in range(4):  # how often the exit code is asked for before it is known
         failed = Child(*[None] * late, 1)
         os.close(failed.end)
-        watcher = threading.Thread(target=launch.watch, args=([deaf, failed],), daemon=True)
+        watcher = threading.Thread(target=launch.wait_for_ranks, args=([hanging, failed],), daemon=True)
         watcher.start()
         watcher.join(30)
-        assert not watcher.is_alive(), f"watch hangs when the exit code comes {late} looks late"
+        assert not watcher.is_alive(), f"wait_for_ranks hangs if the exit code is unknown {late} times"
 
 
 PARENT = """
@@ -244,7 +247,7 @@ def test_joins_torchrun(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ranks_end_after_a_parent_that_was_killed(tmp_path: Path) -> None:
-    """As by the kernel when memory is short; with SIGTERM, on which a training saves."""
+    """Killed as by the kernel when memory is short. The ranks get SIGTERM, on which training saves."""
     process = subprocess.Popen([sys.executable, script(tmp_path, "wait_for_signal", ":2")], env=environment())
     try:
         wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)))

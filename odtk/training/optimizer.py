@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate and precision, and the average of the weights."""
+"""The optimizer, its learning rate and precision, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,29 @@ from ..config import TrainConfig
 from ..model.detector import Detector
 
 
+def create_optimizer(detector: Detector, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD over all parameters. Frozen ones have no gradient and are skipped; a resumed run may unfreeze them."""
+    optimizer = torch.optim.SGD(
+        detector.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+    for parameter in detector.parameters():
+        # If fp16's scaler skips the first step, the fused update would leave a buffer of its own uninitialized.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def create_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
+    """The loss scaler of float16; for other types its scale stays 1, and it only skips steps that are not finite."""
+    if dtype == torch.float16:
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+
+
 def learning_rate(iteration: int, config: TrainConfig) -> float:
-    """Rate of a step, counted from 0: linear warm-up from a tenth, then by gamma at each milestone."""
+    """Learning rate of an iteration, counted from 0.
+
+    It rises linearly from a tenth of config.lr during warm-up, and is multiplied by config.gamma at each milestone.
+    """
     rate = config.lr
     if iteration < config.warmup:
         rate *= 0.1 + 0.9 * iteration / config.warmup
@@ -19,17 +40,20 @@ def learning_rate(iteration: int, config: TrainConfig) -> float:
 
 
 def autocast_type(precision: str, device: torch.device) -> torch.dtype:
-    """mixed is fp16 on GPUs and bf16 on CPUs."""
+    """The type of a precision: fp16, bf16, fp32, or mixed, which is fp16 on GPUs and bf16 on CPUs."""
     if precision == "mixed":
         precision = "fp16" if device.type == "cuda" else "bf16"
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
 class EMA:
-    """Exponential moving average of weights and statistics: a ← a + (1 − d)·(w − a) after every step.
+    """Exponential moving average of weights and normalization statistics: a ← a + (1 − d)·(w − a) after every step.
 
-    The decay d rises to the given one as min(decay, (1 + n) / (10 + n)) at step n, so that the start is soon forgotten
+    At step n, counted from 1, d = min(decay, (1 + n) / (10 + n)), so that the initial weights are soon forgotten
     (TensorFlow's ExponentialMovingAverage with num_updates).
+
+    Attributes:
+        detector: holds the averages; it is in evaluation mode and has no gradients.
     """
 
     def __init__(self, detector: Detector, decay: float) -> None:
@@ -39,5 +63,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, iteration: int) -> None:
+        """Averages the weights after an optimizer step; ``iteration``: steps done."""
         decay = min(self.decay, (1 + iteration) / (10 + iteration))
         torch._foreach_lerp_(self.averages, self.values, 1 - decay)

@@ -1,293 +1,242 @@
-"""Training: one loop that reads from top to bottom, and below it the parts it names.
-
-What a checkpoint holds of a run (Checkpoint.training):
-    iteration    optimizer steps done
-    optimizer    SGD's momentum
-    scaler       GradScaler's state
-    schedule     lr, iters … that it ran with, to read; the rate is a function of the iteration and the flags given
-    average      the raw weights, where ``state_dict`` holds their moving average, else None
-    best         greatest validation AP so far, -1 before the first validation
-    rng          state of rank 0's torch generator (the loader draws from its own seed)
-    loader       position in the data
-"""
+"""Training: one loop that reads from top to bottom, and below it the parts that it names."""
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..categories import Category
-from ..config import ModelConfig, OdtkError, TrainConfig
+from ..config import OdtkError, TrainConfig
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
-from ..files import check_writable
-from ..launch import HostGroup
-from ..model.checkpoint import Checkpoint, load, load_weights, save
+from ..launch import catch_stop_signals
+from ..model.checkpoint import Checkpoint, load_weights, save
 from ..model.detector import Detector
-from ..model.weights import initialize
-from .log import Meter, Report, say
+from ..model.weights import initialize_weights
+from ..ranks import CpuGroup
+from ..text import plural
+from .log import Meter, RunLog, print_line
 from .loss import detection_loss, normalize
-from .optimizer import EMA, autocast_type, learning_rate
+from .optimizer import EMA, autocast_type, create_optimizer, create_scaler, learning_rate
+from .run import Run, best_path, find_run, trained_weights
 from .validation import Validation
 
 READ_EVERY = {"cuda": 20, "cpu": 1}  # iterations between readings of the losses, for which the host waits
-MAY_CHANGE = {"freeze_at", "norm_eval", "grad_checkpoint", "zero_init"}  # model settings that a resumed run may change
-
-SCHEDULE = ("lr", "iters", "schedule", "warmup", "milestones", "gamma")  # what the learning rate depends on
 
 
 def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
-    """Trains a detector into ``config.path``, or goes on with the run that is in that file.
+    """Trains a detector and writes it to ``config.path``, or resumes the run that is in that file.
 
     Args:
-        config: the run; ``data.batch`` is per process, ``data.device`` this rank's device.
-        rank, world: of this process, which is a member of torch.distributed if there are several.
+        config: the run; ``data.batch`` is per process, ``data.device`` is this rank's device.
+        rank, world: this process and the number of processes; with several, all are members of torch.distributed.
 
     Raises:
         OdtkError: bad data or settings, a file that cannot be read or written, a loss that is not finite.
-        SystemExit: 128 + signal, after SIGTERM or SIGINT, when all is saved.
+        SystemExit: 128 + signal, after SIGTERM or SIGINT, once the run is saved.
     """
-    device = torch.device(config.data.device)
-    iters = round(config.iters * config.schedule)
-    torch.manual_seed(config.seed)
+    run = set_up(config, rank, world)
+    log = RunLog(config, run.iteration, run.iters) if rank == 0 else None
+    meter = Meter(run.device)
+    batches = iter(run.loader)
+    run.model.train()
 
-    # Data and the file to write
-    dataset = Dataset.load(config.data.annotations, config.data.images, rotated=config.model.rotated, training=True)
-    check_classes(config, dataset.categories)
-    resumed = open_run(config, dataset.categories)
-
-    # Model: the weights of rank 0 go to all
-    ranks = HostGroup(world)
-    detector = Detector(config.model)
-    if resumed is not None:
-        load_weights(detector, resumed.training["average"] or resumed.state_dict)  # type: ignore[index]
-    elif rank == 0:
-        initialize(detector, config)
-    detector.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model: nn.Module = detector
-    ranks.barrier()  # rank 0 may have downloaded weights
-    if world > 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a successor that older torch lacks
-            model = DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)
-        ranks.broadcast_buffers(detector)  # frozen norms are buffers, which DDP then does not copy even once
-    anchors = [level.to(device) for level in detector.anchors()]
-    average = None if config.ema is None else EMA(detector, config.ema)
-
-    # Optimizer. The scaler also keeps a gradient that is not finite from the weights; beyond fp16 its scale stays 1.
-    # Frozen parameters are in it, and passed over: a resumed run may thaw them.
-    optimizer = torch.optim.SGD(
-        detector.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
-    )
-    for parameter in detector.parameters():
-        # Made here: a first step that fp16's scaler skips would leave the fused update's own one uninitialized.
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    dtype = autocast_type(config.precision, device)
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(device.type)
-    if dtype != torch.float16:
-        scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
-
-    # Where the run stands
-    data = replace(config.data, training=True, stride=detector.stride, rank=rank, world=world)
-    loader = create_loader(dataset, data)
-    validation = None if config.val_data is None else Validation(config, dataset.categories, detector.stride, ranks)
-    iteration, best = 0, -1.0  # best validation AP
-    if resumed is not None:
-        state: dict[str, Any] = resumed.training  # type: ignore[assignment]
-        iteration, best = state["iteration"], state["best"]
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:  # flags stand above the file, as those of the schedule do
-            group.update(momentum=config.momentum, weight_decay=config.weight_decay)
-        if state["scaler"]["growth_interval"] == scaler.get_growth_interval():  # else: resumed in another precision
-            scaler.load_state_dict(state["scaler"])
-        loader.restore(state["loader"])
-        torch.set_rng_state(state["rng"])
-        if average is not None:
-            load_weights(average.detector, resumed.state_dict)
-    if ranks.all_max(iteration, -iteration) != [iteration, -iteration]:
-        raise OdtkError(f"Not every machine has the same {config.path}: keep it on storage that all of them share.")
-    if rank == 0:
-        say(opening(config, iteration, iters, dtype, world))
-
-    def checkpoint() -> Checkpoint:
-        weights = detector.state_dict()
-        return Checkpoint(
-            model=config.model,
-            categories=dataset.categories,
-            state_dict=weights if average is None else average.detector.state_dict(),
-            training={
-                "iteration": iteration,
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "schedule": {name: getattr(config, name) for name in SCHEDULE},
-                "average": None if average is None else weights,
-                "best": best,
-                "rng": torch.get_rng_state(),
-                "loader": loader.state(),
-            },
-        )
-
-    read_every = READ_EVERY[device.type]
-    saved_at, last_save = iteration, time.monotonic()
-    report = Report(config, iteration, iters) if rank == 0 else None
-    meter = Meter(device)
-    batches = iter(loader)
-    model.train()
-
-    with stop_signals() as signals, report or nullcontext():
-        while iteration < iters:
-            rate = learning_rate(iteration, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+    with catch_stop_signals() as signals, log or nullcontext():
+        while run.iteration < run.iters:
+            for group in run.optimizer.param_groups:
+                group["lr"] = learning_rate(run.iteration, config)
 
             for part in range(config.accumulate):
                 batch = next(batches)
                 images = batch.images.contiguous(memory_format=torch.channels_last)
-                last = part == config.accumulate - 1
-                with nullcontext() if last or world == 1 else model.no_sync():  # type: ignore[operator]
-                    with autocast:
-                        logits, boxes = model(images)
+                last = part == config.accumulate - 1  # the ranks' gradients are averaged in its backward pass only
+                with nullcontext() if last or world == 1 else run.model.no_sync():  # type: ignore[operator]
+                    with run.autocast:
+                        logits, boxes = run.model(images)
                     terms = detection_loss(
                         logits,
                         boxes,
                         batch.boxes,
                         batch.labels,
-                        anchors=anchors,
-                        strides=detector.strides,
+                        anchors=run.anchors,
+                        strides=run.detector.strides,
                         model=config.model,
                         loss=config.loss,
                     )
                     loss, values = normalize(terms, world)
-                    scaler.scale(loss / config.accumulate).backward()
-                meter.add(values, iteration + 1, len(images) * world)
+                    run.scaler.scale(loss / config.accumulate).backward()
+                meter.add(values, run.iteration + 1, len(images) * world)
 
             if config.clip_grad is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(detector.parameters(), config.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            iteration += 1
-            if average is not None:
-                average.update(iteration)
+                run.scaler.unscale_(run.optimizer)
+                nn.utils.clip_grad_norm_(run.detector.parameters(), config.clip_grad)
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.iteration += 1
+            if run.ema is not None:
+                run.ema.update(run.iteration)
 
-            # All ranks do the same: stop (a signal's number), save (rank 0's clock, the schedule), validate, read
-            overdue = rank == 0 and time.monotonic() - last_save > config.save_seconds
-            stop, save_now = ranks.all_max(max(signals, default=0), overdue)
-            scheduled = iteration == iters or iteration % config.val_iters == 0
-            if not (stop or save_now or scheduled or iteration % read_every == 0):
-                continue
-
-            # Here the host waits for the device
-            losses, speed = meter.read(list(terms)), meter.speed()
-            if meter.not_finite_at is not None:
-                raise OdtkError(diverged(config, meter.not_finite_at, saved_at))
-            if stop or save_now or scheduled:  # first, so that nothing below can cost the run
-                if rank == 0:
-                    save(config.path, checkpoint())
-                ranks.barrier()
-                saved_at, last_save = iteration, time.monotonic()
-            if report is not None:
-                report.training(iteration, losses, rate, speed)
-            if scheduled and validation is not None and not stop:
-                scored = detector if average is None else average.detector
-                ranks.broadcast_buffers(scored)
-                result = validation.run(scored, autocast)
-                if report is not None and result is not None:
-                    if result[0].ap > best:
-                        best = result[0].ap
-                        for path in (best_path(config.path), config.path):  # a resumed run knows the best figure
-                            save(path, checkpoint())
-                    report.validation(iteration, *result)
-            if stop and iteration < iters:
-                if rank == 0:
-                    say(f"{signal.Signals(stop).name}: saved {config.path} at iteration {iteration}.")
-                raise SystemExit(128 + stop)
-            meter.start()
+            # All ranks take the same branch: a signal to any of them stops all, and rank 0's clock says when to save.
+            overdue = rank == 0 and time.monotonic() - run.save_time > config.save_seconds
+            stop, save_now = run.ranks.all_max(max(signals, default=0), overdue)
+            scheduled = run.iteration == run.iters or run.iteration % config.val_iters == 0
+            if stop or save_now or scheduled or run.iteration % READ_EVERY[run.device.type] == 0:
+                finish_interval(run, meter, log, list(terms), stop=stop, save_now=bool(save_now), scheduled=scheduled)
 
 
-def opening(config: TrainConfig, iteration: int, iters: int, dtype: torch.dtype, world: int) -> str:
-    """What is about to happen, in a line."""
-    name = str(dtype).removeprefix("torch.")
-    batch = config.data.batch * world * config.accumulate
-    begin = f"Resuming {config.path} at iteration {iteration} of {iters}" if iteration else f"Training {config.path}"
-    if iteration >= iters:
-        return f"{config.path} is trained: {iteration} iterations are done; raise --iters to go on."
-    device = config.data.device.partition(":")[0]
-    return (
-        f"{begin}: {'+'.join(config.model.backbones)}, {config.model.classes} classes, {iters} iterations, "
-        f"batch {batch} on {world} × {device}, {name}, learning rate {config.lr:g}, warm-up {config.warmup}."
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the loop
+
+
+def set_up(config: TrainConfig, rank: int, world: int) -> Run:
+    """Everything that the loop needs, new or as config.path has it; rank 0 prints what is about to happen."""
+    device = torch.device(config.data.device)
+    torch.manual_seed(config.seed)
+    dataset = Dataset.load(config.data.annotations, config.data.images, rotated=config.model.rotated, training=True)
+    check_classes(config, dataset.categories)
+    resumed = find_run(config, dataset.categories)
+    ranks = CpuGroup(world)
+    detector, model = create_model(config, resumed, ranks, rank, world)
+    ema = None if config.ema is None else EMA(detector, config.ema)
+    dtype = autocast_type(config.precision, device)
+    data = replace(config.data, training=True, stride=detector.stride, rank=rank, world=world)
+    run = Run(
+        config=config,
+        categories=dataset.categories,
+        device=device,
+        iters=round(config.iters * config.schedule),
+        ranks=ranks,
+        detector=detector,
+        model=model,
+        anchors=[level.to(device) for level in detector.anchors()],
+        ema=ema,
+        optimizer=create_optimizer(detector, config),
+        autocast=torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
+        scaler=create_scaler(dtype, device),
+        loader=create_loader(dataset, data),
+        validation=None if config.val_data is None else Validation(config, dataset.categories, detector.stride, ranks),
     )
-
-
-def diverged(config: TrainConfig, iteration: int, saved_at: int) -> str:
-    """The sentence for a loss that is not finite, at an iteration counted from 1."""
-    rate = learning_rate(iteration - 1, config)
-    last = f"{config.path} is of iteration {saved_at}" if saved_at else "nothing was saved yet"
-    return (
-        f"The loss is not finite at iteration {iteration} (learning rate {rate:g}): lower --lr, lengthen --warmup, or "
-        f"check the data with `odtk check`; {last}."
-    )
+    if resumed is not None:
+        run.restore(resumed)
+    if ranks.all_max(run.iteration, -run.iteration) != [run.iteration, -run.iteration]:
+        raise OdtkError(
+            f"Not every machine finds the same {config.path}: keep that file on storage that all machines share."
+        )
+    if rank == 0:
+        print_line(opening_line(run, dtype, world))
+    run.saved_at, run.save_time = run.iteration, time.monotonic()
+    return run
 
 
 def check_classes(config: TrainConfig, categories: tuple[Category, ...]) -> None:
     if config.model.classes != len(categories):
         raise OdtkError(
-            f"--classes {config.model.classes}: {config.data.annotations} has {len(categories)} categories; leave the "
-            "flag out to take them."
+            f"--classes {config.model.classes}: {config.data.annotations} has "
+            f"{plural(len(categories), 'category', 'categories')}; leave the flag out to use that number."
         )
 
 
-def open_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoint | None:
-    """The run that is in config.path; None if a new one is to begin there.
+def create_model(
+    config: TrainConfig, resumed: Checkpoint | None, ranks: CpuGroup, rank: int, world: int
+) -> tuple[Detector, nn.Module]:
+    """The detector on its device, and the module to call in training; all ranks begin with the weights of rank 0."""
+    detector = Detector(config.model)
+    if resumed is not None:
+        load_weights(detector, trained_weights(resumed))
+    elif rank == 0:
+        initialize_weights(detector, fine_tune=config.fine_tune, backbone_weights=config.backbone_weights)
+    device = torch.device(config.data.device)
+    detector.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ranks.barrier()  # rank 0 may have spent minutes on a download
+    if world == 1:
+        return detector, detector
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # older versions of torch lack broadcast_buffers' successor
+        model = DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)
+    ranks.broadcast_buffers(detector)  # frozen norms are buffers, and with that setting DDP never copies those
+    return detector, model
+
+
+def opening_line(run: Run, dtype: torch.dtype, world: int) -> str:
+    """What is about to happen, in one line."""
+    config, iteration, iters = run.config, run.iteration, run.iters
+    if iteration >= iters:
+        done = f"{plural(iteration, 'iteration')} {'is' if iteration == 1 else 'are'} done"
+        return f"{config.path} is trained: {done}; raise --iters to continue."
+    begin = f"Resuming {config.path} at iteration {iteration} of {iters}" if iteration else f"Training {config.path}"
+    batch = config.data.batch * world * config.accumulate
+    return (
+        f"{begin}: {'+'.join(config.model.backbones)}, {plural(config.model.classes, 'class', 'classes')}, "
+        f"{plural(iters, 'iteration')}, batch {batch} on {world} × {run.device.type}, "
+        f"{str(dtype).removeprefix('torch.')}, learning rate {config.lr:g}, warm-up {config.warmup}."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rare branch of the loop
+
+
+def finish_interval(
+    run: Run, meter: Meter, log: RunLog | None, terms: list[str], *, stop: int, save_now: bool, scheduled: bool
+) -> None:
+    """Waits for the device, then checks, saves, logs and validates what is due, and begins a new interval.
+
+    Args:
+        terms: names of the losses that the meter has added up.
+        stop: number of the signal that ends the run here; 0: it continues.
+        save_now: the last checkpoint is too old.
+        scheduled: validation is due, and a checkpoint with it.
 
     Raises:
-        OdtkError: the file is not a run of this model and these categories, or could not be written later.
+        OdtkError: a loss was not finite, or a checkpoint could not be written.
+        SystemExit: after a signal.
     """
-    check_writable(config.path)
-    if config.override or not os.path.exists(config.path):
-        return None
-    found = load(config.path)
-    advice = "pass --override to start anew over it, or another file name"
-    if found.training is None:
-        raise OdtkError(f"{config.path} holds a model but no run to go on with: {advice} with --fine-tune.")
-    for name in (field.name for field in fields(ModelConfig) if field.name not in MAY_CHANGE):
-        theirs, ours = getattr(found.model, name), getattr(config.model, name)
-        if theirs != ours:
-            flag = f"pass --norm {theirs} to go on, or " if name == "norm" else ""  # its default depends on others
-            raise OdtkError(f"{config.path} was trained with {name} {theirs}, not {ours}: {flag}{advice}.")
-    if found.categories != categories:
-        raise OdtkError(f"{config.path} was trained on other categories than {config.data.annotations}'s: {advice}.")
-    if (found.training["average"] is None) != (config.ema is None):
-        raise OdtkError(f"{config.path} was trained {'with' if config.ema is None else 'without'} --ema: {advice}.")
-    return found
+    losses, speed = meter.read(terms), meter.speed()
+    if meter.not_finite_at is not None:
+        raise OdtkError(not_finite_message(run, meter.not_finite_at))
+    if stop or save_now or scheduled:  # first, so that no failure below can lose iterations
+        if log is not None:
+            save(run.config.path, run.checkpoint())
+        run.ranks.barrier()
+        run.saved_at, run.save_time = run.iteration, time.monotonic()
+    if log is not None:
+        log.training(run.iteration, losses, run.optimizer.param_groups[0]["lr"], speed)
+    if scheduled and run.validation is not None and not stop:
+        validate(run, run.validation, log)
+    if stop and run.iteration < run.iters:
+        if log is not None:
+            print_line(f"{signal.Signals(stop).name}: saved {run.config.path} at iteration {run.iteration}.")
+        raise SystemExit(128 + stop)
+    meter.start()
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT end up in the list instead of ending the process."""
-    received: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    former = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
-    try:
-        yield received
-    finally:
-        for number, handler in zip(numbers, former, strict=True):
-            signal.signal(number, handler)
+def validate(run: Run, validation: Validation, log: RunLog | None) -> None:
+    """Validates the detector, or its EMA; rank 0 saves the best checkpoint and logs the figures."""
+    detector = run.detector if run.ema is None else run.ema.detector
+    run.ranks.broadcast_buffers(detector)
+    result = validation.run(detector, run.autocast)
+    if log is not None and result is not None:
+        metrics, pictures = result
+        if metrics.ap > run.best_ap:
+            run.best_ap = metrics.ap
+            for path in (best_path(run.config.path), run.config.path):  # both, so that a resumed run knows the best AP
+                save(path, run.checkpoint())
+        log.validation(run.iteration, metrics, pictures)
 
 
-def best_path(path: str) -> str:
-    """MODEL.pth → MODEL.best.pth"""
-    stem, extension = os.path.splitext(path)
-    return f"{stem}.best{extension}"
+def not_finite_message(run: Run, iteration: int) -> str:
+    """What to do about a loss that is not finite, at an iteration counted from 1."""
+    rate = learning_rate(iteration - 1, run.config)
+    saved = f"{run.config.path} holds iteration {run.saved_at}" if run.saved_at else "nothing was saved yet"
+    return (
+        f"The loss is not finite at iteration {iteration} (learning rate {rate:g}): lower --lr, lengthen --warmup, or "
+        f"check the data with `odtk check`; {saved}."
+    )

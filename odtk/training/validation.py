@@ -1,4 +1,4 @@
-"""COCO figures of a detector while it trains."""
+"""COCO metrics of a detector while it trains."""
 
 from __future__ import annotations
 
@@ -8,28 +8,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image as PILImage
 from torch import Tensor
 
 from ..categories import Category
 from ..config import OdtkError, TrainConfig
-from ..data.coco import load_json
+from ..data.coco import load_json, prepare_ground_truth
 from ..data.dataset import Dataset
 from ..data.images import ImageError, decode
 from ..data.loader import create_loader
-from ..evaluation.evaluate import Metrics, evaluate, prepare_ground_truth
+from ..evaluation.drawing import annotate, coco_to_shapes
+from ..evaluation.evaluate import Metrics, evaluate
 from ..inference.detect import detect
-from ..launch import HostGroup
 from ..model.detector import Detector
 from ..postprocess import Detections, postprocess
+from ..ranks import CpuGroup
 
 PICTURES = 4  # validation images drawn for TensorBoard
+PICTURE_SCORE = 0.5  # detections with a higher score are drawn
 
 
 class Validation:
-    """COCO figures of a detector on the validation set, its images shared out over all ranks."""
+    """Computes the COCO metrics of a detector on the validation set, whose images are divided among all ranks.
 
-    def __init__(self, config: TrainConfig, categories: tuple[Category, ...], stride: int, ranks: HostGroup) -> None:
+    Raises:
+        OdtkError: the validation set cannot be read, has other categories, or has annotations that cannot be evaluated.
+    """
+
+    def __init__(self, config: TrainConfig, categories: tuple[Category, ...], stride: int, ranks: CpuGroup) -> None:
         assert config.val_data is not None
         train_data, self.config, self.categories, self.ranks = config.data, config, categories, ranks
         data = replace(
@@ -47,12 +53,16 @@ class Validation:
                 "ids and names."
             )
         path = str(data.annotations)
-        # What is wrong is refused now, not after an hour.
+        # Faulty annotations are refused now, not at the first validation an hour later.
         self.ground_truth = prepare_ground_truth(load_json(Path(path)), path)
         self.loader = create_loader(self.dataset, data)
 
     def run(self, detector: Detector, autocast: torch.autocast) -> tuple[Metrics, list[np.ndarray]] | None:
-        """On rank 0 the figures and a few pictures [H, W, 3]; None on the others. The detector is left as it is."""
+        """Validates a detector, which is not changed. All ranks must call this.
+
+        Returns:
+            On rank 0 the metrics, and for TensorBoard a few RGB pictures, uint8 [H, W, 3]; None on the other ranks.
+        """
         folded = detector.fold().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         anchors = [level.to(self.config.data.device) for level in detector.anchors()]
 
@@ -75,17 +85,13 @@ class Validation:
         return metrics, self.pictures(detections) if self.config.logdir else []
 
     def pictures(self, detections: list[dict[str, Any]]) -> list[np.ndarray]:
-        """The first images with the boxes that score above one half; not one that the loader found damaged."""
+        """The first images with their detections above PICTURE_SCORE; damaged images are left out."""
         drawn = []
         for image in self.dataset.images[:PICTURES]:
             try:
-                picture = Image.fromarray(decode(image.path, image.orientation))
+                picture = PILImage.fromarray(decode(image.path, image.orientation))
             except ImageError:
                 continue
-            for detection in detections:
-                if detection["image_id"] == image.id and detection["score"] > 0.5:
-                    x, y, w, h = detection["bbox"][:4]
-                    corners = detection.get("segmentation", [[x, y, x + w, y, x + w, y + h, x, y + h]])[0]
-                    ImageDraw.Draw(picture).polygon(corners, outline=(255, 0, 0), width=2)
-            drawn.append(np.asarray(picture))  # [H, W, 3]
+            shown = [d for d in detections if d["image_id"] == image.id and d["score"] > PICTURE_SCORE]
+            drawn.append(np.asarray(annotate(picture, coco_to_shapes(shown))))  # [H, W, 3]
         return drawn

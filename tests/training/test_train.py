@@ -1,4 +1,4 @@
-"""The loop: what it writes, that it resumes exactly, stops well, and is one run over several processes."""
+"""The training loop: what it writes, how it stops and resumes, and that several processes make one run."""
 
 import dataclasses
 import http.server
@@ -28,7 +28,7 @@ from odtk.data.images import ImageError
 from odtk.launch import launch
 from odtk.model import checkpoint as files
 from odtk.model.detector import Detector
-from odtk.training.log import Poster
+from odtk.training.log import MetricsPoster
 from odtk.training.loss import detection_loss, normalize
 from odtk.training.optimizer import EMA, learning_rate
 from odtk.training.train import train
@@ -37,7 +37,7 @@ COLORS = {3: ("red", (220, 40, 40)), 7: ("green", (40, 220, 40))}
 
 
 def draw_dataset(folder: Path, count: int) -> None:
-    """64×64 images with one or two filled rectangles, of a class by color; folder/data.json."""
+    """64×64 images with one or two filled rectangles, whose color is their class, and folder/data.json."""
     generator = np.random.default_rng(0)
     folder.mkdir()
     images: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ def with_validation(config: TrainConfig, **changes: Any) -> TrainConfig:
 
 
 def records(config: TrainConfig, kind: str = "loss") -> dict[int, dict[str, float]]:
-    """metrics.jsonl by iteration: the losses, or (AP) the validation."""
+    """The lines of metrics.jsonl by iteration: those with losses, or with ``AP`` those of the validation."""
     lines = [json.loads(line) for line in Path(str(config.logdir), "metrics.jsonl").read_text().splitlines()]
     return {line["iteration"]: line for line in lines if kind in line}
 
@@ -106,13 +106,20 @@ def losses(config: TrainConfig) -> dict[int, float]:
     return {iteration: line["loss"] for iteration, line in records(config).items()}
 
 
+def training_of(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds of its run (see odtk/training/run.py)."""
+    found = files.load(path).training
+    assert found is not None
+    return found
+
+
 def test_learning_rate(tmp_path: Path) -> None:
     config = settings(tmp_path / "m.pth", tmp_path, lr=0.02, warmup=10, milestones=(60, 80), gamma=0.1, schedule=0.5)
     expected = {0: 0.002, 5: 0.011, 10: 0.02, 29: 0.02, 30: 0.002, 39: 0.002, 40: 0.0002}
     assert {i: round(learning_rate(i, config), 10) for i in expected} == expected
 
 
-def test_a_loss_is_its_sum_by_the_foreground() -> None:
+def test_a_loss_is_its_sum_divided_by_the_foreground() -> None:
     sums = torch.tensor([6.0, 3.0], requires_grad=True)
     terms = {"cls": (sums[0], torch.tensor(4.0)), "box": (sums[1], torch.tensor(0.0))}
     loss, values = normalize(terms, world=1)
@@ -124,7 +131,7 @@ def test_a_loss_is_its_sum_by_the_foreground() -> None:
 def test_a_first_step_that_overflows_leaves_no_momentum(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fp16's scaler skips it; what the fused update then has as momentum must not be uninitialized memory."""
+    """fp16's scaler skips that step; the momentum of the fused update must not be uninitialized memory then."""
 
     class Scaler(torch.amp.GradScaler):
         def scale(self, outputs: Any) -> Any:
@@ -142,28 +149,28 @@ def test_a_first_step_that_overflows_leaves_no_momentum(
     assert all(tensor.isfinite().all() for tensor in saved.state_dict.values())
 
 
-def test_a_run_goes_on_in_another_precision_with_its_scaler(tmp_path: Path, dataset: Path) -> None:
+def test_a_run_resumed_in_another_precision_gets_a_new_scaler(tmp_path: Path, dataset: Path) -> None:
     config = settings(tmp_path / "m.pth", dataset, iters=1)
     train(config)
     saved = files.load(config.path)
     assert saved.training is not None
-    saved.training["scaler"] |= {"scale": 4096.0, "growth_interval": 2000}  # as of a run in fp16
+    saved.training["scaler"] |= {"scale": 4096.0, "growth_interval": 2000}  # as in the file of a run in fp16
     files.save(config.path, saved)
     train(dataclasses.replace(config, iters=2))
     resumed = files.load(config.path)
     assert resumed.training is not None and resumed.training["scaler"]["scale"] == 1
 
 
-def test_average() -> None:
+def test_ema() -> None:
     detector = Detector(ModelConfig(backbones=("ResNet18C4",), classes=1, norm="batch"))
-    average = EMA(detector, 0.5)
+    ema = EMA(detector, 0.5)
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     with torch.no_grad():
         for tensor in detector.state_dict().values():
             tensor.add_(1)
-    average.update(0)  # decay (1 + 0) / (10 + 0): nine tenths of the way
-    average.update(100)  # decay 0.5
-    for name, tensor in average.detector.state_dict().items():
+    ema.update(0)  # decay (1 + 0) / (10 + 0): nine tenths of the way
+    ema.update(100)  # decay 0.5
+    for name, tensor in ema.detector.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, before[name] + 0.95)
 
@@ -179,7 +186,7 @@ def test_a_run_from_start_to_end(tmp_path: Path, dataset: Path, capsys: pytest.C
     found = files.load(config.path)
     assert found.training is not None and found.training["iteration"] == 4
     assert [(c.id, c.name) for c in found.categories or ()] == [(3, "red"), (7, "green")]
-    assert files.load(tmp_path / "m.best.pth").training["best"] == max(r["AP"] for r in records(config, "AP").values())
+    assert training_of(tmp_path / "m.best.pth")["best"] == max(r["AP"] for r in records(config, "AP").values())
     assert list(records(config)) == [1, 2, 3, 4] and list(records(config, "AP")) == [2, 4]
     assert [round(line["lr"], 6) for line in records(config).values()] == [0.001, 0.0055, 0.01, 0.001]
     events = b"".join(path.read_bytes() for path in (tmp_path / "log").glob("events.*"))
@@ -191,7 +198,7 @@ def test_a_run_from_start_to_end(tmp_path: Path, dataset: Path, capsys: pytest.C
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: int) -> None:
-    """Sends this process a signal in the midst of an iteration (from 1)."""
+    """Sends this process a signal in the middle of an iteration (from 1)."""
     calls = 0
 
     def interrupted(*args: Any, **kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -204,14 +211,14 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: int) -> Non
     monkeypatch.setattr(odtk.training.train, "detection_loss", interrupted)
 
 
-def test_interrupting_saves(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_is_saved(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(tmp_path / "m.pth", dataset, logdir=None)
     before = signal.getsignal(signal.SIGINT)  # ignored where a shell started the tests in the background
     stop_at(monkeypatch, 1, signal.SIGINT)
     with pytest.raises(SystemExit) as stop:
         train(config)
     assert stop.value.code == 130
-    assert files.load(config.path).training["iteration"] == 1  # type: ignore[index]
+    assert training_of(config.path)["iteration"] == 1
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -234,14 +241,14 @@ def test_a_stopped_run_is_resumed_exactly(
     assert losses(parts) == losses(whole)  # to the last bit
 
     a, b = files.load(whole.path), files.load(parts.path)
-    assert files.fingerprint(a.state_dict) == files.fingerprint(b.state_dict)
+    assert files.weights_hash(a.state_dict) == files.weights_hash(b.state_dict)
     assert a.training is not None and b.training is not None
     for name in ("average", "optimizer", "scaler", "rng", "loader"):
         torch.testing.assert_close(a.training[name], b.training[name], rtol=0, atol=0)
-    assert files.fingerprint(a.state_dict) != files.fingerprint(a.training["average"])
+    assert files.weights_hash(a.state_dict) != files.weights_hash(a.training["average"])
 
 
-def test_a_resumed_run_may_thaw_and_decay_otherwise(tmp_path: Path, dataset: Path) -> None:
+def test_a_resumed_run_may_unfreeze_weights_and_change_the_weight_decay(tmp_path: Path, dataset: Path) -> None:
     config = settings(tmp_path / "m.pth", dataset, iters=1, lr=0.1)
     frozen = dataclasses.replace(config, model=dataclasses.replace(config.model, freeze_at=2))
     train(frozen)
@@ -254,7 +261,7 @@ def test_a_resumed_run_may_thaw_and_decay_otherwise(tmp_path: Path, dataset: Pat
     assert after.training is not None and after.training["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
-def test_a_validation_that_fails_costs_no_iteration(
+def test_a_validation_that_fails_loses_no_iteration(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -264,9 +271,9 @@ def test_a_validation_that_fails_costs_no_iteration(
     with monkeypatch.context() as patch, pytest.raises(OdtkError, match="Out of memory"):
         patch.setattr(odtk.training.train.Validation, "run", fail)
         train(config)
-    assert files.load(config.path).training["iteration"] == 2  # type: ignore[index]
+    assert training_of(config.path)["iteration"] == 2
     train(config)
-    last, best = (files.load(path).training["best"] for path in (config.path, tmp_path / "m.best.pth"))  # type: ignore[index]
+    last, best = (training_of(path)["best"] for path in (config.path, tmp_path / "m.best.pth"))
     assert last == best
 
 
@@ -309,7 +316,7 @@ def test_saving_by_the_clock(tmp_path: Path, dataset: Path, monkeypatch: pytest.
 def test_a_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read only at the fourth iteration, as on a GPU: the weights must have stayed good from the third on."""
+    """It is noticed only at the fourth iteration, as on a GPU; until then the weights must stay finite."""
     config = settings(tmp_path / "m.pth", dataset, iters=8, val_iters=2)
     calls = 0
     built: list[Detector] = []
@@ -328,10 +335,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(odtk.training.train, "READ_EVERY", {"cpu": 100})
     monkeypatch.setattr(odtk.training.train, "detection_loss", poisoned)
     monkeypatch.setattr(odtk.training.train, "Detector", recorded)
-    with pytest.raises(OdtkError, match="not finite at iteration 3 .*: lower --lr, lengthen --warmup.*of iteration 2"):
+    with pytest.raises(
+        OdtkError, match="not finite at iteration 3 .*: lower --lr, lengthen --warmup.*holds iteration 2"
+    ):
         train(config)
     assert calls == 4
-    assert files.load(config.path).training["iteration"] == 2  # type: ignore[index]
+    assert training_of(config.path)["iteration"] == 2
     assert all(torch.isfinite(p).all() for p in built[0].parameters())
 
 
@@ -363,7 +372,7 @@ def test_what_a_run_refuses(tmp_path: Path, dataset: Path) -> None:
     train(config)
     group = dataclasses.replace(config.model, norm="group")
     refused |= {
-        "was trained with norm batch, not group: pass --norm batch to go on, or pass --override": dataclasses.replace(
+        "was trained with norm batch, not group: pass --norm batch to resume it, pass --override": dataclasses.replace(
             config, model=group
         ),
         "trained without --ema": dataclasses.replace(config, ema=0.9),
@@ -375,7 +384,7 @@ def test_what_a_run_refuses(tmp_path: Path, dataset: Path) -> None:
             wrong = dataclasses.replace(wrong, override=True)
         with pytest.raises(OdtkError, match=message):
             train(wrong)
-    assert files.load(path).training["iteration"] == 1  # type: ignore[index]
+    assert training_of(path)["iteration"] == 1
     train(dataclasses.replace(config, model=group, override=True))
     assert files.load(path).model.norm == "group"
 
@@ -408,12 +417,12 @@ def test_unusable_annotations_are_refused_before_training(tmp_path: Path, datase
 
 
 def start_weights(config: TrainConfig) -> dict[str, Tensor]:
-    """The weights a run begins with: learning rate zero, one iteration."""
+    """The weights that a run begins with: those after one iteration with learning rate zero."""
     train(dataclasses.replace(config, iters=1, lr=0.0, logdir=None))
     return files.load(config.path).state_dict
 
 
-def test_fine_tuning_takes_what_fits_and_says_so(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture) -> None:
+def test_fine_tuning_loads_what_fits_and_says_so(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture) -> None:
     model = ModelConfig(backbones=("ResNet18C4",), classes=5, norm="frozen")
     source = Detector(model)
     files.save(tmp_path / "source.pth", files.Checkpoint(model, None, source.state_dict()))
@@ -421,8 +430,8 @@ def test_fine_tuning_takes_what_fits_and_says_so(tmp_path: Path, dataset: Path, 
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="frozen"))
     begun = start_weights(config)
     said = capsys.readouterr().out
-    assert re.search(r"Taken from .*source\.pth \(\d+ tensors\): .*ResNet18C4\.conv1,.*head\.box_head\.8", said)
-    assert "Initialized (2 tensors): head.cls_head.8.\n" in said
+    assert re.search(r"Loaded from .*source\.pth \(\d+ tensors\): .*ResNet18C4\.conv1,.*head\.box_head\.8", said)
+    assert "Initialized at random (2 tensors): head.cls_head.8.\n" in said
     for name, tensor in source.state_dict().items():
         assert torch.equal(begun[name], tensor) == (not name.startswith("head.cls_head.8."))
 
@@ -430,30 +439,31 @@ def test_fine_tuning_takes_what_fits_and_says_so(tmp_path: Path, dataset: Path, 
 def test_backbone_weights(
     tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trunk = Detector(ModelConfig(backbones=("ResNet18C4",), classes=2)).trunks()["ResNet18C4"].state_dict()
-    weights = {**trunk, "fc.weight": torch.zeros(1000, 512), "layer4.0.conv1.weight": torch.zeros(512, 256, 3, 3)}
+    detector = Detector(ModelConfig(backbones=("ResNet18C4",), classes=2))
+    extractor = detector.feature_extractors()["ResNet18C4"].state_dict()
+    weights = {**extractor, "fc.weight": torch.zeros(1000, 512), "layer4.0.conv1.weight": torch.zeros(512, 256, 3, 3)}
     torch.save(weights, tmp_path / "resnet18.pth")
     config = settings(tmp_path / "m.pth", dataset, backbone_weights=str(tmp_path / "resnet18.pth"))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="frozen"))
     begun = start_weights(config)
-    assert torch.equal(begun["backbones.ResNet18C4.layer3.1.conv2.weight"], trunk["layer3.1.conv2.weight"])
-    assert "Taken from" in capsys.readouterr().out
+    assert torch.equal(begun["backbones.ResNet18C4.layer3.1.conv2.weight"], extractor["layer3.1.conv2.weight"])
+    assert "Loaded from" in capsys.readouterr().out
 
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(OdtkError, match=r"other\.pth has no tensor of ResNet18C4"):
+    with pytest.raises(OdtkError, match=r"other\.pth has no tensor that fits ResNet18C4"):
         train(dataclasses.replace(config, override=True, backbone_weights=str(tmp_path / "other.pth")))
 
     def unreachable(url: str, **_: Any) -> None:
         raise OSError(f"no route to {url}")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
-    with pytest.raises(OdtkError, match=r"resnet18-f37072fd\.pth could not be fetched .*--backbone-weights PATH"):
+    with pytest.raises(OdtkError, match=r"resnet18-f37072fd\.pth could not be downloaded .*--backbone-weights PATH"):
         train(dataclasses.replace(config, override=True, backbone_weights=None))
     assert socket.getdefaulttimeout() is None
 
 
 class Posts(http.server.BaseHTTPRequestHandler):
-    """Keeps what is posted."""
+    """A server that keeps what is posted to it."""
 
     bodies: list[dict[str, float]] = []
 
@@ -470,7 +480,7 @@ def test_metrics_are_posted() -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), Posts) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        poster = Poster(f"http://127.0.0.1:{server.server_port}/metrics")
+        poster = MetricsPoster(f"http://127.0.0.1:{server.server_port}/metrics")
         for iteration in range(3):
             poster.send({"iteration": iteration, "loss": 0.5})
         poster.close()
@@ -482,13 +492,13 @@ def test_metrics_are_posted() -> None:
 def test_a_failing_server_never_stops_a_run(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("odtk.training.log.POST_SECONDS", 0.2)
+    monkeypatch.setattr("odtk.training.log.POST_TIMEOUT", 0.2)
     said = ""
-    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection and never answers
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it accepts the connection and never answers
         port = server.getsockname()[1]
-        poster = Poster(f"http://127.0.0.1:{port}")
+        poster = MetricsPoster(f"http://127.0.0.1:{port}")
         start = time.monotonic()
-        for iteration in range(1000):  # more than it will ever hold
+        for iteration in range(1000):  # more than the queue holds
             poster.send({"iteration": iteration})
         assert time.monotonic() - start < 1
         while not said and time.monotonic() - start < 60:
@@ -500,7 +510,7 @@ def test_a_failing_server_never_stops_a_run(
     assert said == f"Warning: --post-metrics http://127.0.0.1:{port} fails (ReadTimeout).\n"
     config = settings(tmp_path / "m.pth", dataset, post_metrics=f"http://127.0.0.1:{port}", iters=2, logdir=None)
     train(config)
-    assert files.load(config.path).training["iteration"] == 2  # type: ignore[index]
+    assert training_of(config.path)["iteration"] == 2
     assert capsys.readouterr().err.count("fails (ConnectionError)") == 1
 
 
@@ -509,7 +519,7 @@ def test_a_failing_server_never_stops_a_run(
 
 
 def poison_rank_1(config: TrainConfig, rank: int, world: int) -> None:
-    """A job: rank 1's loss is not finite at its second iteration."""
+    """A job: the loss of rank 1 is not finite at the second iteration."""
     calls = 0
 
     def poisoned(*args: Any, **kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -524,7 +534,7 @@ def poison_rank_1(config: TrainConfig, rank: int, world: int) -> None:
 
 
 def pretrained(path: Path, model: ModelConfig) -> str:
-    """A checkpoint whose norms have statistics unlike those at the start."""
+    """A checkpoint whose normalization statistics differ from their initial values."""
     detector = Detector(model)
     detector.initialize()
     for name, buffer in detector.named_buffers():
@@ -537,7 +547,7 @@ def pretrained(path: Path, model: ModelConfig) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["group", "frozen"])
 def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, dataset: Path, norm: str) -> None:
-    """The same losses, and after two steps the same weights, to rounding; what only rank 0 read reaches both."""
+    """The losses and the weights after two steps differ by rounding only; the file that rank 0 read counts for both."""
     model = ModelConfig(backbones=("ResNet18C4",), classes=2, norm=norm)
     one = settings(
         tmp_path / "one.pth",
@@ -556,15 +566,15 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, dataset: Pat
     for iteration, loss in losses(one).items():
         assert losses(two)[iteration] == pytest.approx(loss, rel=1e-5)
     a, b = files.load(one.path).state_dict, files.load(two.path).state_dict
-    learned = dict(Detector(model).named_parameters()).keys()
+    trained = dict(Detector(model).named_parameters()).keys()
     for name, start in begun.items():
         step = (a[name] - start).norm()
-        assert (step > 0) == (name in learned) and (a[name] - b[name]).norm() <= 1e-3 * step, name
+        assert (step > 0) == (name in trained) and (a[name] - b[name]).norm() <= 1e-3 * step, name
     assert list(records(two, "AP")) == [2]
 
 
 def note_statistics(config: TrainConfig, rank: int, world: int) -> None:
-    """A job: writes what the validated model of each rank has as statistics."""
+    """A job: each rank writes the sum of the buffers of the model that it validates."""
 
     def note(self: odtk.training.train.Validation, detector: Detector, autocast: object) -> None:
         total = sum(b.double().sum().item() for b in detector.buffers())
@@ -575,7 +585,7 @@ def note_statistics(config: TrainConfig, rank: int, world: int) -> None:
 
 
 @pytest.mark.slow
-def test_all_ranks_validate_the_average_of_rank_0(tmp_path: Path, dataset: Path) -> None:
+def test_all_ranks_validate_the_ema_of_rank_0(tmp_path: Path, dataset: Path) -> None:
     config = with_validation(settings(tmp_path / "m.pth", dataset, iters=2, ema=0.5, logdir=None))
     data = dataclasses.replace(config.data, batch=1)
     launch(note_statistics, dataclasses.replace(config, data=data), devices="cpu:2")
@@ -601,7 +611,7 @@ if __name__ == "__main__":
 
 
 def start(config: TrainConfig, devices: str, folder: Path) -> subprocess.Popen[str]:
-    """A run in a process of its own; its output goes into a pipe."""
+    """Starts a run in its own process, with pipes for its output."""
     (folder / "config.pickle").write_bytes(pickle.dumps(config))
     (folder / "run.py").write_text(RUN)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
@@ -610,15 +620,15 @@ def start(config: TrainConfig, devices: str, folder: Path) -> subprocess.Popen[s
 
 
 @pytest.mark.slow
-def test_a_reader_of_its_output_that_dies_does_not_end_a_run(tmp_path: Path, dataset: Path) -> None:
-    """Such as the tee of `odtk train … | tee log`, which Ctrl-C ends too."""
+def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path, dataset: Path) -> None:
+    """Such as the tee in `odtk train … | tee log`, which Ctrl-C ends too."""
     config = with_validation(settings(tmp_path / "m.pth", dataset))
     process = start(config, "cpu", tmp_path)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     said = process.stderr.read()
     assert process.wait(120) == 0, said
-    assert files.load(config.path).training["iteration"] == 4  # type: ignore[index]
+    assert training_of(config.path)["iteration"] == 4
 
 
 @pytest.mark.slow
@@ -637,13 +647,13 @@ def test_sigterm_saves_and_exits(devices: str, tmp_path: Path, dataset: Path) ->
     finally:
         process.kill()
     assert process.returncode == 143
-    iteration = files.load(config.path).training["iteration"]  # type: ignore[index]
+    iteration = training_of(config.path)["iteration"]
     assert iteration == max(losses(config)) and f"saved {config.path} at iteration {iteration}." in said
 
 
 @pytest.mark.slow
 def test_it_learns(tmp_path: Path, dataset: Path) -> None:
-    """Six pictures by heart, with the whole pyramid and in bfloat16."""
+    """It learns six images by heart, with the whole pyramid and in bfloat16."""
     model = ModelConfig(backbones=("ResNet18FPN",), classes=2, norm="batch")
     config = settings(
         tmp_path / "m.pth", dataset, model=model, precision="mixed", iters=60, milestones=(45,), warmup=5, clip_grad=5.0

@@ -1,0 +1,149 @@
+"""A training run: its parts, where it stands, and how both go into a checkpoint and come back.
+
+What a checkpoint holds of a run (Checkpoint.training):
+    iteration    optimizer steps done
+    optimizer    state of SGD, its momentum above all
+    scaler       state of the GradScaler
+    schedule     lr, iters … of the run, for people to read; a resumed run takes its schedule from the flags
+    average      the weights that are trained, if the run keeps an EMA (then ``state_dict`` is the EMA), else None
+    best         highest validation AP so far, −1 before the first validation
+    rng          state of rank 0's torch generator (the loader has a seed of its own)
+    loader       position in the data
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..categories import Category
+from ..config import ModelConfig, OdtkError, TrainConfig
+from ..data.batch import Loader
+from ..files import check_writable
+from ..model.checkpoint import Checkpoint, load, load_weights
+from ..model.detector import Detector
+from ..ranks import CpuGroup
+from .optimizer import EMA
+from .validation import Validation
+
+MAY_CHANGE = {"freeze_at", "norm_eval", "grad_checkpoint", "zero_init"}  # model settings that a resumed run may change
+SCHEDULE = ("lr", "iters", "schedule", "warmup", "milestones", "gamma")  # what the learning rate depends on
+
+
+@dataclass
+class Run:
+    """A training run on one rank.
+
+    Attributes:
+        iters: optimizer steps of the whole run.
+        model: the detector; with several ranks, the DistributedDataParallel around it.
+        anchors: per level [A, 4 or 5], see model.anchors.base_anchors; on the device.
+        iteration: optimizer steps done.
+        best_ap: highest validation AP so far, −1 before the first validation.
+        saved_at: iteration of the newest checkpoint, 0 if there is none.
+        save_time: when it was written, or when training began if that was later; seconds of time.monotonic().
+    """
+
+    config: TrainConfig
+    categories: tuple[Category, ...]
+    device: torch.device
+    iters: int
+    ranks: CpuGroup
+    detector: Detector
+    model: nn.Module
+    anchors: list[Tensor]
+    ema: EMA | None
+    optimizer: torch.optim.Optimizer
+    autocast: torch.autocast
+    scaler: torch.amp.GradScaler
+    loader: Loader
+    validation: Validation | None
+    iteration: int = 0
+    best_ap: float = -1.0
+    saved_at: int = 0
+    save_time: float = 0.0
+
+    def checkpoint(self) -> Checkpoint:
+        """The run as it stands, for a file."""
+        weights = self.detector.state_dict()
+        return Checkpoint(
+            model=self.config.model,
+            categories=self.categories,
+            state_dict=weights if self.ema is None else self.ema.detector.state_dict(),
+            training={
+                "iteration": self.iteration,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "schedule": {name: getattr(self.config, name) for name in SCHEDULE},
+                "average": None if self.ema is None else weights,  # this key is in files written before: it stays
+                "best": self.best_ap,
+                "rng": torch.get_rng_state(),
+                "loader": self.loader.state(),
+            },
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint, whose trained weights the detector already has (see trained_weights)."""
+        state = training_state(checkpoint)
+        self.iteration, self.best_ap = state["iteration"], state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # the flags override the file
+            group.update(momentum=self.config.momentum, weight_decay=self.config.weight_decay)
+        # They differ if the run is resumed in another precision; then the scaler starts anew.
+        if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():
+            self.scaler.load_state_dict(state["scaler"])
+        self.loader.restore(state["loader"])
+        torch.set_rng_state(state["rng"])
+        if self.ema is not None:
+            load_weights(self.ema.detector, checkpoint.state_dict)
+
+
+def training_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Checkpoint.training of a run."""
+    assert checkpoint.training is not None
+    return checkpoint.training
+
+
+def trained_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights that the optimizer works on, which ``state_dict`` does not hold if it is the EMA."""
+    return training_state(checkpoint)["average"] or checkpoint.state_dict
+
+
+def find_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoint | None:
+    """The run in the file config.path, to be resumed; None if there is no file, or if --override replaces it.
+
+    Raises:
+        OdtkError: the file holds no run of this model on these categories, or no file could be written there later.
+    """
+    check_writable(config.path)
+    if config.override or not os.path.exists(config.path):
+        return None
+    found = load(config.path)
+    advice = "pass --override to replace it with a new run, or pass another file name"
+    if found.training is None:
+        raise OdtkError(
+            f"{config.path} holds a model but no training run to resume: {advice}; add --fine-tune {config.path} to "
+            "start from its weights."
+        )
+    for name in (field.name for field in fields(ModelConfig) if field.name not in MAY_CHANGE):
+        theirs, ours = getattr(found.model, name), getattr(config.model, name)
+        if theirs != ours:
+            flag = f"pass --norm {theirs} to resume it, " if name == "norm" else ""  # its default depends on others
+            raise OdtkError(f"{config.path} was trained with {name} {theirs}, not {ours}: {flag}{advice}.")
+    if found.categories != categories:
+        raise OdtkError(
+            f"{config.path} was trained on other categories than those of {config.data.annotations}: {advice}."
+        )
+    if (found.training["average"] is None) != (config.ema is None):
+        raise OdtkError(f"{config.path} was trained {'with' if config.ema is None else 'without'} --ema: {advice}.")
+    return found
+
+
+def best_path(path: str) -> str:
+    """Where the weights with the highest validation AP go: MODEL.pth → MODEL.best.pth"""
+    stem, extension = os.path.splitext(path)
+    return f"{stem}.best{extension}"
