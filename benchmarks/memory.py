@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python benchmarks/memory.py [--rounds 5] [--backbone ResNet50FPN] [--size 256 320] [--batch 4]
 
-A step is forward, loss, backward and update in fp32 on the CPU, of random images with eight boxes each. The peak is
-the process's: torch itself, weights, gradients and momentum ("at the start", above the table) and then activations.
+A step is forward, loss, backward and update in fp32 on the CPU, on random images with eight boxes each. The peak is
+that of the process: torch itself, weights, gradients and momentum, whose sum is printed above the table as "at the
+start", and then the activations.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def variant(args: argparse.Namespace) -> None:
     detector = Detector(config).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     detector.initialize()
     optimizer = torch.optim.SGD(detector.parameters(), lr=1e-4, momentum=0.9, fused=True)
-    for parameter in detector.parameters():  # what is there before any activation
+    for parameter in detector.parameters():  # all that is allocated before the first activation
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     print(

@@ -1,9 +1,10 @@
-"""Training on real images, the whole loop: odtk beside torchvision (if its Python is given) and beside plain PyTorch.
+"""The whole training loop on real images: odtk beside plain PyTorch, and beside torchvision if its Python is given.
 
     python benchmarks/training.py --annotations JSON --images DIR [--peer-python /path/to/venv/bin/python]
 
-Every step reads, decodes, turns into tensors, computes forward and backward, clips and updates. ResNet18FPN from
-scratch at --resize × --max-size. "plain PyTorch" is the same detector in fp32, NCHW, fed by the torch loader.
+Every step reads and decodes images, makes tensors of them, runs forward and backward, clips gradients and updates the
+weights. The model is ResNet18FPN from scratch at --resize × --max-size. "plain PyTorch" is the same detector in fp32
+and NCHW, fed by the torch loader.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def variant(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = arguments(__doc__, rounds=10, batch=8)
-    parser.add_argument("--peer-python", help="interpreter with torchvision")
+    parser.add_argument("--peer-python", help="Python interpreter of an environment with torchvision")
     args = parser.parse_args()
     if args.variant:
         return variant(args)
