@@ -73,7 +73,7 @@ def test_each_image_once_per_epoch_over_all_ranks(count, batch, world) -> None:
     stream = [id for number in range(batches) for ids in ranks for id in ids[number * batch : (number + 1) * batch]]
     for epoch in range(len(stream) // count):
         assert sorted(stream[epoch * count : (epoch + 1) * count]) == [100 + i for i in range(count)]
-    assert stream[:count] != stream[count : 2 * count] or count < 4  # shuffled anew
+    assert stream[:count] != stream[count : 2 * count] or count < 4  # shuffled again
     assert len(Sampler(dataset, config(training=True, batch=batch, world=world))) == math.ceil(count / batch / world)
 
 
