@@ -183,6 +183,7 @@ def late(config: InferConfig, rank: int, world: int) -> None:
     infer.infer(config, rank, world)
 
 
+@pytest.mark.slow
 def test_a_rank_waits_for_a_slower_one(model: str, images: Path, tmp_path: Path) -> None:
     launch(late, config(model, images, output=(str(tmp_path / "out.json"),), postprocess=few()), devices="cpu:2")
     assert {d["image_id"] for d in json.loads((tmp_path / "out.json").read_text())} == {11, 13, 15, 17, 19}
