@@ -86,7 +86,7 @@ def test_boxes_that_training_drops_are_not_drawn(images: Path, tmp_path: Path, b
 def test_an_annotation_without_a_box_is_named(images: Path, tmp_path: Path) -> None:
     text = (images / "truth.json").read_text()
     (images / "truth.json").write_text(text.replace("[100, 200, 120, 80]", "null", 1))
-    with pytest.raises(OdtkError, match="annotation 1: bbox is not a list"):
+    with pytest.raises(OdtkError, match="annotation 1: its bbox is not a list"):
         visualize.draw_ground_truth(data(images), str(tmp_path))
 
 
@@ -121,7 +121,7 @@ def test_a_file_of_annotations_is_no_file_of_detections(images: Path, tmp_path: 
     assert "no finite 'score'" in sentence(truth) and "no finite 'score'" in sentence(truth, None)
     assert "not a list" in sentence(3)
     assert "not a dictionary" in sentence([3])
-    assert "of image 9" in sentence([{"image_id": 9, "category_id": 3, "bbox": [1, 1, 9, 9], "score": 0.9}])
+    assert "image_id 9 is not" in sentence([{"image_id": 9, "category_id": 3, "bbox": [1, 1, 9, 9], "score": 0.9}])
 
 
 def test_labels_stay_inside_and_apart() -> None:
@@ -185,7 +185,7 @@ def test_the_layer_that_the_help_names_can_be_drawn(tmp_path: Path) -> None:
     text = next(action.help for action in commands["visualize"]._actions if action.dest == "features")
     layer = re.search(r"(\w+) say", text)
     assert layer
-    features.find_layer(checkpoint.build(checkpoint.load(make_model(tmp_path))), layer[1])
+    features.find_layer(checkpoint.build_detector(checkpoint.load(make_model(tmp_path))), layer[1])
 
 
 def test_a_grid_shows_each_map_over_its_own_range() -> None:
@@ -206,7 +206,7 @@ def test_anchors_that_match_and_a_box_that_none_reaches(images: Path, tmp_path: 
     truth["annotations"][1]["bbox"] = [300, 20, 6, 6]  # far below the smallest anchor
     (images / "truth.json").write_text(json.dumps(truth))
     settings = data(images, resize=400)
-    detector = checkpoint.build(checkpoint.load(model))
+    detector = checkpoint.build_detector(checkpoint.load(model))
     dataset = Dataset.load(settings.annotations, settings.images)
     batches = [batch for _, batch in pictures.network_inputs(detector, dataset, settings, 2)]
     reached, missed = (anchor_matches.anchor_shapes(detector, batch, RULE) for batch in batches)
