@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compiles plugins and engine against each set of TensorRT headers found, warnings are errors. Links nothing, needs no GPU.
+# Compiles plugins and engine against each set of TensorRT headers found; warnings are errors. Links nothing, needs no GPU.
 #   csrc/check_headers.sh [INCLUDE_DIR…]    default: $TENSORRT_ROOT, /usr/include, /usr/local/tensorrt, /opt/tensorrt*
-# The headers themselves are system headers here: they use what they deprecate.
+# TensorRT's headers are included as system headers, because they use what they deprecate.
 set -euo pipefail
 cd "$(dirname "$0")"
 cuda=${CUDA_HOME:-/usr/local/cuda}/include

@@ -1,15 +1,15 @@
-"""THE coordinate convention, and the geometry of boxes: coding against anchors, IoU, COCO's form. Pure torch.
+"""THE coordinate convention, and the geometry of boxes: coding against anchors, IoU, COCO's format. Pure torch.
 
 A box is ``[x1, y1, x2, y2]`` in pixels of the network's input (x right, y down) with INCLUSIVE corners: its width is
 ``x2 − x1 + 1``. As a continuous shape it covers ``[x1, x2 + 1) × [y1, y2 + 1)``, so its center is
 ``x1 + 0.5·width``. This is the convention of NVIDIA's published ODTK 0.2 checkpoints.
 
-A rotated box is ``[x1, y1, x2, y2, theta]``: an un-rotated box, and the angle in radians by which it is turned about
-its center, anticlockwise as seen on the screen. A point ``(dx, dy)`` from the center goes to
-``(cosθ·dx + sinθ·dy, −sinθ·dx + cosθ·dy)``. Detections carry ``(sinθ, cosθ)`` in place of the angle: 6 numbers.
+A rotated box is ``[x1, y1, x2, y2, theta]``: an un-rotated box and the angle in radians by which it is rotated about
+its center, counterclockwise as seen on the screen. A point ``(dx, dy)`` from the center goes to
+``(cosθ·dx + sinθ·dy, −sinθ·dx + cosθ·dy)``. Detections have ``(sinθ, cosθ)`` instead of the angle: 6 numbers.
 
-Deltas (what a head regresses against an anchor) are ``(dx, dy, dw, dh)``, in units of the anchor's size and its
-logarithm: R-CNN, https://arxiv.org/abs/1311.2524, appendix C.
+Deltas, which a head regresses relative to an anchor, are ``(dx, dy, dw, dh)``: the shift of the center in units of the
+anchor's size, and the logarithm of the ratio of the sizes. R-CNN, https://arxiv.org/abs/1311.2524, appendix C.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import math
 import torch
 from torch import Tensor
 
-SMALLEST = 1e-9  # px², keeps 0 / 0 out of the IoU of boxes without area
+SMALLEST = 1e-9  # px², avoids 0 / 0 in the IoU of boxes without area
 
 
 def center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Center [..., 2] and size (w, h) [..., 2], both px, of boxes [..., 4 or more]; an angle is not looked at."""
+    """Center [..., 2] and size (w, h) [..., 2], both px, of boxes [..., 4 or more]; an angle is ignored."""
     size = boxes[..., 2:4] - boxes[..., :2] + 1
     return boxes[..., :2] + 0.5 * size, size
 
 
 def area(boxes: Tensor) -> Tensor:
-    """Area [...] in px² of boxes [..., 4 or more]; 0 where a side is not positive."""
+    """Area [...] in px² of boxes [..., 4 or more]; 0 if a side is not positive."""
     size = center_and_size(boxes)[1].clamp(min=0)
     return size[..., 0] * size[..., 1]
 
@@ -47,7 +47,7 @@ def decode(deltas: Tensor, anchors: Tensor, size: tuple[int, int]) -> Tensor:
     Args:
         size: (width, height) in px of the level, stride·cells; corners are clamped to [0, size − 1].
 
-    A delta that is not a number gives 0, an infinite one a clamped corner: no box poisons the NMS.
+    A NaN delta gives a corner of 0, an infinite one a clamped corner, so that every box is finite.
     """
     anchor_center, anchor_size = center_and_size(anchors)
     center = deltas[..., :2] * anchor_size + anchor_center
@@ -67,7 +67,7 @@ def encode_rotated(boxes: Tensor, anchors: Tensor) -> Tensor:
 def decode_rotated(deltas: Tensor, anchors: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes (x1, y1, x2, y2, sinθ, cosθ) [..., 6] from six numbers [..., 6] and rotated anchors [..., 5].
 
-    The corners of the un-rotated box are clamped as in decode; sin and cos are passed on as regressed.
+    The corners of the un-rotated box are clamped as in decode. sin and cos stay as regressed, but NaN becomes 0.
     """
     corners_ = decode(deltas[..., :4], anchors[..., :4], size)
     return torch.cat([corners_, deltas[..., 4:6].nan_to_num(nan=0.0)], -1)
@@ -89,7 +89,7 @@ def clamp(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def intersection(a: Tensor, b: Tensor) -> Tensor:
-    """Area [..., N, M] in px² that boxes a [..., N, 4] and b [..., M, 4] share."""
+    """Area [..., N, M] in px² of the intersections of boxes a [..., N, 4] and b [..., M, 4]."""
     ax1, ay1, ax2, ay2 = a[..., :, None, :].movedim(-1, 0).contiguous()  # each [..., N, 1]
     bx1, by1, bx2, by2 = b[..., None, :, :].movedim(-1, 0).contiguous()  # each [..., 1, M]
     width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).add_(1).clamp_(min=0)
@@ -105,7 +105,7 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rotation(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """(sinθ, cosθ), each [...], of rotated boxes [..., 5 or 6]; the two numbers of a detection are normalized."""
+    """(sinθ, cosθ), each [...], of rotated boxes [..., 5 or 6]; those of a detection are normalized."""
     angle = boxes[..., 4] if boxes.shape[-1] == 5 else torch.atan2(boxes[..., 4], boxes[..., 5])
     return torch.sin(angle), torch.cos(angle)
 
@@ -113,7 +113,7 @@ def rotation(boxes: Tensor) -> tuple[Tensor, Tensor]:
 def corners(boxes: Tensor) -> Tensor:
     """Corners (x, y) [..., 4, 2] of rotated boxes [..., 5 or 6], as a continuous shape (w = x2 − x1 + 1).
 
-    From the un-rotated top left they go along the top edge first: clockwise on the screen.
+    They start at the top left of the un-rotated box and go clockwise on the screen.
     """
     center, size = center_and_size(boxes)
     half = 0.5 * size.clamp(min=0)
@@ -136,16 +136,16 @@ def paired_rotated_iou(a: Tensor, b: Tensor) -> Tensor:
 
     Seen from b, as the rectangle |x| ≤ W, |y| ≤ H, the intersection's area is by Green's theorem the integral of
     clamp(x, −W, W) dy along those parts of a's four edges where |y| ≤ H. It needs no list of intersection points and
-    no sorting, and it is continuous in all numbers: identical boxes, shared edges and touching corners are not special.
-    Worked out in float64, relative to b's center.
+    no sorting, and it is continuous, so identical boxes, shared edges and touching corners are no special cases.
+    It is computed in float64, relative to b's center.
     """
     kind = torch.promote_types(a.dtype, b.dtype)
     a, b = torch.broadcast_tensors(a.double(), b.double())
     (center_a, size_a), (center_b, size_b) = center_and_size(a), center_and_size(b)
     moved = torch.cat([center_a - center_b - 0.5 * size_a, center_a - center_b + 0.5 * size_a - 1, a[..., 4:]], -1)
     sin, cos = (value[..., None] for value in rotation(b))
-    x, y = corners(moved).unbind(-1)  # [..., 4], about b's center
-    x, y = cos * x - sin * y, sin * x + cos * y  # turned back by b's angle: b is now axis-aligned
+    x, y = corners(moved).unbind(-1)  # [..., 4], relative to b's center
+    x, y = cos * x - sin * y, sin * x + cos * y  # rotated back by b's angle: b is now axis-aligned
     half = 0.5 * size_b.clamp(min=0)
     inside = _area_in_rectangle(x, y, half[..., :1], half[..., 1:])
     union = area(a) + area(b) - inside
@@ -174,18 +174,18 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 def rotated_iou(a: Tensor, b: Tensor) -> Tensor:
     """Exact IoU [..., N, M] of the polygons of rotated boxes a [..., N, 5 or 6] and b [..., M, 5 or 6].
 
-    Every pair is worked out, with no host synchronization; ops.rotated_iou skips the pairs that cannot overlap.
+    Every pair is computed, without a host synchronization; ops.rotated_iou skips the pairs that cannot overlap.
     """
     return paired_rotated_iou(a[..., :, None, :], b[..., None, :, :])
 
 
 def normalize_angle(boxes: Tensor, *, around: Tensor | float = 0.0, absolute: bool = False) -> Tensor:
-    """The same rotated boxes [..., 5] with theta in [−π/4, π/4) + around, or with ``absolute`` in [−π, π) + around.
+    """The same rotated boxes [..., 5] with theta in [−π/4, π/4) + around, or in [−π, π) + around if ``absolute``.
 
-    Without ``absolute`` a box has no front: quarter turns are undone by swapping width and height about the center.
+    Without ``absolute`` a box has no front, so quarter turns are undone by swapping its width and height.
 
     Args:
-        around: radians; a tensor broadcasts against [..., 1].
+        around: radians; a tensor is broadcast against [..., 1].
     """
     period = 2 * math.pi if absolute else math.pi / 2
     turns = torch.floor((boxes[..., 4:5] - around + period / 2) / period)
@@ -198,10 +198,10 @@ def normalize_angle(boxes: Tensor, *, around: Tensor | float = 0.0, absolute: bo
 
 
 def coco_to_corners(boxes: Tensor, scale: Tensor | tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """COCO's [x, y, w, h] or [x, y, w, h, theta] in original px → [x1, y1, x2, y2] or [.., theta] of the input.
+    """COCO's [x, y, w, h] or [x, y, w, h, theta] in px of the image → [x1, y1, x2, y2] or [..., theta] of the input.
 
     Args:
-        scale: (sx, sy), input px per original px; a tuple, or a tensor that broadcasts against [..., 2].
+        scale: (sx, sy), px of the input per px of the image; a tuple, or a tensor that broadcasts against [..., 2].
     """
     factor = torch.as_tensor(scale, dtype=boxes.dtype, device=boxes.device)
     start, end = boxes[..., :2] * factor, (boxes[..., :2] + boxes[..., 2:4]) * factor - 1

@@ -107,7 +107,7 @@ def test_iou_of_one_pixel_and_of_none() -> None:
 # --- rotation
 
 
-def test_a_positive_angle_turns_anticlockwise_on_the_screen() -> None:
+def test_a_positive_angle_turns_counterclockwise_on_the_screen() -> None:
     """A lying bar, turned by 45°: its right end goes up, which is to smaller y."""
     bar = torch.tensor([0.0, 4.0, 9.0, 5.0, math.pi / 4])  # center (5, 5), 10 × 2
     middle_of_right_end = geometry.corners(bar)[1:3].mean(0)

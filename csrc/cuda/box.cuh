@@ -3,9 +3,9 @@
 // Includes the standard library and box_coder.h only: g++ compiles it without CUDA.
 //
 // The convention is that of odtk/boxes.py: x1, y1, x2, y2 in pixels, inclusive corners (width = x2 - x1 + 1); an angle
-// turns anticlockwise as seen on the screen (y down). Every expression keeps the order of operations of odtk/boxes.py,
-// and what includes this file is compiled without fused multiply-add, so that fp32 results have the same bits as
-// torch's.
+// turns counterclockwise as seen on the screen (y down). Every expression keeps the order of operations of
+// odtk/boxes.py, and what includes this file is compiled without fused multiply-add, so that fp32 results have the same
+// bits as torch's.
 #pragma once
 
 #include <cfloat>

@@ -16,7 +16,7 @@ struct NmsParams {
   std::int32_t count = 0;         ///< M, candidates per image (decode's columns), >= 1
   std::int32_t detections = 100;  ///< D, rows per image in the output, >= 1
   std::int32_t box_values = 4;    ///< 4: x1, y1, x2, y2; 6: also sin, cos, and the IoU is that of the rotated polygons
-  float threshold = 0.5f;         ///< a box is suppressed if its IoU with a better one of its class is strictly above
+  float threshold = 0.5f;         ///< a box goes if its IoU with a better one of its class is strictly above this
 };
 
 /// Bytes of scratch memory that nms() needs; never less for a larger batch or count.

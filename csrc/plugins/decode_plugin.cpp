@@ -113,9 +113,10 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
 
   void check_inputs(const nvinfer1::DimsExprs* inputs, int count) const {
     if (count != 2 * levels() + 1)
-      throw std::invalid_argument("got " + std::to_string(count) + " inputs, but field 'strides' has " +
-                                  std::to_string(levels()) + ", so there must be " + std::to_string(2 * levels() + 1) +
-                                  ": the logits of each level, the boxes of each level, and the anchors");
+      throw std::invalid_argument("field 'strides' has " + std::to_string(levels()) + ", so there must be " +
+                                  std::to_string(2 * levels() + 1) +
+                                  " inputs (logits and boxes of each level, and the anchors), not " +
+                                  std::to_string(count));
     const auto size = [](const nvinfer1::IDimensionExpr* expr) {
       return expr->isConstant() ? expr->getConstantValue() : -1;
     };
@@ -128,8 +129,8 @@ class DecodePlugin final : public PluginBase<DecodePlugin> {
       const std::string name = std::string(logits ? "logits" : "boxes") + " of level " + std::to_string(i % levels());
       if (inputs[i].nbDims != 4) throw std::invalid_argument(name + " must be [N, channels, h, w]");
       if (size(inputs[i].d[1]) != channels)
-        throw std::invalid_argument(name + " have " + std::to_string(size(inputs[i].d[1])) + " channels instead of " +
-                                    std::to_string(channels));
+        throw std::invalid_argument(name + " must be [N, " + std::to_string(channels) + ", h, w], not [N, " +
+                                    std::to_string(size(inputs[i].d[1])) + ", h, w]");
     }
   }
 

@@ -39,7 +39,7 @@ class NmsPlugin final : public PluginBase<NmsPlugin> {
   void output_shapes(const nvinfer1::DimsExprs* inputs, int count, nvinfer1::DimsExprs* outputs,
                      nvinfer1::IExprBuilder& builder) const {
     if (count != 3)
-      throw std::invalid_argument("needs scores, boxes and classes, not " + std::to_string(count) + " inputs");
+      throw std::invalid_argument("needs 3 inputs (scores, boxes, classes), not " + std::to_string(count));
     if (inputs[0].nbDims != 2 || inputs[1].nbDims != 3 || inputs[2].nbDims != 2)
       throw std::invalid_argument("needs scores [N, M], boxes [N, M, box_values], classes [N, M]");
     const auto* values = inputs[1].d[2];

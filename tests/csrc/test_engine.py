@@ -1,4 +1,4 @@
-"""csrc/engine without a GPU: plan files, and what the user reads where TensorRT or a GPU is missing."""
+"""csrc/engine without a GPU: plan files, and the messages if TensorRT or a GPU is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRAILER = b"ODTKMETA"
 
 @pytest.fixture
 def module() -> ModuleType:
-    """odtk._C with the engine in it."""
+    """odtk._C, built with the engine."""
     if kernels.extension is None or not kernels.extension.WITH_TENSORRT:
         pytest.skip("odtk._C was built without the engine: `odtk info` says how to get it")
     return kernels.extension

@@ -1,4 +1,4 @@
-"""csrc/cuda without a GPU: the kernels run by an emulation (tests/emulation), and the geometry against torch."""
+"""csrc/cuda without a GPU: the kernels under emulation (tests/emulation), and the geometry against torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def compiled() -> ModuleType:
 
 @pytest.fixture
 def kernels(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The emulated odtk._C in place of the real one, if any."""
+    """The emulated odtk._C, which takes the place of the real one."""
     monkeypatch.setattr("odtk.kernels.extension", compiled)
     return compiled
 
@@ -74,7 +74,7 @@ def test_workspace_is_enough_and_nothing_is_kept_in_it(kernels: ModuleType, monk
 
 
 def test_workspace_grows_with_batch_and_size(kernels: ModuleType) -> None:
-    """TensorRT asks for the largest shapes of a profile only."""
+    """TensorRT asks only for the largest shapes of a profile, so smaller ones must not need more."""
 
     def needed(batch: int, height: int, top_n: int) -> int:
         level = kernels.DecodeLevel(logits=0, boxes=0, anchors=0, height=height, width=160, stride=8)
@@ -130,7 +130,7 @@ def test_bad_parameters_are_named(kernels: ModuleType, change: dict[str, int], f
 
 
 def test_padding_of_channels_last_is_not_read_as_classes(kernels: ModuleType) -> None:
-    """TensorRT's kHWC8: 3 classes in 8 channels; what stands in the padding must not count."""
+    """As in TensorRT's kHWC8: 3 classes in 8 channels, whose padding must not be read."""
     head = Head("padded", batch=2, classes=3, anchors=1, sizes=((4, 5),), channels_last=True, half=True)
     (logits,), (boxes,), (anchors,), (stride,) = cases.make(head)
 
@@ -255,7 +255,7 @@ def test_rotated_iou_takes_any_leading_dimensions(kernels: ModuleType) -> None:
 
 
 def test_the_nms_rule_is_exact_near_the_threshold(kernels: ModuleType) -> None:
-    """fp32 decides far from the threshold only: the rule is that of the exact IoU on all pairs but rounding's."""
+    """Only far from the threshold fp32 decides: the result is that of the exact IoU, up to its rounding."""
     boxes = torch.cat([cases.random_rotated_boxes(120), cases.degenerate_rotated_boxes()])
     six = torch.cat([boxes[:, :4], boxes[:, 4:].sin(), boxes[:, 4:].cos()], -1)
     exact = geometry.rotated_iou(boxes.double(), boxes.double()).numpy()

@@ -1,7 +1,7 @@
 """csrc/plugins in real TensorRT libraries, without a GPU: the lean runtime of TensorRT 11 and the whole TensorRT 8.6.
 
-The plugins are compiled against the headers of each version, with the emulated kernels of tests/emulation, and driven
-by tests/csrc/plugins_probe.cpp as TensorRT drives them. Found where they are: headers in $TENSORRT_ROOT/include or
+The plugins are compiled against the headers of each version, with the emulated kernels of tests/emulation, and
+tests/csrc/plugins_probe.cpp calls them as TensorRT does. Needed are headers in $TENSORRT_ROOT/include or
 /opt/tensorrt-*/include, libraries in the Python package tensorrt_lean_libs (pip install tensorrt-lean-cu13-libs) or in
 the folders of $ODTK_TENSORRT_LIBS.
 """
@@ -41,7 +41,7 @@ LINEAR, HWC8, HWC = 0, 2, 8  # nvinfer1::TensorFormat
 
 @dataclass(frozen=True)
 class Host:
-    """A TensorRT library, and probe and plugins compiled for it."""
+    """A TensorRT library, with the probe and the plugins compiled for it."""
 
     library: Path
     probe: Path
@@ -120,7 +120,7 @@ def host(request: pytest.FixtureRequest) -> Host:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the probe printed: its answers, and the log's line after each step it announced."""
+    """What the probe printed: its answers, and the first line of the log after each step that it announced."""
 
     values: dict[str, str]
     log: dict[str, str]
@@ -196,7 +196,7 @@ def test_engines_of_earlier_versions_are_read(answers: Answers, plugin: str) -> 
 
 
 def test_output_shapes_and_types(answers: Answers) -> None:
-    """Level 0 has 120 candidates, of which top_n = 100 stay, level 1 has 36 (FCOS: 60 and 18). 0: fp32, 3: int32."""
+    """Level 0 has 120 candidates, of which 100 (top_n) stay, level 1 has 36 (FCOS: 60 and 18). 0: fp32, 3: int32."""
     assert answers.values["decode.shapes"] == "Nx136 Nx136x4 Nx136"
     assert answers.values["decode.shapes.rotated"] == "Nx136 Nx136x6 Nx136"
     assert answers.values["decode.shapes.fcos"] == "Nx78 Nx78x4 Nx78"
@@ -207,8 +207,8 @@ def test_output_shapes_and_types(answers: Answers) -> None:
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("decode.shapes.no_anchors", "got 4 inputs, but field 'strides' has 2, so there must be 5"),
-        ("decode.shapes.channels", "boxes of level 1 have 9 channels instead of 8"),
+        ("decode.shapes.no_anchors", "field 'strides' has 2, so there must be 5 inputs"),
+        ("decode.shapes.channels", "boxes of level 1 must be [N, 8, h, w], not [N, 9, h, w]"),
         ("nms.shapes.values", "boxes must have 6 values"),
     ],
 )

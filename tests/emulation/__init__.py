@@ -29,11 +29,11 @@ FLAGS = [
     "c++",
     '-DPYBIND11_STDLIB="_emulated"',
     '-DODTK_ARCHITECTURES="emulated"',
-]  # the first: beside the real _C
+]  # PYBIND11_STDLIB sets the module apart from the real _C in the same process
 
 
 def build() -> ModuleType:
-    """The emulated module, compiled once per state of the sources; skips the test where g++ or pybind11 is missing."""
+    """The emulated module, compiled once per state of the sources; skips the test if g++ or pybind11 is missing."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the emulated kernels")
@@ -63,7 +63,7 @@ def build() -> ModuleType:
 
 @contextmanager
 def seed(value: int) -> Iterator[None]:
-    """Draws the order of threads and blocks anew."""
+    """Within it, the order of threads and blocks is drawn from this seed."""
     os.environ["ODTK_EMULATION_SEED"] = str(value)
     try:
         yield
