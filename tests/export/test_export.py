@@ -20,7 +20,7 @@ from odtk import ops
 from odtk.box_coder import BOX_CODERS
 from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
-from odtk.export import calibration, calibration_table, export, precision, tensorrt8
+from odtk.export import export
 from odtk.export.graph import OPSET, serialize, trace
 from odtk.export.metadata import Metadata
 from odtk.export.precision import to_fp16
@@ -334,55 +334,3 @@ def test_refusals_are_sentences(tmp_path: Path, changes: dict, sentence: str, ca
     with pytest.raises(OdtkError, match=sentence):
         export.export(dataclasses.replace(config, **(changes | {"output": output})))
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING] and not Path(output).exists()
-
-
-# What TensorRT 8 needs
-
-
-def test_group_norms_are_expanded_for_tensorrt_8() -> None:
-    """The same levels from plain operators, which stay in float32 in a half-precision graph."""
-    detector = detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2, head="fcos")).fold()
-    model = trace(detector, (64, 96))
-    images = {"images": images_of(3, (64, 96))}
-    expected = run(model.SerializeToString(), images)
-    expanded = copy.deepcopy(model)
-    tensorrt8.expand_instance_norm(expanded)
-    assert "InstanceNormalization" not in {node.op_type for node in expanded.graph.node}
-    onnx.checker.check_model(expanded, full_check=True)
-    for found, wanted in zip(run(expanded.SerializeToString(), images), expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    assert tensorrt8.float32_nodes(expanded) == []  # nothing is in half precision
-
-    to_fp16(model)
-    norms = [node for node in model.graph.node if node.op_type == "InstanceNormalization"]
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    assert norms and all(types[name] == TensorProto.FLOAT for node in norms for name in node.input[1:])
-    tensorrt8.expand_instance_norm(model)
-    inside = tensorrt8.float32_nodes(model)
-    kinds = [node.op_type for node in model.graph.node if node.name in inside]
-    assert sorted(set(kinds)) == ["Add", "Div", "GlobalAveragePool", "Mul", "Reshape", "Sqrt", "Sub"]
-    assert len(kinds) == 8 * len(norms)
-    for found, wanted in zip(run(model.SerializeToString(), images), expected, strict=True):
-        torch.testing.assert_close(found.float(), wanted, atol=0.02, rtol=0.02)
-
-
-def test_float32_nodes_leave_islands_of_int8_out() -> None:
-    """Sampling positions of a deformable convolution stay in float32; what INT8 fuses has no type of its own."""
-    detector = detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2, dcn=(4,))).fold()
-    model = trace(detector, (64, 64))
-    images = [image.numpy() for image in images_of(2, (64, 64)).split(1)]
-    scales = calibration.scales_of(
-        precision.scale_groups(model.graph), calibration.activation_ranges(model, images, "minmax", 2)
-    )
-    precision.insert_qdq(model, calibration_table.CalibrationTable("m", (64, 64), "minmax", (), scales))
-    to_fp16(model)
-    kinds = {node.op_type for node in model.graph.node if node.name in tensorrt8.float32_nodes(model)}
-    assert "GridSample" in kinds and not kinds & {"QuantizeLinear", "DequantizeLinear", "Relu", "Conv"}
-
-
-def test_a_mean_over_a_map_is_a_global_pooling() -> None:
-    """GhostNet's squeeze: TensorRT 8 ignores the axes, which are an input of ReduceMean since operator set 18."""
-    detector = detector_of(ModelConfig(backbones=("GhostNetFPN",), classes=2)).fold()
-    model = trace(detector, (64, 64))
-    kinds = [node.op_type for node in model.graph.node]
-    assert "ReduceMean" not in kinds and "GlobalAveragePool" in kinds

@@ -1,8 +1,6 @@
-"""Detections of a dataset: coordinates, ids, files, and no image lost or doubled over processes."""
+"""Inference on a dataset: files, sizes, thresholds and categories, and no image lost over processes."""
 
 import json
-import math
-import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +11,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from odtk import files
 from odtk.categories import Category
 from odtk.config import (
     ROTATED_ANGLES,
@@ -24,85 +21,15 @@ from odtk.config import (
     OdtkError,
     PostprocessConfig,
 )
-from odtk.data.batch import Batch
 from odtk.export import export
-from odtk.inference import detect, infer
+from odtk.inference import infer
 from odtk.launch import launch
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
-from odtk.postprocess import Detections
 from odtk.ranks import gather
 
 torch.set_num_threads(1)  # images of 64×96: more threads only wait for each other
 CATEGORIES = (Category(4, "cat"), Category(9, "dog"))
-
-
-def batch(ids: list[int], scale: tuple[float, float] = (1.0, 1.0)) -> Batch:
-    n = len(ids)
-    return Batch(
-        images=torch.zeros(n, 3, 32, 32),
-        boxes=torch.zeros(n, 1, 4),
-        labels=torch.full((n, 1), -1),
-        ids=torch.tensor(ids),
-        scales=torch.tensor([scale] * n),
-    )
-
-
-def detections(rows: list[list[tuple]], values: int = 4, columns: int = 3) -> Detections:
-    """Rows of (score, class, box) per image, padded with zeros to D columns."""
-    n = len(rows)
-    classes = torch.zeros(n, columns, dtype=torch.long)
-    found = Detections(torch.zeros(n, columns), torch.zeros(n, columns, values), classes)
-    for i, row in enumerate(rows):
-        for j, (score, label, box) in enumerate(row):
-            found.scores[i, j], found.classes[i, j], found.boxes[i, j] = score, label, torch.tensor(box)
-    return found
-
-
-def test_detections_are_in_original_pixels_with_the_dataset_s_ids() -> None:
-    answers = iter(
-        [
-            detections([[(0.9, 1, (10, 20, 19, 59)), (0.5, 0, (0, 0, 1, 3))], []]),
-            detections([[(0.25, 0, (8, 8, 15, 15))]]),
-        ]
-    )
-    seen: list[int] = []
-    found = detect.detect(
-        lambda images: next(answers), [batch([7, 3], (0.5, 2.0)), batch([5])], CATEGORIES, progress=seen.append
-    )
-    assert found == [
-        {"image_id": 5, "category_id": 4, "category": "cat", "bbox": [8, 8, 8, 8], "score": 0.25},
-        {"image_id": 7, "category_id": 9, "category": "dog", "bbox": [20, 10, 20, 20], "score": pytest.approx(0.9)},
-        {"image_id": 7, "category_id": 4, "category": "cat", "bbox": [0, 0, 4, 2], "score": 0.5},
-    ]
-    assert seen == [2, 1]
-    json.dumps(found)
-
-
-def test_rotated_detections_have_an_angle_and_corners() -> None:
-    box = (10.0, 10.0, 29.0, 19.0, 0.5, 0.5)  # 20×10 about (20, 15), sin = cos: 45 degrees, whatever their length
-    found = detect.detect(lambda images: detections([[(0.5, 0, box)]], 6), [batch([1], (0.5, 0.5))], CATEGORIES)
-    assert found[0]["bbox"] == pytest.approx([20, 20, 40, 20, math.pi / 4], abs=1e-4)
-    # Turned anticlockwise about (40, 30), the upper left corner (-20, -10) goes to ((-20 - 10), (20 - 10)) / √2.
-    assert found[0]["segmentation"][0][:2] == pytest.approx([40 - 30 / math.sqrt(2), 30 + 10 / math.sqrt(2)], abs=0.01)
-    assert len(found[0]["segmentation"][0]) == 8
-
-
-def test_ids_of_64_bits_are_kept_to_the_last_digit() -> None:
-    ids = [2**63 - 1, 10**18 + 3, 10**18 + 2, -(2**63)]
-    row = [(0.5, 0, (0, 0, 1, 1))]
-    found = detect.detect(lambda images: detections([row] * len(images)), [batch(ids[:3]), batch(ids[3:])], CATEGORIES)
-    assert [d["image_id"] for d in found] == sorted(ids)
-
-
-@pytest.mark.parametrize("loader", [[], [batch([1]), batch([2, 3])]])
-def test_nothing_found_gives_an_empty_list(loader: list[Batch]) -> None:
-    assert detect.detect(lambda images: detections([[]] * len(images)), loader, CATEGORIES) == []
-
-
-def test_an_image_that_comes_twice_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="twice"):
-        detect.detect(lambda images: detections([[]] * len(images)), [batch([1, 2]), batch([2])], CATEGORIES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,42 +140,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(model, imag
     (tmp_path / "file").write_text("")
     with pytest.raises(OdtkError, match="Cannot write"):
         infer.infer(config(str(tmp_path / "no model.pth"), images, output=(str(tmp_path / path),)))
-
-
-def test_a_device_needs_no_folder_to_write_in(tmp_path: Path, monkeypatch) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link.json").symlink_to(tmp_path / "other" / "out.json")
-    writable = {str(tmp_path / "pipe"), str(tmp_path / "other")}  # root may write anywhere
-    monkeypatch.setattr(os, "access", lambda path, mode: str(path) in writable)
-    files.check_writable(str(tmp_path / "pipe"))
-    with pytest.raises(OdtkError, match="no permission to write in"):
-        files.check_writable(str(tmp_path / "out.json"))
-    with pytest.raises(OdtkError, match=r"other does not exist"):
-        files.check_writable(str(tmp_path / "link.json"))
-    (tmp_path / "other").mkdir()
-    files.check_writable(str(tmp_path / "link.json"))  # what is replaced is where the link leads
-    writable.clear()
-    with pytest.raises(OdtkError, match="pipe: no permission"):
-        files.check_writable(str(tmp_path / "pipe"))
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(28, os.strerror(28))
-
-    path = tmp_path / "out.json"
-    path.write_text("[1]")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OdtkError, match="No space left on device"):
-        files.write_json([2], str(path))
-    assert path.read_text() == "[1]" and len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-def test_a_device_is_written_to_and_not_replaced() -> None:
-    with pytest.raises(OdtkError, match="/dev/full: No space left on device"):
-        files.write_json([1], "/dev/full")
-    assert not os.path.isfile("/dev/full")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,170 @@
+"""Calibration: the ranges of activations, the choice of images, the calibration table and its rules."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from odtk.config import ExportConfig, LoaderConfig, ModelConfig, OdtkError
+from odtk.data.dataset import Dataset
+from odtk.data.loader import create_loader
+from odtk.export import calibration, calibration_table, export
+from odtk.inference import infer
+from odtk.model import checkpoint
+from odtk.model.detector import Detector
+
+C4 = ModelConfig(backbones=("ResNet18C4",), classes=2)
+
+
+def empty_graph() -> onnx.ModelProto:
+    return onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
+
+
+# Ranges
+
+
+def test_histogram_is_the_same_in_parts_as_at_once() -> None:
+    values = np.random.default_rng(0).exponential(1.0, 20_000).astype(np.float32)
+    whole, parts = calibration.Histogram(), calibration.Histogram()
+    whole.add(np.concatenate([values[:10], values]))
+    for part in np.split(np.concatenate([values[:10], values])[:20_000], 10):
+        parts.add(-part)
+    parts.add(values[-10:])
+    assert parts.counts.sum() == whole.counts.sum() == 20_010
+    for method in calibration.METHODS:
+        assert parts.range(method) == pytest.approx(whole.range(method), rel=0.03)
+    assert whole.range("minmax") == values.max()
+    assert whole.range("percentile") == pytest.approx(np.quantile(values, calibration.PERCENTILE), rel=0.01)
+
+
+def test_entropy_cuts_a_rare_outlier_and_keeps_a_full_range() -> None:
+    generator = np.random.default_rng(0)
+    outlier, full = calibration.Histogram(), calibration.Histogram()
+    outlier.add(np.append(generator.standard_normal(100_000), 1000).astype(np.float32))
+    full.add(generator.uniform(-1, 1, 100_000).astype(np.float32))
+    assert 2 < outlier.range("entropy") < 100 < outlier.range("minmax")
+    assert full.range("entropy") > 0.95
+
+
+def test_zeros_say_nothing_of_a_range() -> None:
+    histogram = calibration.Histogram()
+    histogram.add(np.zeros(1000, np.float32))
+    assert histogram.range("entropy") == 1.0
+    histogram.add(np.append(np.zeros(10**6), np.arange(1, 101)).astype(np.float32))
+    assert histogram.range("percentile") > 99
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(OdtkError, match="not finite"):
+        calibration.Histogram().add(np.array([1, np.nan], np.float32))
+
+
+# The table and its rules
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    detector = Detector(C4)
+    detector.initialize()
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    checkpoint.save(path, checkpoint.Checkpoint(C4, None, detector.state_dict()))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images of different sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        pixels = generator.integers(0, 255, (20 + 5 * i, 70 - 3 * i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    return folder
+
+
+def int8_config(model: str, folder: Path, **changes) -> ExportConfig:
+    config = ExportConfig(path=model, output=str(folder / "int8.onnx"), size=(32, 32), precision="int8")
+    return dataclasses.replace(config, **changes)
+
+
+def test_a_table_gives_the_same_bytes_without_images(model_path: str, pictures: Path, tmp_path: Path) -> None:
+    config = int8_config(model_path, tmp_path, calibration_images=str(pictures), calibration_method="percentile")
+    report = export.export(config)
+    assert report.table == str(tmp_path / "int8.calibration.json")
+    table = calibration_table.load_table(report.table)
+    assert sorted(table.images) == sorted(path.name for path in pictures.iterdir())
+    assert table.images != tuple(sorted(table.images)) and table.method == "percentile"
+    assert len(table.scales) > 15 and all(scale > 0 for scale in table.scales.values())
+    first = Path(config.output).read_bytes()
+    again = int8_config(model_path, tmp_path, calibration_table=report.table, output=str(tmp_path / "again.onnx"))
+    export.export(again)
+    assert Path(again.output).read_bytes() == first
+    refuse_other_tables(config, report.table, tmp_path)
+
+
+def refuse_other_tables(config: ExportConfig, path: str, folder: Path) -> None:
+    """A table of another model or size, and a file that is no table."""
+    given = dataclasses.replace(config, calibration_table=path)
+    graph = empty_graph()
+    with pytest.raises(OdtkError, match="is the calibration table of another model"):
+        calibration.load_or_calibrate(graph, given, "another", 16)
+    own = calibration_table.load_table(path)
+    with pytest.raises(OdtkError, match="calibrated at 32×32, not 64×64"):
+        calibration.load_or_calibrate(graph, dataclasses.replace(given, size=(64, 64)), own.model, 16)
+    (folder / "no.json").write_text("{}")
+    with pytest.raises(OdtkError, match="is not a calibration table"):
+        calibration.load_or_calibrate(
+            graph, dataclasses.replace(given, calibration_table=str(folder / "no.json")), "", 16
+        )
+
+
+def test_calibration_sees_the_tensors_of_inference(pictures: Path, tmp_path: Path) -> None:
+    config = int8_config("", tmp_path, calibration_images=str(pictures))
+    dataset = calibration.sample_images(str(pictures), 500, seed=0)
+    seen = list(calibration.calibration_images(dataset, config, 16))
+
+    class Asking:
+        size, stride, max_batch, rotated, name = (32, 32), 16, None, False, "a model"
+        mean, std = LoaderConfig.mean, LoaderConfig.std
+
+    data = infer.loader_config(LoaderConfig(images=str(pictures)), Asking())  # type: ignore[arg-type]
+    whole = Dataset.load(None, pictures)
+    by_id = {int(batch.ids[0]): batch.images.numpy() for batch in create_loader(whole, data)}
+    assert len(seen) == len(by_id) == 12
+    for image, tensor in zip(dataset.images, seen, strict=True):
+        np.testing.assert_array_equal(tensor, by_id[image.id])
+
+
+def test_the_sample_is_shuffled_before_it_is_cut(pictures: Path) -> None:
+    def names(limit: int, seed: int) -> list[str]:
+        return [image.path.name for image in calibration.sample_images(str(pictures), limit, seed).images]
+
+    assert names(8, 0) == names(8, 0) == names(12, 0)[:8] != sorted(names(8, 0))
+    assert set(names(8, 0)) != set(names(8, 1))
+
+
+def test_too_few_images_and_empty_folders_are_refused(pictures: Path, tmp_path: Path, capsys) -> None:
+    with pytest.raises(OdtkError, match="has no images"):
+        calibration.sample_images(str(tmp_path), 500, 0)
+    with pytest.raises(OdtkError, match="does not exist"):
+        calibration.sample_images(str(tmp_path / "nowhere"), 500, 0)
+    for path in sorted(pictures.iterdir())[:7]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(OdtkError, match="has 7 images: calibration needs at least 8"):
+        calibration.sample_images(str(tmp_path), 500, 0)
+    calibration.sample_images(str(pictures), 500, 0)
+    assert "Warning: calibration on 12 images" in capsys.readouterr().out
+
+
+def test_int8_without_images_or_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OdtkError, match="needs --calibration-images DIR, or a --calibration-table"):
+        calibration.load_or_calibrate(empty_graph(), int8_config("", tmp_path), "m", 16)
+    with pytest.raises(OdtkError, match="method 'best' does not exist"):
+        calibration.activation_ranges(empty_graph(), [], "best", 1)
