@@ -1,4 +1,4 @@
-"""What this machine can do: the figures of `odtk info`, and their printing."""
+"""What this machine can do: what `odtk info` gathers and prints."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ SENSITIVITY_IMAGES = 4
 
 
 def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: float = 0.3) -> bool:
-    """Compares ``config.output``, which export has written, with PyTorch in fp32, and exports in higher precisions too.
+    """Compares the exported file ``config.output`` with PyTorch in fp32, and with exports in each higher precision.
 
     Prints a table and writes OUTPUT.verify.json and OUTPUT.verify.html. An INT8 file that loses too much is written
     again, and so is its calibration table, with more layers in FP16.
@@ -56,7 +56,7 @@ def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: 
         max_ap_drop: points of AP that the file may lose against PyTorch.
 
     Returns:
-        Whether the file, as it is in the end, loses no more than that.
+        Whether the file, as last written, loses no more than that.
     """
     device = "cuda:0" if config.output.endswith(ENGINES) else "cpu"
     evaluator = Evaluator(config, annotations, images, device)
@@ -96,7 +96,7 @@ class Evaluator:
     """
 
     def __init__(self, config: ExportConfig, annotations: str, images: str, device: str) -> None:
-        self.config, self.device = config, device
+        self.device = device
         written = open_backend(config.output, device=device, precision="fp32", thresholds=None)
         data = LoaderConfig(images=images, annotations=annotations, batch=1, device=device)
         self.data = loader_config(data, written)

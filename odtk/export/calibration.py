@@ -109,7 +109,7 @@ class Histogram:
 
     Attributes:
         counts: values per bin [BINS]; the bins divide [0, limit] evenly.
-        limit: doubled whenever a larger magnitude comes, so memory does not grow.
+        limit: doubled when a larger magnitude comes, so that the number of bins stays the same.
         largest: the largest magnitude so far.
     """
 
@@ -167,9 +167,8 @@ class Histogram:
             reference[-1] += self.counts[cut:].sum()  # what is cut off is clipped to the largest int8
             level = np.arange(cut) * (INT8_MAX + 1) // cut
             total, used = np.bincount(level, kept), np.bincount(level, kept > 0)
-            candidate = np.where(
-                kept > 0, (total / np.maximum(used, 1))[level], 0
-            )  # each int8's count spread over its bins
+            # The count of each int8 value, spread evenly over its bins that are not empty.
+            candidate = np.where(kept > 0, (total / np.maximum(used, 1))[level], 0)
             p, q = smoothed(reference), smoothed(candidate)
             divergence = float((p * np.log(p / q)).sum())
             if divergence < least:

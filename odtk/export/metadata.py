@@ -64,7 +64,7 @@ class Metadata:
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self) | {"categories": to_pairs(self.categories)}
-        return json.dumps(values, separators=(",", ":"))  # compact: a plan's name holds 4 kB
+        return json.dumps(values, separators=(",", ":"))  # compact: a network's name in TensorRT holds 4 kB
 
     @classmethod
     def from_json(cls, text: str, path: str) -> Metadata:

@@ -1,6 +1,6 @@
 """Images → Detections, through PyTorch (.pth), ONNX Runtime (.onnx) or TensorRT (.plan, .engine).
 
-Importable without onnx, which only export needs.
+Importable without onnx: only export needs it.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def open_backend(
         device: cpu, cuda:0 …
         precision: of a .pth: mixed, fp16, bf16 or fp32; other files have their own.
         thresholds, explicit: those of a .pth (None: the defaults); for other files see check_thresholds.
-        log: takes messages; rank 0 alone sends any.
+        log: takes messages; only rank 0 has any.
 
     Raises:
         OdtkError: the file does not exist or is not one of odtk's, its thresholds are not those asked for, or an engine
@@ -232,22 +232,22 @@ def open_backend(
 def check_thresholds(
     path: str, own: PostprocessConfig, asked: PostprocessConfig | None, explicit: Sequence[str] = ()
 ) -> None:
-    """Refuses thresholds that differ from those in an exported file, where they cannot be changed.
+    """Refuses thresholds that differ from those of an exported file, which are fixed in it.
 
     Args:
         own: the file's thresholds.
         asked: the thresholds asked for; None means no preference, and so does a value that is the default.
-        explicit: names of thresholds that were asked for expressly, so that even a default must be the file's.
+        explicit: names of thresholds that were asked for expressly, so that even a default must equal the file's value.
 
     Raises:
         OdtkError: names the flag and both values.
     """
     for field in dataclasses.fields(PostprocessConfig) if asked else ():
-        wanted, given = getattr(asked, field.name), getattr(own, field.name)
-        if wanted != given and (wanted != field.default or field.name in explicit):
+        wanted, fixed = getattr(asked, field.name), getattr(own, field.name)
+        if wanted != fixed and (wanted != field.default or field.name in explicit):
             flag = "--" + field.name.replace("_", "-")
             raise OdtkError(
-                f"{flag} {wanted:g} contradicts the {given:g} in {path}: omit it, or export the model again."
+                f"{flag} {wanted:g} contradicts the {fixed:g} in {path}: omit it, or export the model again."
             )
 
 

@@ -65,7 +65,7 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
 
 
 def loader_config(data: LoaderConfig, backend: Backend, log: Callable[[str], None] = print) -> LoaderConfig:
-    """The settings of the loader that a backend needs: its size, stride, normalization and kind of boxes, its batch.
+    """The loader settings that a backend needs: its size, stride, normalization and kind of boxes, at most its batch.
 
     Args:
         log: takes a message where a size or a batch is not the one asked for.
