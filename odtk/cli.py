@@ -220,7 +220,7 @@ def add_rotated(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rotated-bbox",
         action="store_true",
-        help="boxes are [x, y, w, h, theta], theta in radians, anticlockwise (off)",
+        help="boxes are [x, y, w, h, theta], theta in radians, counterclockwise (off)",
     )
 
 

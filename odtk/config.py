@@ -96,7 +96,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class PostprocessConfig:
-    """From raw levels to detections (spec §2, Decoding)."""
+    """From raw levels to detections."""
 
     score_threshold: float = 0.05  # strictly above survives
     nms_threshold: float = 0.5  # an IoU strictly above suppresses

@@ -1,7 +1,7 @@
 """Draws a small dataset of shapes in COCO format, so that everything can be tried without a download.
 
 Shapes of random color, size and angle lie on uneven, noisy backgrounds; their boxes are exact. With ``rotated`` the
-shapes are elongated and their boxes are [x, y, w, h, theta], theta anticlockwise in radians.
+shapes are elongated and their boxes are [x, y, w, h, theta], theta counterclockwise in radians.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _place(
 
 
 def _rotate(points: np.ndarray, theta: float) -> np.ndarray:
-    """Points [k, 2] rotated anticlockwise about the origin (y down): (x, y) → (cos·x + sin·y, −sin·x + cos·y)."""
+    """Points [k, 2] rotated counterclockwise about the origin (y down): (x, y) → (cos·x + sin·y, −sin·x + cos·y)."""
     cos, sin = math.cos(theta), math.sin(theta)
     return points @ np.array([[cos, -sin], [sin, cos]])
 

@@ -63,7 +63,7 @@ def coco_to_shapes(entries: Iterable[dict[str, Any]], names: dict[int, str] | No
 def coco_to_outline(bbox: Sequence[float]) -> list[tuple[float, float]]:
     """COCO box [x, y, w, h] or [x, y, w, h, theta], in pixels and radians → its four corners.
 
-    Clockwise from the corner that is at the top left before theta turns the box, anticlockwise, about its center.
+    Clockwise from the corner that is at the top left before theta turns the box, counterclockwise, about its center.
     """
     rotated = torch.tensor((*bbox, 0.0)[:5], dtype=torch.float64)
     return box_to_outline(coco_to_corners(rotated))

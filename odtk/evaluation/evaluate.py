@@ -94,7 +94,7 @@ def evaluate(
 
     Args:
         detections: COCO results (or the path of their JSON file), boxes [x, y, w, h] or [x, y, w, h, theta] in pixels
-            of the original images, theta in radians, anticlockwise; other keys are ignored.
+            of the original images, theta in radians, counterclockwise; other keys are ignored.
         annotations: COCO ground truth, or the path of its JSON file; never modified.
         rotated: overlap is the IoU of rotated boxes; None means: if any annotation or detection has five numbers.
         segmentation: overlap is the IoU of masks ("segm"): of "segmentation", or where there is none, of the box.

@@ -57,7 +57,7 @@ def test_boxes_hold_exactly_the_drawn_shape(name, rotated, monkeypatch) -> None:
         image, (entry,) = draw_image(generator, (120, 160), [name], rotated)
         points = np.array(entry["segmentation"][0]).reshape(-1, 2)  # [2·k] → [k, 2]
         x, y, w, h = entry["bbox"][:4]
-        if rotated:  # the box's corners, rotated anticlockwise about its center (y down)
+        if rotated:  # the box's corners, rotated counterclockwise about its center (y down)
             theta = entry["bbox"][4]
             cos, sin = math.cos(theta), math.sin(theta)
             offsets = np.array([[-w, -h], [w, -h], [w, h], [-w, h]]) / 2

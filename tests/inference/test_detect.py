@@ -60,7 +60,7 @@ def test_rotated_detections_have_an_angle_and_corners() -> None:
     box = (10.0, 10.0, 29.0, 19.0, 0.5, 0.5)  # 20×10 about (20, 15), sin = cos: 45 degrees, whatever their length
     found = detect.detect(lambda images: detections([[(0.5, 0, box)]], 6), [batch([1], (0.5, 0.5))], CATEGORIES)
     assert found[0]["bbox"] == pytest.approx([20, 20, 40, 20, math.pi / 4], abs=1e-4)
-    # Turned anticlockwise about (40, 30), the upper left corner (-20, -10) goes to ((-20 - 10), (20 - 10)) / √2.
+    # Turned counterclockwise about (40, 30), the upper left corner (-20, -10) goes to ((-20 - 10), (20 - 10)) / √2.
     assert found[0]["segmentation"][0][:2] == pytest.approx([40 - 30 / math.sqrt(2), 30 + 10 / math.sqrt(2)], abs=0.01)
     assert len(found[0]["segmentation"][0]) == 8
 
