@@ -1,3 +1,46 @@
-"""odtk: train a one-stage object detector, export it to TensorRT, run it."""
+"""odtk: train a one-stage object detector, export it to TensorRT, run it.
+
+    model = odtk.load("model.onnx")            found = model.predict("image.jpg")
+    odtk.train("model.pth", annotations="train.json", epochs=20)
+    odtk.export("model.pth", "model.onnx")     odtk.evaluate("detections.json", annotations="val.json")
+
+The names are imported when they are first used, so that `import odtk` costs nothing (PEP 562).
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.3.0"
+
+if TYPE_CHECKING:
+    from .api import evaluate as evaluate
+    from .api import export as export
+    from .api import infer as infer
+    from .api import load as load
+    from .api import train as train
+    from .config import OdtkError as OdtkError
+    from .inference.predict import Detections as Detections
+    from .inference.predict import Model as Model
+
+_HOMES = {
+    "load": "api",
+    "train": "api",
+    "infer": "api",
+    "export": "api",
+    "evaluate": "api",
+    "OdtkError": "config",
+    "Model": "inference.predict",
+    "Detections": "inference.predict",
+}
+__all__ = ["Detections", "Model", "OdtkError", "evaluate", "export", "infer", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module 'odtk' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -154,7 +154,7 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run: `odtk train` fills it, train.train() runs it."""
+    """One training run: plan.plan() makes it from settings, train.train() runs it."""
 
     path: str  # MODEL.pth
     model: ModelConfig
@@ -176,12 +176,14 @@ class TrainConfig:
     fine_tune: str | None = None
     backbone_weights: str | None = None  # path, "none", or None: torchvision's ImageNet weights by URL
     override: bool = False
+    override_settings: bool = False  # resume although settings that change the result differ from the run's
     accumulate: int = 1
     clip_grad: float | None = None
     ema: float | None = None
     logdir: str | None = None
     post_metrics: str | None = None
     seed: int = 0
+    settings: dict[str, Any] | None = None  # TrainSettings as plain values, for the checkpoint
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,9 @@ class InferConfig:
     """One inference run: `odtk infer` fills it, infer.infer() runs it."""
 
     path: str  # .pth, .onnx, .plan, .engine
-    data: LoaderConfig
+    data: LoaderConfig  # its resize and max_size are those below, or those that the model was trained with
+    resize: int | None = None
+    max_size: int | None = None
     output: tuple[str, ...] = ()
     precision: str = "mixed"
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
@@ -203,7 +207,7 @@ class ExportConfig:
 
     path: str  # MODEL.pth
     output: str  # .onnx, .plan, .engine
-    size: tuple[int, int] = (1280, 1280)
+    size: tuple[int, int] | None = None  # None: as the model was trained
     batch: tuple[int, int, int] = (1, 8, 16)  # optimization profile MIN OPT MAX
     precision: str = "fp16"  # fp32, fp16, int8 (with fp16 remainder)
     opset: int = 18

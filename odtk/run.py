@@ -1,0 +1,343 @@
+"""Settings of a command → one call of the stage that does it: for the command line and the Python API alike."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .config import (
+    BenchmarkConfig,
+    ExportConfig,
+    InferConfig,
+    LoaderConfig,
+    ModelConfig,
+    OdtkError,
+    PostprocessConfig,
+)
+from .settings import (
+    BenchmarkSettings,
+    CheckSettings,
+    EvaluateSettings,
+    ExportSettings,
+    InferSettings,
+    InfoSettings,
+    SynthSettings,
+    TrainSettings,
+    VisualizeSettings,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors that have an explanation
+
+
+def explanation(error: Exception) -> str | None:
+    """The sentence for an error of torch or the system that is the user's to mend, None for any other."""
+    if "Expected more than 1 value per channel" in str(error):  # BatchNorm, of one image that became a single cell
+        return (
+            "--norm batch cannot train on one value per channel: give every device more images (--batch) or "
+            "larger ones (--jitter, --max-size), or use --norm group."
+        )
+    on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)  # the latter is torch's
+    if on_cpu or type(error).__name__ == "OutOfMemoryError":  # torch's on GPUs, by name: torch is not imported here
+        return f"Out of {'' if on_cpu else 'GPU '}memory: try a smaller --batch, or smaller images."
+    return None
+
+
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Raises an OdtkError in place of an error that has an explanation."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:
+        sentence = explanation(error)
+        if sentence is None:
+            raise
+        raise OdtkError(sentence) from error
+
+
+def explained(job: Callable[..., Any], config: Any, rank: int = 0, world: int = 1) -> Any:
+    """A job as each process of a run does it, where the error of a process is to be explained."""
+    with explaining():
+        return job(config, rank, world)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What several commands need
+
+
+def share(batch: int, world: int) -> int:
+    """The part of a global --batch that each of `world` processes gets.
+
+    Raises:
+        OdtkError: it cannot be shared out equally.
+    """
+    if batch % world:
+        near = batch - batch % world or world
+        raise OdtkError(f"--batch {batch} does not divide by the {world} devices: {near} does.")
+    return batch // world
+
+
+def workers_of(world: int) -> int:
+    """Threads or processes that read images, per device."""
+    return max(1, min(8, (os.cpu_count() or 1) // world))
+
+
+def images_of(images: str | None, annotations: str | None) -> str:
+    """The image folder: the one given, else that of the annotations, else this one."""
+    return images or (os.path.dirname(annotations) if annotations else "") or "."
+
+
+def need_file(path: str, what: str) -> None:
+    if not os.path.isfile(path):
+        raise OdtkError(f"There is no {what} {path}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def train(settings: TrainSettings, master: str | None = None) -> str:
+    """Trains, or resumes, and returns the path of the checkpoint."""
+    from . import launch
+    from .training.plan import plan
+    from .training.train import train
+
+    config = plan(settings, launch.world_size(settings.devices))
+    launch.launch(functools.partial(explained, train), config, devices=settings.devices, master=master)
+    return config.path
+
+
+def infer(settings: InferSettings, master: str | None = None) -> list[dict[str, Any]] | None:
+    """Detects in every image; returns the detections (COCO results) where one process did all, else None."""
+    from . import launch
+
+    need_file(settings.model, "model")
+    config = infer_config(settings, launch.world_size(settings.devices))
+    return launch.launch(functools.partial(explained, infer_rank), config, devices=settings.devices, master=master)
+
+
+def infer_config(settings: InferSettings, world: int) -> InferConfig:
+    """What each process of an inference is told."""
+    data = LoaderConfig(
+        images=images_of(settings.images, settings.annotations),
+        annotations=settings.annotations,
+        batch=share(settings.batch or 2 * world, world),
+        size=settings.height_width,
+        loader=settings.loader,
+        workers=workers_of(world),
+        world=world,
+    )
+    return InferConfig(
+        path=settings.model,
+        data=data,
+        resize=settings.resize,
+        max_size=settings.max_size,
+        output=settings.output,
+        precision=settings.computing_precision,
+        postprocess=PostprocessConfig(**settings.thresholds),
+        explicit=tuple(settings.thresholds),
+        draw=settings.draw,
+    )
+
+
+def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, Any]] | None:
+    """What each process of `odtk infer` does; rank 0 has all detections, scores and draws them."""
+    from .inference.infer import infer
+
+    pictures = None
+    if config.draw and not rank:
+        from .evaluation.visualize import draw_detections, open_pictures
+
+        # Before the work: a file that appears later would shift the ids of a folder.
+        pictures = open_pictures(config.data, config.draw)
+
+    detections = infer(config, rank, world)
+    if rank:
+        return None
+    if config.data.annotations:
+        from pathlib import Path
+
+        from .data.coco import load_json
+        from .evaluation.evaluate import evaluate, filter_categories, report
+
+        truth = load_json(Path(config.data.annotations))
+        report(evaluate(filter_categories(detections, truth), truth))
+    if pictures is not None:
+        draw_detections(detections, pictures)
+    return detections
+
+
+def export(settings: ExportSettings) -> bool:
+    """Writes the artifact; returns whether --verify (if asked for) found it within the allowed drop."""
+    from .export.export import export
+    from .model.checkpoint import load
+
+    need_file(settings.model, "model")
+    if settings.rotated_bbox and not load(settings.model).model.rotated:
+        raise OdtkError(f"--rotated-bbox: {settings.model} was not trained with rotated boxes.")
+    config = export_config(settings)
+    export(config)
+    if not settings.verify:
+        return True
+    from .evaluation.verify import verify
+
+    assert settings.annotations is not None  # checked with the settings
+    images = images_of(settings.images, settings.annotations)
+    return verify(config, annotations=settings.annotations, images=images, max_ap_drop=settings.max_ap_drop)
+
+
+def export_config(settings: ExportSettings) -> ExportConfig:
+    """What the export is told."""
+    return ExportConfig(
+        path=settings.model,
+        output=settings.output,
+        size=settings.height_width,
+        batch=settings.batch,  # type: ignore[arg-type]
+        precision="int8" if settings.int8 else "fp32" if settings.full_precision else "fp16",
+        opset=settings.opset,
+        postprocess=PostprocessConfig(**settings.thresholds),
+        calibration_images=settings.calibration_images,
+        calibration_batches=settings.calibration_batches,
+        calibration_table=settings.calibration_table,
+        calibration_method=settings.calibration_method,
+        timing_cache=settings.timing_cache,
+        verbose=settings.verbose,
+    )
+
+
+def evaluate(settings: EvaluateSettings) -> Any:
+    """Prints the COCO figures of a detections file, and returns them (evaluation.evaluate.Metrics)."""
+    from .evaluation.evaluate import evaluate, report
+    from .files import write_json
+
+    metrics = evaluate(settings.detections, settings.annotations, segmentation=settings.segmentation)
+    report(metrics)
+    if settings.output:
+        write_json(metrics.to_dict(), settings.output)
+    return metrics
+
+
+def check(settings: CheckSettings) -> bool:
+    """Prints every fault of a dataset; returns whether training would start on it."""
+    from .data.check import check, unmatched_boxes
+    from .model.detector import Detector
+    from .text import plural
+
+    images = images_of(settings.images, settings.annotations)
+    report = check(settings.annotations, images, rotated=settings.rotated_bbox, pixels=not settings.headers_only)
+    for fault in report.faults:
+        print(f"{'fixed' if fault.fixed else 'REFUSED':8}{fault}")
+    for line in report.summary():
+        print(line)
+    model = ModelConfig(
+        backbones=settings.backbone,
+        classes=max(1, len(report.dataset.categories)),
+        ratios=settings.anchor_ratios,
+        scales=settings.anchor_scales,
+    )
+    detector = Detector(model)
+    anchors = [(s, a.numpy()) for s, a in zip(detector.strides, detector.anchors(), strict=True)]
+    threshold = settings.anchor_ious[1]
+    _, advice = unmatched_boxes(
+        report.dataset, anchors, resize=settings.resize, max_size=settings.max_size, threshold=threshold
+    )
+    print(advice or f"every box has an anchor that overlaps it by {threshold:g}")
+    fixed = len(report.faults) - report.refused
+    print(f"{plural(report.refused, 'fault')} would stop training, {fixed} would be fixed")
+    return not report.refused
+
+
+def benchmark(settings: BenchmarkSettings, master: str | None = None) -> None:
+    """Times a model and prints a table."""
+    from . import launch
+    from .evaluation.benchmark import benchmark
+
+    need_file(settings.model, "model")
+    world = launch.world_size(settings.devices)
+    data = LoaderConfig(
+        images=settings.images or "",
+        batch=share(settings.batch or world, world),
+        size=settings.height_width,
+        loader=settings.loader,
+        workers=workers_of(world),
+        world=world,
+    )
+    config = BenchmarkConfig(
+        path=settings.model,
+        data=data,
+        iters=settings.iters,
+        warmup=settings.warmup,
+        precision=settings.computing_precision,
+        output=settings.output,
+    )
+    launch.launch(functools.partial(explained, benchmark), config, devices=settings.devices, master=master)
+
+
+def info(settings: InfoSettings) -> None:
+    """Prints what this machine can do, or what a file says of itself."""
+    from .info import describe_file, environment, report_environment, report_file
+
+    found = describe_file(settings.model) if settings.model else environment()
+    if settings.json:
+        print(json.dumps(found, indent=2))
+    elif settings.model:
+        report_file(found)
+    else:
+        report_environment(found)
+
+
+def visualize(settings: VisualizeSettings) -> list[str]:
+    """Draws pictures and returns their paths."""
+    from .evaluation import visualize
+    from .text import plural
+
+    data = LoaderConfig(
+        images=images_of(settings.images, settings.annotations),
+        annotations=settings.annotations,
+        resize=settings.resize or LoaderConfig.resize,
+        max_size=settings.max_size or LoaderConfig.max_size,
+        size=settings.height_width,
+        loader="torch",
+    )
+    output, count = settings.output, settings.count
+    written: list[str] = []
+    if settings.curves:
+        written += visualize.draw_curves(settings.curves, output)
+    if settings.features:
+        assert settings.model is not None  # checked with the settings
+        written += visualize.draw_features(settings.model, settings.features, data, output, count=count)
+    if settings.anchors:
+        from .training.assign import assign
+
+        assert settings.model is not None
+        background, foreground = settings.anchor_ious
+        rule = functools.partial(assign, background_iou=background, foreground_iou=foreground)
+        written += visualize.draw_anchors(settings.model, data, rule, output, count=count)
+    if settings.detections:
+        threshold = settings.score_threshold
+        written += visualize.draw_results(settings.detections, data, output, score_threshold=threshold, count=count)
+    elif settings.annotations and not (settings.features or settings.anchors or settings.curves):
+        written += visualize.draw_truth(data, output, count=count)
+    if not written:
+        raise OdtkError("Nothing to draw: give --detections, --annotations, --features, --anchors or --curves.")
+    print(f"Wrote {plural(len(written), 'picture')} to {output}.")
+    return written
+
+
+def synth(settings: SynthSettings) -> None:
+    """Draws a dataset of shapes."""
+    from .data.synthetic import synthesize
+
+    synthesize(
+        settings.folder,
+        images=settings.images,
+        size=(settings.size[0], settings.size[-1]),
+        classes=settings.classes,
+        rotated=settings.rotated,
+        seed=settings.seed,
+    )
+    print(f"Wrote {settings.folder}/train.json, val.json, train/ and val/.")

@@ -1,0 +1,877 @@
+"""What a user can set: per command one frozen dataclass whose fields are its flags, keys and keywords.
+
+A field owns its default (taken from config.py where a stage of the pipeline has it already), its help text and its
+check. The command line, a settings file and the Python API all call the class with the values that were given, so all
+three accept the same, refuse the same, and mean the same. Standard library only.
+
+None as a value means: no preference. What then holds is worked out from the other settings here (``resolved``), and
+from the data and the machine in training/plan.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .config import (
+    AugmentConfig,
+    BenchmarkConfig,
+    ExportConfig,
+    LoaderConfig,
+    LossConfig,
+    ModelConfig,
+    OdtkError,
+    PostprocessConfig,
+    TrainConfig,
+)
+
+LR_BATCH = 16  # the default learning rate is meant for this global batch and scaled to others
+RESNET_OPTIONS = {  # of --resnet → fields of ModelConfig
+    "caffe-stride": "caffe_stride",
+    "deep-stem": "deep_stem",
+    "avg-down": "avg_down",
+    "zero-init": "zero_init",
+    "norm-eval": "norm_eval",
+}
+ODTK_RESIZE, ODTK_JITTER = LoaderConfig.resize, LoaderConfig.jitter  # jitter is for this size and scaled to others
+ODTK_ITERS, ODTK_WARMUP, ODTK_MILESTONES = TrainConfig.iters, TrainConfig.warmup, TrainConfig.milestones
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@dataclass(frozen=True)
+class Check:
+    """A kind of value: how it is made from text, which values are good, and the words for those that are."""
+
+    kind: Callable[[Any], Any]
+    good: Callable[[Any], bool]
+    words: str
+
+    def __call__(self, value: Any) -> Any:
+        """The value in its own type.
+
+        Raises:
+            ValueError: it is not of this kind.
+        """
+        if isinstance(value, bool):  # an int to Python
+            raise ValueError
+        made = self.kind(os.fspath(value) if isinstance(value, os.PathLike) else value)
+        if (isinstance(value, float) and made != value) or not self.good(made):
+            raise ValueError
+        return made
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def _devices(value: Any) -> bool:
+    kind, _, number = value.partition(":")
+    if kind == "cpu":
+        return value == "cpu" or (number.isdecimal() and int(number) > 0)
+    return value.isdecimal() and int(value) > 0
+
+
+TEXT = Check(_text, bool, "a text")
+POSITIVE_INT = Check(int, lambda v: v > 0, "a positive whole number")
+COUNT = Check(int, lambda v: v >= 0, "a whole number, 0 or more")
+SEED = Check(int, lambda v: 0 <= v < 2**64, "a whole number from 0 to 2^64 - 1")  # as torch takes them
+POSITIVE = Check(float, lambda v: 0 < v < math.inf, "a positive number")
+NUMBER = Check(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
+ANGLE = Check(float, math.isfinite, "a number of degrees")
+FRACTION = Check(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+DEVICES = Check(str, _devices, "a number of GPUs, cpu or cpu:N")
+SWITCH = Check(bool, lambda v: True, "true or false")
+
+
+@dataclass(frozen=True)
+class Option:
+    """How one field is set.
+
+    Attributes:
+        help: one phrase, without the default.
+        check: of the value, or of each of several.
+        metavar: its placeholder in the help; None for a positional argument's or a switch's own.
+        count: how many values: None for one, a number, or the least and the greatest number (None: any).
+        choices: the values there are, or None.
+        flags: names beside the field's own.
+        shown: the default in words, where it is not the field's own.
+        section: heading in the help.
+        positional: given without a flag.
+        changes_result: whether a resumed run with another value would end in other weights.
+    """
+
+    help: str
+    check: Check
+    metavar: str | tuple[str, ...] | None = None
+    count: int | tuple[int, int | None] | None = None
+    choices: tuple[Any, ...] | None = None
+    flags: tuple[str, ...] = ()
+    shown: str | None = None
+    section: str = ""
+    positional: bool = False
+    changes_result: bool = True
+
+    def value(self, name: str, given: Any) -> Any:
+        """A given value, checked and in the field's type.
+
+        Raises:
+            OdtkError: naming the flag and the values it takes.
+        """
+        if self.check is SWITCH:
+            if not isinstance(given, bool):
+                raise OdtkError(f"{flag(name)}: {given!r} is not true or false.")
+            return given
+        if self.count is None:
+            return self.one(name, given)
+        if isinstance(given, (str, int, float)):
+            given = [given]
+        if not isinstance(given, (list, tuple)):
+            raise OdtkError(f"{flag(name)}: {given!r} is not a list.")
+        least, most = (self.count, self.count) if isinstance(self.count, int) else self.count
+        if len(given) < least or (most is not None and len(given) > most):
+            wanted = f"{least} values" if least == most else f"{least} to {most} values" if most else f"{least} or more"
+            raise OdtkError(f"{flag(name)} takes {wanted}, not {len(given)}.")
+        return tuple(self.one(name, part) for part in given)
+
+    def one(self, name: str, given: Any) -> Any:
+        try:
+            made = self.check(given)
+        except (ValueError, TypeError, OverflowError):
+            raise OdtkError(f"{flag(name)}: {given!r} is not {self.check.words}.") from None
+        if self.choices is not None and made not in self.choices:
+            listed = ", ".join(map(str, self.choices))
+            raise OdtkError(f"{flag(name)}: {given!r} is not one of {listed}.")
+        return made
+
+
+def option(
+    default: Any, help: str, check: Check = TEXT, metavar: str | tuple[str, ...] | None = None, **more: Any
+) -> Any:
+    """A dataclass field that is an option; ``default`` may be dataclasses.MISSING for one that must be given."""
+    return field(default=default, metadata={"option": Option(help, check, metavar, **more)})
+
+
+def switch(help: str, **more: Any) -> Any:
+    """An option that is off unless it is given."""
+    return option(False, help, SWITCH, **more)
+
+
+def flag(name: str) -> str:
+    """A field's name as its flag."""
+    return "--" + name.replace("_", "-")
+
+
+def options(cls: type) -> dict[str, Option]:
+    """The options of a settings class by field name, in order."""
+    return {f.name: f.metadata["option"] for f in dataclasses.fields(cls)}
+
+
+S = TypeVar("S", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of all: checks every value, however it was given."""
+
+    def __post_init__(self) -> None:
+        for name, one in options(type(self)).items():
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, one.value(name, given))
+            elif next(f for f in dataclasses.fields(self) if f.name == name).default is not None:
+                raise OdtkError(f"{flag(name)} needs a value.")
+        self.check()
+
+    def check(self) -> None:
+        """What several settings say together.
+
+        Raises:
+            OdtkError: they contradict each other.
+        """
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any], source: str = "") -> dict[str, Any]:
+        """Values by name, where ``-`` may stand for ``_``, each known and good.
+
+        Args:
+            source: of the values, for the sentence of an error.
+
+        Raises:
+            OdtkError: an unknown name (the nearest right one is offered), or a wrong value.
+        """
+        known = options(cls)
+        found = {}
+        where = f"{source}: " if source else ""
+        for key, value in values.items():
+            name = str(key).replace("-", "_")
+            if name not in known:
+                raise OdtkError(where + unknown(str(key), known))
+            try:
+                found[name] = None if value is None else known[name].value(name, value)
+            except OdtkError as error:
+                raise OdtkError(f"{where}{error}") from None
+        return found
+
+    @classmethod
+    def of(cls: type[S], values: Mapping[str, Any]) -> S:
+        """The settings of values by name.
+
+        Raises:
+            OdtkError: as checked, or something required is missing, or the values contradict each other.
+        """
+        given = cls.checked(values)
+        for f in dataclasses.fields(cls):
+            if f.default is dataclasses.MISSING and given.get(f.name) is None:
+                one = f.metadata["option"]
+                raise OdtkError(
+                    f"{one.metavar if one.positional else flag(f.name) + ' ' + str(one.metavar)} is required."
+                )
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name, as a settings file takes them."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+
+
+def unknown(name: str, known: Mapping[str, Any]) -> str:
+    """The sentence for a setting that does not exist."""
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"There is no setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ".")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What several commands share
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Devices(Settings):
+    devices: str | None = option(
+        None,
+        "GPUs to use, one process each; cpu, or cpu:N processes",
+        DEVICES,
+        "N|cpu",
+        shown="all visible GPUs, else cpu",
+        changes_result=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loader(Settings):
+    loader: str = option(
+        LoaderConfig.loader, "what reads the images; torch where DALI cannot be imported", choices=("dali", "torch")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Size(Settings):
+    size: tuple[int, ...] | None = option(
+        None,
+        "fit images inside H×W and pad them; one number for a square",
+        POSITIVE_INT,
+        ("H", "W"),
+        count=(1, 2),
+        shown="as the model was trained or exported",
+    )
+
+    @property
+    def height_width(self) -> tuple[int, int] | None:
+        return None if self.size is None else (self.size[0], self.size[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Resize(Settings):
+    resize: int | None = option(
+        None, "shorter side of the image", POSITIVE_INT, "PIXELS", shown="as the model was trained"
+    )
+    max_size: int | None = option(
+        None, "cap of the longer side", POSITIVE_INT, "PIXELS", shown="as the model was trained"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Thresholds(Settings):
+    score_threshold: float | None = option(
+        None, "detections score above this", FRACTION, "SCORE", shown=f"{PostprocessConfig.score_threshold}"
+    )
+    nms_threshold: float | None = option(
+        None,
+        "a box that overlaps a better one by more is dropped",
+        FRACTION,
+        "IOU",
+        shown=f"{PostprocessConfig.nms_threshold}",
+    )
+    detections: int | None = option(
+        None, "detections per image at most", POSITIVE_INT, "N", shown=f"{PostprocessConfig.detections}"
+    )
+
+    @property
+    def thresholds(self) -> dict[str, Any]:
+        """Those that were given."""
+        names = ("score_threshold", "nms_threshold", "detections")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Precision(Settings):
+    full_precision: bool = switch("compute in fp32 rather than in mixed precision")
+
+    @property
+    def computing_precision(self) -> str:
+        return "fp32" if self.full_precision else "mixed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Anchors(Settings):
+    anchor_ious: tuple[float, ...] = option(
+        (LossConfig.background_iou, LossConfig.foreground_iou),
+        "an anchor that overlaps less than BG is background, from FG on foreground",
+        FRACTION,
+        ("BG", "FG"),
+        count=2,
+        section="model",
+    )
+    anchor_scales: tuple[float, ...] = option(
+        ModelConfig.scales,
+        "sides of the anchors, in strides of their level: smaller for small objects; "
+        "`odtk check` counts the boxes that no anchor matches",
+        POSITIVE,
+        "SCALE",
+        count=(1, None),
+        shown="4 5.04 6.35",
+        section="model",
+    )
+    anchor_ratios: tuple[float, ...] = option(
+        ModelConfig.ratios, "height over width of the anchors", POSITIVE, "RATIO", count=(1, None), section="model"
+    )
+
+    def check(self) -> None:
+        rising("--anchor-ious", self.anchor_ious)
+
+
+def rising(name: str, pair: tuple[float, ...]) -> None:
+    """Refuses a range whose first number is above its second."""
+    if pair[0] > pair[1]:
+        raise OdtkError(f"{name} {pair[0]:g} {pair[1]:g}: the first number must not be above the second.")
+
+
+def _model(suffixes: str, help: str) -> Any:
+    return option(dataclasses.MISSING, help, TEXT, f"MODEL.{suffixes}", positional=True, changes_result=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(_Devices, _Loader, _Anchors):
+    """`odtk train`, and what a checkpoint keeps of a run."""
+
+    model: str = _model("pth", "checkpoint to write; training resumes from it if it exists")
+
+    annotations: str = option(dataclasses.MISSING, "COCO annotations to train on", TEXT, "JSON", section="data")
+    images: str | None = option(
+        None, "folder of the images", TEXT, "DIR", shown="beside the annotations", section="data", changes_result=False
+    )
+    val_annotations: str | None = option(
+        None,
+        "annotations to evaluate on while training; the best checkpoint is kept",
+        TEXT,
+        "JSON",
+        shown="none",
+        section="data",
+        changes_result=False,
+    )
+    val_images: str | None = option(
+        None,
+        "folder of the validation images",
+        TEXT,
+        "DIR",
+        shown="beside the validation annotations, else that of --images",
+        section="data",
+        changes_result=False,
+    )
+    val_iters: int | None = option(
+        None,
+        "iterations between evaluations",
+        POSITIVE_INT,
+        "N",
+        shown="a tenth of --iters, 8000 at most",
+        section="data",
+        changes_result=False,
+    )
+    batch: int | None = option(
+        None, "images per iteration over all devices", POSITIVE_INT, "N", shown="2 × devices", section="data"
+    )
+    resize: int = option(LoaderConfig.resize, "shorter side of the image", POSITIVE_INT, "PIXELS", section="data")
+    max_size: int = option(LoaderConfig.max_size, "cap of the longer side", POSITIVE_INT, "PIXELS", section="data")
+    jitter: tuple[int, ...] | None = option(
+        None,
+        "range of the shorter side in training",
+        POSITIVE_INT,
+        ("MIN", "MAX"),
+        count=2,
+        shown="0.8 to 1.28 of --resize",
+        section="data",
+    )
+
+    backbone: tuple[str, ...] = option(
+        ModelConfig.backbones,
+        "one or several, whose levels are concatenated",
+        TEXT,
+        "NAME",
+        count=(1, None),
+        section="model",
+    )
+    head: str = option(ModelConfig.head, "what detects on the levels", choices=("retinanet", "fcos"), section="model")
+    classes: int | None = option(
+        None, "number of classes", POSITIVE_INT, "N", shown="from the annotations", section="model"
+    )
+    norm: str | None = option(
+        None,
+        "normalization of the backbone",
+        choices=("frozen", "batch", "group"),
+        shown="frozen when pretrained, else batch",
+        section="model",
+    )
+    freeze_at: int = option(
+        ModelConfig.freeze_at, "ResNet stages 1 to N, the stem being 1, are not trained", COUNT, "N", section="model"
+    )
+    grad_checkpoint: bool = switch("recompute activations to save memory", section="model", changes_result=False)
+    dcn: tuple[int, ...] = option(
+        ModelConfig.dcn,
+        "ResNet stages, 2 to 5, with deformable convolution",
+        POSITIVE_INT,
+        "STAGE",
+        count=(0, None),
+        choices=(2, 3, 4, 5),
+        shown="none",
+        section="model",
+    )
+    dcn_v1: bool = switch("deformable convolution without its masks", shown="off: version 2", section="model")
+    resnet: tuple[str, ...] = option(
+        (),
+        f"what ResNets are built like: {', '.join(RESNET_OPTIONS)}",
+        TEXT,
+        "OPTION",
+        count=(0, None),
+        choices=tuple(RESNET_OPTIONS),
+        shown="none",
+        section="model",
+    )
+    backbone_weights: str | None = option(
+        None,
+        "weights to start from; none: from scratch",
+        TEXT,
+        "PATH",
+        shown="torchvision's ImageNet weights by URL",
+        section="model",
+        changes_result=False,
+    )
+    fine_tune: str | None = option(
+        None,
+        "checkpoint of which every matching tensor is taken, the rest is initialized",
+        TEXT,
+        "PATH",
+        shown="none",
+        section="model",
+        changes_result=False,
+    )
+    override: bool = switch("start anew over an existing MODEL.pth", section="model", changes_result=False)
+    override_settings: bool = switch(
+        "resume although settings that change the result differ from the run's", section="model", changes_result=False
+    )
+    rotated_bbox: bool = switch("boxes are [x, y, w, h, theta], theta in radians, anticlockwise", section="model")
+    absolute_angle: bool = switch(
+        "rotated boxes keep their angle instead of being brought within 45 degrees", section="model"
+    )
+
+    iters: int | None = option(
+        None, "iterations", POSITIVE_INT, "N", shown=f"{ODTK_ITERS}", section="schedule", changes_result=False
+    )
+    epochs: float | None = option(
+        None,
+        "passes over the images, instead of --iters",
+        POSITIVE,
+        "N",
+        shown="none",
+        section="schedule",
+        changes_result=False,
+    )
+    milestones: tuple[int, ...] | None = option(
+        None,
+        "iterations at which the learning rate falls",
+        POSITIVE_INT,
+        "N",
+        count=(0, None),
+        shown="two thirds and eight ninths of --iters",
+        section="schedule",
+    )
+    schedule: float = option(
+        TrainConfig.schedule,
+        "scales --iters and --milestones",
+        POSITIVE,
+        "FACTOR",
+        section="schedule",
+        changes_result=False,
+    )
+    warmup: int | None = option(
+        None,
+        "iterations of linear warm-up from a tenth of the learning rate",
+        COUNT,
+        "N",
+        shown=f"a tenth of --iters, {ODTK_WARMUP} at most",
+        section="schedule",
+    )
+    gamma: float = option(
+        TrainConfig.gamma, "the learning rate falls by this factor", POSITIVE, "FACTOR", section="schedule"
+    )
+    lr: float | None = option(
+        None,
+        "learning rate",
+        POSITIVE,
+        "RATE",
+        shown=f"{TrainConfig.lr:g} for a batch of {LR_BATCH}, scaled with the batch",
+        section="schedule",
+    )
+    regularization_l2: float = option(TrainConfig.weight_decay, "weight decay", NUMBER, "DECAY", section="schedule")
+    precision: str | None = option(
+        None,
+        "of the forward and backward pass",
+        choices=("fp16", "bf16", "fp32"),
+        shown="mixed: fp16 on GPUs, bf16 on CPUs",
+        section="schedule",
+    )
+    full_precision: bool = switch("same as --precision fp32", section="schedule")
+    accumulate: int = option(
+        TrainConfig.accumulate,
+        "batches whose gradients are added up for one iteration",
+        POSITIVE_INT,
+        "N",
+        section="schedule",
+    )
+    clip_grad: float = option(5.0, "cap of the gradient's norm, 0 for none", NUMBER, "NORM", section="schedule")
+    ema: float | None = option(
+        None,
+        "decay of an exponential moving average of the weights, 0.9998 for example",
+        FRACTION,
+        "DECAY",
+        shown="none",
+        section="schedule",
+    )
+    seed: int = option(TrainConfig.seed, "of everything that is drawn at random", SEED, "N", section="schedule")
+
+    augment_rotate: bool = switch("turn by multiples of 90 degrees", section="augmentation")
+    augment_crop: float = option(
+        AugmentConfig.crop,
+        "probability of a crop that keeps boxes; 0 suits short training from scratch",
+        FRACTION,
+        "PROBABILITY",
+        section="augmentation",
+    )
+    augment_free_rotate: tuple[float, ...] = option(
+        AugmentConfig.free_rotate,
+        "turn by degrees from this range",
+        ANGLE,
+        ("MIN", "MAX"),
+        count=2,
+        section="augmentation",
+    )
+    augment_brightness: float = option(
+        AugmentConfig.brightness, "standard deviation of the change", NUMBER, "STD", section="augmentation"
+    )
+    augment_contrast: float = option(
+        AugmentConfig.contrast, "standard deviation of the change", NUMBER, "STD", section="augmentation"
+    )
+    augment_hue: float = option(
+        AugmentConfig.hue, "standard deviation of the change", NUMBER, "STD", section="augmentation"
+    )
+    augment_saturation: float = option(
+        AugmentConfig.saturation, "standard deviation of the change", NUMBER, "STD", section="augmentation"
+    )
+
+    logdir: str | None = option(
+        None, "TensorBoard files and metrics.jsonl", TEXT, "DIR", shown="none", section="log", changes_result=False
+    )
+    post_metrics: str | None = option(
+        None, "POST metrics as JSON to this address", TEXT, "URL", shown="none", section="log", changes_result=False
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.full_precision and self.precision not in (None, "fp32"):
+            raise OdtkError(f"--full-precision contradicts --precision {self.precision}.")
+        if self.head == "fcos" and self.rotated_bbox:
+            raise OdtkError("--head fcos has no angle: rotated boxes need --head retinanet.")
+        if self.absolute_angle and not self.rotated_bbox:
+            raise OdtkError("--absolute-angle requires --rotated-bbox.")
+        if self.dcn_v1 and not self.dcn:
+            raise OdtkError("--dcn-v1 requires deformable convolution: name its stages with --dcn, for example 3 4 5.")
+        if self.iters is not None and self.epochs is not None:
+            raise OdtkError("--iters and --epochs both give the length: keep one.")
+        if self.jitter is not None:
+            rising("--jitter", self.jitter)
+        rising("--augment-free-rotate", self.augment_free_rotate)
+        if self.milestones is not None and tuple(sorted(set(self.milestones))) != self.milestones:
+            raise OdtkError("--milestones must rise from one to the next.")
+
+    @property
+    def pretrained(self) -> bool:
+        return self.backbone_weights != "none" or self.fine_tune is not None
+
+    def resolved(self, *, batch: int, iters: int, classes: int) -> TrainSettings:
+        """Every value that follows from other settings, once data and machine have given these three.
+
+        Args:
+            batch: images per step over all devices.
+        """
+        low, high = (side / ODTK_RESIZE for side in ODTK_JITTER)
+        follows: dict[str, Any] = {
+            "batch": batch,
+            "iters": iters,
+            "classes": classes,
+            "epochs": None,
+            "jitter": (max(1, round(self.resize * low)), round(self.resize * high)),
+            "norm": "frozen" if self.pretrained else "batch",
+            "milestones": tuple(sorted({max(1, round(iters * m / ODTK_ITERS)) for m in ODTK_MILESTONES})),
+            "warmup": min(ODTK_WARMUP, iters // 10),
+            "val_iters": min(TrainConfig.val_iters, max(1, iters // 10)),
+            "lr": TrainConfig.lr * batch * self.accumulate / LR_BATCH,
+            "precision": "fp32" if self.full_precision else None,
+        }
+        kept = ("batch", "iters", "classes", "epochs")
+        return dataclasses.replace(self, **{k: v for k, v in follows.items() if k in kept or getattr(self, k) is None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
+    """`odtk infer`."""
+
+    model: str = _model("{pth,onnx,plan,engine}", "checkpoint or exported file")
+    images: str | None = option(
+        None, "folder of the images", TEXT, "DIR", shown="beside the annotations, else this folder"
+    )
+    annotations: str | None = option(
+        None, "COCO annotations: take their images and print COCO figures", TEXT, "JSON", shown="every image"
+    )
+    output: tuple[str, ...] = option(
+        ("detections.json",),
+        "files to write the detections to, in COCO result form",
+        TEXT,
+        "JSON",
+        count=(1, None),
+    )
+    batch: int | None = option(None, "images at a time over all devices", POSITIVE_INT, "N", shown="2 × devices")
+    draw: str | None = option(None, "write the images with their detections there", TEXT, "DIR", shown="none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(_Size, _Thresholds):
+    """`odtk export`."""
+
+    model: str = _model("pth", "checkpoint")
+    output: str = option(dataclasses.MISSING, "file to write", TEXT, "OUT.{onnx,plan,engine}", positional=True)
+    batch: tuple[int, ...] = option(
+        ExportConfig.batch,
+        "batch sizes that the file accepts and is tuned for",
+        POSITIVE_INT,
+        ("MIN", "OPT", "MAX"),
+        count=3,
+        flags=("--dynamic-batch-opts",),
+    )
+    full_precision: bool = switch("fp32", shown="fp16")
+    int8: bool = switch("int8, with fp16 where it would cost accuracy", shown="fp16")
+    calibration_images: str | None = option(None, "images for --int8", TEXT, "DIR", shown="none")
+    calibration_batches: int | None = option(
+        None, "batches of calibration images to use", POSITIVE_INT, "N", shown="as many as hold 500 images"
+    )
+    calibration_table: str | None = option(
+        None,
+        "table of --int8: read instead of images when it exists, else written",
+        TEXT,
+        "PATH",
+        shown="beside OUT",
+    )
+    calibration_method: str = option(
+        ExportConfig.calibration_method,
+        "how the range of an activation is chosen",
+        choices=("entropy", "percentile", "minmax"),
+    )
+    opset: int = option(ExportConfig.opset, "ONNX operator set", POSITIVE_INT, "N")
+    rotated_bbox: bool = switch(
+        "refuse a MODEL.pth without rotated boxes", shown="the checkpoint says which boxes it has"
+    )
+    timing_cache: str | None = option(None, "TensorRT's timing cache, read and updated", TEXT, "PATH", shown="none")
+    verify: bool = switch("run the written file beside PyTorch in fp32 on --annotations and --images")
+    annotations: str | None = option(None, "COCO annotations for --verify", TEXT, "JSON", shown="none")
+    images: str | None = option(None, "images for --verify", TEXT, "DIR", shown="beside the annotations")
+    max_ap_drop: float = option(
+        0.3, "points of AP (0 to 100) that --verify allows to be lost, else exit code 2", NUMBER, "POINTS"
+    )
+    verbose: bool = switch("print the log of the conversion")
+    devices: str | None = option(
+        None,
+        "cpu: no GPU is to be used",
+        DEVICES,
+        "N|cpu",
+        shown="an .onnx is written on the CPU, an engine on the first GPU",
+    )
+
+    def check(self) -> None:
+        if os.path.splitext(self.output)[1] not in (".onnx", ".plan", ".engine"):
+            raise OdtkError(f"{self.output} must end in .onnx, .plan or .engine.")
+        if self.devices and self.devices.startswith("cpu") and not self.output.endswith(".onnx"):
+            raise OdtkError(f"--devices cpu: {self.output} is built on the GPU that will run it; an .onnx needs none.")
+        if self.int8 and self.full_precision:
+            raise OdtkError("--int8 contradicts --full-precision.")
+        if self.int8 and not self.calibration_images and not self.calibration_table:
+            raise OdtkError("--int8 needs --calibration-images DIR, or a --calibration-table PATH written earlier.")
+        if self.verify and not self.annotations:
+            raise OdtkError("--verify needs --annotations JSON and --images DIR.")
+        low, best, high = self.batch
+        if not low <= best <= high:
+            raise OdtkError(f"--batch {low} {best} {high}: the numbers are MIN, OPT and MAX, in rising order.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(Settings):
+    """`odtk evaluate`."""
+
+    detections: str = option(
+        dataclasses.MISSING, "COCO results, such as `odtk infer` writes", TEXT, "DETECTIONS.json", positional=True
+    )
+    annotations: str = option(dataclasses.MISSING, "COCO annotations of the same images", TEXT, "JSON")
+    segmentation: bool = switch(
+        "overlap of masks; rotated boxes count as polygons", shown="off: of boxes, rotated if they are"
+    )
+    output: str | None = option(None, "write the figures there too", TEXT, "JSON", shown="none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings(_Anchors):
+    """`odtk check`."""
+
+    annotations: str = option(dataclasses.MISSING, "COCO annotations", TEXT, "JSON")
+    images: str | None = option(None, "folder of the images", TEXT, "DIR", shown="beside the annotations")
+    resize: int = option(LoaderConfig.resize, "shorter side of the image", POSITIVE_INT, "PIXELS")
+    max_size: int = option(LoaderConfig.max_size, "cap of the longer side", POSITIVE_INT, "PIXELS")
+    backbone: tuple[str, ...] = option(
+        ModelConfig.backbones, "whose levels the anchors stand on", TEXT, "NAME", count=(1, None)
+    )
+    rotated_bbox: bool = switch("boxes are [x, y, w, h, theta], theta in radians, anticlockwise")
+    headers_only: bool = switch("do not decode the images to their end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings(_Devices, _Loader, _Size, _Precision):
+    """`odtk benchmark`."""
+
+    model: str = _model("{pth,onnx,plan,engine}", "checkpoint or exported file")
+    batch: int | None = option(None, "images at a time over all devices", POSITIVE_INT, "N", shown="1 × devices")
+    iters: int = option(BenchmarkConfig.iters, "timed batches", POSITIVE_INT, "N")
+    warmup: int = option(BenchmarkConfig.warmup, "batches before those", COUNT, "N")
+    images: str | None = option(
+        None,
+        "time the loader and the model on these images too",
+        TEXT,
+        "DIR",
+        shown="the model alone, on random images",
+    )
+    output: str | None = option(None, "write the figures there too", TEXT, "JSON", shown="none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoSettings(Settings):
+    """`odtk info`."""
+
+    model: str | None = option(None, "file to tell about", TEXT, "MODEL", positional=True, shown="this machine")
+    json: bool = switch("as JSON", shown="a table")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualizeSettings(_Size, _Resize):
+    """`odtk visualize`."""
+
+    model: str | None = option(
+        None, "checkpoint, for --features and --anchors", TEXT, "MODEL.pth", positional=True, shown="none"
+    )
+    images: str | None = option(None, "folder of the images", TEXT, "DIR", shown="beside the annotations")
+    annotations: str | None = option(None, "COCO annotations: draws the ground truth", TEXT, "JSON", shown="none")
+    detections: str | None = option(
+        None, "COCO results: draws the detections, beside the ground truth", TEXT, "JSON", shown="none"
+    )
+    score_threshold: float = option(0.3, "draw detections above this score", FRACTION, "SCORE")
+    features: str | None = option(
+        None, "draw the feature maps of this layer of MODEL.pth, for example layer4", TEXT, "LAYER", shown="none"
+    )
+    anchors: bool = switch("draw which anchors match which boxes")
+    anchor_ious: tuple[float, ...] = option(
+        (LossConfig.background_iou, LossConfig.foreground_iou),
+        "bounds of the match, as in training",
+        FRACTION,
+        ("BG", "FG"),
+        count=2,
+    )
+    curves: str | None = option(None, "draw the training curves of LOGDIR/metrics.jsonl", TEXT, "LOGDIR", shown="none")
+    count: int = option(16, "images to draw", POSITIVE_INT, "N")
+    output: str = option("pictures", "folder for the pictures", TEXT, "DIR")
+
+    def check(self) -> None:
+        rising("--anchor-ious", self.anchor_ious)
+        if (self.features or self.anchors) and not self.model:
+            raise OdtkError("--features and --anchors need MODEL.pth.")
+        if self.anchors and not self.annotations:
+            raise OdtkError("--anchors needs --annotations JSON.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthSettings(Settings):
+    """`odtk synth`."""
+
+    folder: str = option(
+        dataclasses.MISSING, "where to write train/, val/, train.json and val.json", TEXT, "DIR", positional=True
+    )
+    images: int = option(240, "images of both sets together, every fifth for validation", POSITIVE_INT, "N")
+    size: tuple[int, ...] = option(
+        (240, 320), "height and width of the images in pixels", POSITIVE_INT, ("H", "W"), count=(1, 2)
+    )
+    classes: int = option(4, "kinds of shapes", POSITIVE_INT, "N")
+    rotated: bool = switch("elongated shapes with boxes [x, y, w, h, theta]", flags=("--rotated-bbox",))
+    seed: int = option(0, "of everything that is drawn at random", SEED, "N")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "odtk": {  # NVIDIA's ODTK 0.2.6, whole
+        "backbone": ("ResNet50FPN",),
+        "head": "retinanet",
+        "resize": 800,
+        "max_size": 1333,
+        "jitter": (640, 1024),
+        "iters": 90000,
+        "milestones": (60000, 80000),
+        "schedule": 1.0,
+        "warmup": 1000,
+        "gamma": 0.1,
+        "regularization_l2": 0.0001,
+        "val_iters": 8000,
+        "anchor_ious": (0.4, 0.5),
+        "anchor_scales": tuple(4 * 2 ** (i / 3) for i in range(3)),
+        "anchor_ratios": (1.0, 2.0, 0.5),
+        "augment_brightness": 0.002,
+        "augment_contrast": 0.002,
+        "augment_hue": 0.0002,
+        "augment_saturation": 0.002,
+    },
+}

@@ -1,0 +1,128 @@
+"""From the settings that were given to those of one run: what follows from the data and the machine.
+
+What follows from other settings alone is worked out in settings.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+from ..config import (
+    ROTATED_ANGLES,
+    AugmentConfig,
+    LoaderConfig,
+    LossConfig,
+    ModelConfig,
+    OdtkError,
+    TrainConfig,
+)
+from ..data.coco import categories_of, load_json
+from ..settings import RESNET_OPTIONS, TrainSettings
+
+
+def plan(settings: TrainSettings, world: int) -> TrainConfig:
+    """The run that settings give over `world` processes.
+
+    Raises:
+        OdtkError: annotations that cannot be read, or a batch that cannot be shared out.
+    """
+    content = load_json(Path(settings.annotations))
+    batch = settings.batch or 2 * world
+    if batch % world:
+        near = batch - batch % world or world
+        raise OdtkError(f"--batch {batch} does not divide by the {world} devices: {near} does.")
+    iters = settings.iters or TrainConfig.iters
+    if settings.epochs is not None:
+        iters = max(1, math.ceil(settings.epochs * len(content["images"]) / (batch * settings.accumulate)))
+    classes = settings.classes or count_categories(content, settings.annotations)
+    return train_config(settings.resolved(batch=batch, iters=iters, classes=classes), world)
+
+
+def count_categories(content: dict, path: str) -> int:
+    """Number of categories of COCO annotations: those listed, or those that the annotations name."""
+    categories = categories_of(content)
+    if not categories:
+        raise OdtkError(f"The annotations {path} have no categories: add them, one per class.")
+    return len({str(category.get("id")) for category in categories})  # a wrong id is refused with the dataset
+
+
+def train_config(settings: TrainSettings, world: int) -> TrainConfig:
+    """The stages' own configs, from settings that are resolved."""
+    assert settings.batch and settings.iters and settings.classes and settings.jitter and settings.lr
+    assert settings.norm and settings.milestones is not None and settings.warmup is not None and settings.val_iters
+    images = settings.images or os.path.dirname(settings.annotations) or "."
+    data = LoaderConfig(
+        images=images,
+        annotations=settings.annotations,
+        batch=settings.batch // world,
+        training=True,
+        resize=settings.resize,
+        max_size=settings.max_size,
+        jitter=(settings.jitter[0], settings.jitter[1]),
+        rotated=settings.rotated_bbox,
+        absolute_angle=settings.absolute_angle,
+        augment=AugmentConfig(
+            crop=settings.augment_crop,
+            rotate=settings.augment_rotate,
+            free_rotate=(settings.augment_free_rotate[0], settings.augment_free_rotate[1]),
+            brightness=settings.augment_brightness,
+            contrast=settings.augment_contrast,
+            hue=settings.augment_hue,
+            saturation=settings.augment_saturation,
+        ),
+        loader=settings.loader,
+        workers=max(1, min(8, (os.cpu_count() or 1) // world)),
+        seed=settings.seed,
+        world=world,
+    )
+    val_data = None
+    if settings.val_annotations:
+        own = settings.val_images or (os.path.dirname(settings.val_annotations) if settings.images is None else images)
+        val_data = dataclasses.replace(data, images=own or ".", annotations=settings.val_annotations, training=False)
+    return TrainConfig(
+        path=settings.model,
+        model=ModelConfig(
+            backbones=settings.backbone,
+            head=settings.head,
+            classes=settings.classes,
+            ratios=settings.anchor_ratios,
+            scales=settings.anchor_scales,
+            angles=ROTATED_ANGLES if settings.rotated_bbox else (),
+            norm=settings.norm,
+            freeze_at=settings.freeze_at,
+            dcn=tuple(sorted(set(settings.dcn))),
+            dcn_modulated=not settings.dcn_v1,
+            grad_checkpoint=settings.grad_checkpoint,
+            **{RESNET_OPTIONS[name]: True for name in settings.resnet},
+        ),
+        data=data,
+        val_data=val_data,
+        loss=LossConfig(
+            background_iou=settings.anchor_ious[0],
+            foreground_iou=settings.anchor_ious[1],
+            absolute_angle=settings.absolute_angle,
+        ),
+        iters=settings.iters,
+        milestones=settings.milestones,
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        gamma=settings.gamma,
+        lr=settings.lr,
+        weight_decay=settings.regularization_l2,
+        precision=settings.precision or "mixed",
+        val_iters=settings.val_iters,
+        fine_tune=settings.fine_tune,
+        backbone_weights=settings.backbone_weights,
+        override=settings.override,
+        override_settings=settings.override_settings,
+        accumulate=settings.accumulate,
+        clip_grad=settings.clip_grad or None,
+        ema=settings.ema,
+        logdir=settings.logdir,
+        post_metrics=settings.post_metrics,
+        seed=settings.seed,
+        settings=settings.to_dict(),
+    )

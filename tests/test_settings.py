@@ -1,0 +1,222 @@
+"""Settings: one truth for flags, settings files and the Python API; checks, presets, and what follows from what."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from odtk.cli import COMMANDS, build_parser, settings_of
+from odtk.config import OdtkError
+from odtk.settings import (
+    ANGLE,
+    DEVICES,
+    FRACTION,
+    PRESETS,
+    SWITCH,
+    TEXT,
+    ExportSettings,
+    InferSettings,
+    Option,
+    Settings,
+    TrainSettings,
+    flag,
+    options,
+)
+
+EVERY = [(command, name) for command, (cls, _, _) in COMMANDS.items() for name in options(cls)]
+REQUIRED: dict[str, dict[str, Any]] = {
+    "train": {"model": "m.pth", "annotations": "a.json"},
+    "infer": {"model": "m.pth"},
+    "export": {"model": "m.pth", "output": "m.onnx"},
+    "evaluate": {"detections": "d.json", "annotations": "a.json"},
+    "check": {"annotations": "a.json"},
+    "benchmark": {"model": "m.pth"},
+    "info": {},
+    "visualize": {},
+    "synth": {"folder": "d"},
+}
+NEEDS = {  # what else must be given for an option to make sense
+    "dcn_v1": {"dcn": [4]},
+    "absolute_angle": {"rotated_bbox": True},
+    "verify": {"annotations": "v.json"},
+    "int8": {"calibration_images": "c"},
+    "features": {"model": "m.pth"},
+    "anchors": {"model": "m.pth", "annotations": "a.json"},
+}
+
+
+def sample(name: str, one: Option, default: Any) -> Any:
+    """A good value of an option that is not its default."""
+    if name == "output" and one.positional:
+        return "other.plan"
+    if one.check is SWITCH:
+        return True
+    if one.choices is not None:
+        single: Any = next(c for c in one.choices if c != default)
+    elif one.check is TEXT:
+        single = "other"
+    elif one.check is DEVICES:
+        single = "cpu"
+    elif one.check is FRACTION:
+        single = 0.25
+    elif one.check is ANGLE:
+        single = -3.5
+    else:
+        single = 7
+    if one.count is None:
+        return single
+    return [single] * (one.count if isinstance(one.count, int) else 1)
+
+
+def argv_of(command: str, cls: type[Settings], values: dict[str, Any]) -> list[str]:
+    """Values as a command line."""
+    known = options(cls)
+    line = [command] + [str(values[name]) for name, one in known.items() if one.positional and name in values]
+    for name, value in values.items():
+        if known[name].positional:
+            continue
+        if known[name].check is SWITCH:
+            line += [flag(name)] if value else []
+        else:
+            line += [flag(name), *map(str, value if isinstance(value, list) else [value])]
+    return line
+
+
+def from_flags(*argv: str) -> Settings:
+    return settings_of(build_parser().parse_args([str(a) for a in argv]))
+
+
+def default(cls: type[Settings], name: str) -> Any:
+    return next(f for f in dataclasses.fields(cls) if f.name == name).default
+
+
+@pytest.mark.parametrize(("command", "name"), EVERY)
+def test_flags_file_and_python_fill_the_same_settings(command: str, name: str, tmp_path: Path) -> None:
+    cls = COMMANDS[command][0]
+    value = sample(name, options(cls)[name], default(cls, name))
+    values = {**REQUIRED[command], **NEEDS.get(name, {}), name: value}
+    if command == "export" and name == "devices":
+        values["output"] = "m.onnx"
+    python = cls.of(values)
+    assert getattr(python, name) != default(cls, name)
+    assert from_flags(*argv_of(command, cls, values)) == python
+
+    path = tmp_path / "settings.yaml"
+    for key in (name, name.replace("_", "-")):  # either spelling
+        path.write_text(yaml.safe_dump({**values, **({key: values[name]} if key == name else {})}))
+        assert from_flags(command, "--settings", path) == python
+    assert cls.of(python.to_dict()) == python, "what a checkpoint keeps gives the same settings again"
+    json.dumps(python.to_dict())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_defaults_are_one(command: str) -> None:
+    cls = COMMANDS[command][0]
+    assert (
+        from_flags(*argv_of(command, cls, REQUIRED[command])) == cls.of(REQUIRED[command]) == cls(**REQUIRED[command])
+    )
+
+
+def test_flags_stand_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("iters: 50\nresize: 320\nlr: 1e-3  # which YAML 1.1 takes for a text\n")
+    found = from_flags(
+        "train", "m.pth", "--annotations", "a", "--preset", "odtk", "--settings", path, "--resize", "200"
+    )
+    assert isinstance(found, TrainSettings)
+    assert (found.iters, found.resize, found.lr, found.jitter) == (50, 200, 0.001, (640, 1024))
+
+
+def test_the_preset_is_odtk_whole() -> None:
+    found = TrainSettings.of({"model": "m", "annotations": "a", **PRESETS["odtk"]})
+    run = found.resolved(batch=16, iters=found.iters or 0, classes=80)
+    assert (run.iters, run.milestones, run.warmup, run.val_iters, run.lr) == (90000, (60000, 80000), 1000, 8000, 0.01)
+    assert (run.resize, run.max_size, run.jitter, run.backbone) == (800, 1333, (640, 1024), ("ResNet50FPN",))
+    assert len(run.anchor_scales) * len(run.anchor_ratios) == 9 and run.anchor_ious == (0.4, 0.5)
+
+
+def test_what_follows_from_other_settings() -> None:
+    def run(**given: Any) -> TrainSettings:
+        found = TrainSettings.of({"model": "m", "annotations": "a", **given})
+        return found.resolved(batch=found.batch or 2, iters=found.iters or 90000, classes=3)
+
+    assert (
+        run().jitter == (640, 1024)
+        and run(resize=240).jitter == (192, 307)
+        and run(resize=240, jitter=[9, 9]).jitter == (9, 9)
+    )
+    assert (run(iters=60).warmup, run(iters=60).milestones, run(iters=60).val_iters) == (6, (40, 53), 6)
+    assert (run().warmup, run().milestones, run().val_iters) == (1000, (60000, 80000), 8000)
+    assert run(iters=60, warmup=0).warmup == 0 and run(iters=1).warmup == 0
+    assert run(batch=16).lr == 0.01 and run(batch=8, accumulate=4).lr == 0.02 and run(batch=64, lr=0.003).lr == 0.003
+    assert (run().norm, run(backbone_weights="none").norm) == ("frozen", "batch")
+    assert run(backbone_weights="none", fine_tune="a.pth").norm == "frozen" and run(norm="group").norm == "group"
+    assert run(full_precision=True).precision == "fp32"
+    assert run().resolved(batch=2, iters=90000, classes=3) == run(), "what is resolved stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"lr": -1}, "--lr: -1 is not a positive number"),
+        ({"lr": True}, "--lr: True is not a positive number"),
+        ({"iters": 1.5}, "--iters: 1.5 is not a positive whole number"),
+        ({"jitter": [1]}, "--jitter takes 2 values, not 1"),
+        ({"jitter": {"a": 1}}, "is not a list"),
+        ({"override": "yes"}, "--override: 'yes' is not true or false"),
+        ({"annotations": 5}, "--annotations: 5 is not a text"),
+        ({"head": "yolo"}, "--head: 'yolo' is not one of retinanet, fcos"),
+        ({"learning_rate": 1}, "There is no setting 'learning_rate'"),
+        ({"mile_stones": [1]}, "did you mean 'milestones'?"),
+        ({"max-sise": 3}, "There is no setting 'max-sise': did you mean 'max_size'?"),
+        ({"iters": 5, "epochs": 2}, "--iters and --epochs"),
+        ({"lr": float("nan")}, "is not a positive number"),
+        ({"batch": 10**400}, None),
+        ({"lr": 10**400}, "is not a positive number"),
+        ({"annotations": None}, "--annotations JSON is required"),
+        ({"resize": None}, "--resize needs a value"),
+    ],
+)
+def test_wrong_values_are_refused_alike(values: dict[str, Any], sentence: str | None, tmp_path: Path) -> None:
+    whole = {"model": "m.pth", "annotations": "a", **values}
+    if sentence is None:
+        TrainSettings.of(whole)
+        return
+    with pytest.raises(OdtkError) as python:
+        TrainSettings.of(whole)
+    assert sentence in str(python.value)
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in whole.items() if not isinstance(v, int) or abs(v) < 10**300}))
+    if 10**400 in values.values():
+        return
+    with pytest.raises(OdtkError) as file:
+        from_flags("train", "--settings", path)
+    assert sentence in str(file.value)
+    if "required" not in sentence and "both" not in str(file.value):
+        assert str(path) in str(file.value) or "needs a value" in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("- a\n- b\n", "holds no settings"),
+        ("a: [1", "is not valid YAML"),
+        ("!!python/object:os.system {}\n", "is not valid YAML"),
+    ],
+)
+def test_files_that_are_no_settings(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(OdtkError, match=sentence):
+        from_flags("train", "m.pth", "--annotations", "a", "--settings", path)
+    with pytest.raises(OdtkError, match="Cannot read"):
+        from_flags("train", "m.pth", "--annotations", "a", "--settings", tmp_path / "none.yaml")
+
+
+def test_settings_of_other_commands() -> None:
+    assert InferSettings(model="m.onnx", detections=50).thresholds == {"detections": 50}
+    assert ExportSettings(model="m.pth", output="m.onnx", size=(800,)).height_width == (800, 800)
+    assert ExportSettings(model="m.pth", output="m.onnx").height_width is None
