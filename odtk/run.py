@@ -150,7 +150,8 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[
 
     pictures = None
     if config.draw and not rank:
-        from .evaluation.visualize import draw_detections, open_pictures
+        from .evaluation.pictures import open_pictures
+        from .evaluation.visualize import draw_detections
 
         # Before the work: a file that appears later would shift the ids of a folder.
         pictures = open_pictures(config.data, config.draw)
@@ -292,7 +293,7 @@ def info(settings: InfoSettings) -> None:
 
 def visualize(settings: VisualizeSettings) -> list[str]:
     """Draws pictures and returns their paths."""
-    from .evaluation import visualize
+    from .evaluation import anchor_matches, curves, features, visualize
     from .text import plural
 
     data = LoaderConfig(
@@ -306,22 +307,22 @@ def visualize(settings: VisualizeSettings) -> list[str]:
     output, count = settings.output, settings.count
     written: list[str] = []
     if settings.curves:
-        written += visualize.draw_curves(settings.curves, output)
+        written += curves.draw_curves(settings.curves, output)
     if settings.features:
         assert settings.model is not None  # checked with the settings
-        written += visualize.draw_features(settings.model, settings.features, data, output, count=count)
+        written += features.draw_features(settings.model, settings.features, data, output, count=count)
     if settings.anchors:
         from .training.assign import assign
 
         assert settings.model is not None
         background, foreground = settings.anchor_ious
         rule = functools.partial(assign, background_iou=background, foreground_iou=foreground)
-        written += visualize.draw_anchors(settings.model, data, rule, output, count=count)
+        written += anchor_matches.draw_anchors(settings.model, data, rule, output, count=count)
     if settings.detections:
         threshold = settings.score_threshold
         written += visualize.draw_results(settings.detections, data, output, score_threshold=threshold, count=count)
     elif settings.annotations and not (settings.features or settings.anchors or settings.curves):
-        written += visualize.draw_truth(data, output, count=count)
+        written += visualize.draw_ground_truth(data, output, count=count)
     if not written:
         raise OdtkError("Nothing to draw: give --detections, --annotations, --features, --anchors or --curves.")
     print(f"Wrote {plural(len(written), 'picture')} to {output}.")
@@ -331,6 +332,7 @@ def visualize(settings: VisualizeSettings) -> list[str]:
 def synth(settings: SynthSettings) -> None:
     """Draws a dataset of shapes."""
     from .data.synthetic import synthesize
+    from .text import plural
 
     synthesize(
         settings.folder,
@@ -340,4 +342,7 @@ def synth(settings: SynthSettings) -> None:
         rotated=settings.rotated,
         seed=settings.seed,
     )
-    print(f"Wrote {settings.folder}/train.json, val.json, train/ and val/.")
+    height, width = settings.size[0], settings.size[-1]
+    print(
+        f"Drew {plural(settings.images, 'image')} of {width}×{height} pixels into {settings.folder}: train/, val/ and their .json."
+    )
