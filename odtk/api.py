@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from . import run
+from . import commands
 from .settings import EvaluateSettings, ExportSettings, InferSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def load(model: Path, *, device: str | None = None, precision: str = "mixed", th
     """
     from .inference.predict import Model
 
-    with run.explaining():
+    with commands.explaining():
         return Model.load(os.fspath(model), device=device, precision=precision, threshold=threshold)
 
 
@@ -44,8 +44,8 @@ def train(model: Path, **settings: Any) -> str:
     Args:
         settings: settings.TrainSettings by name; ``annotations`` is required. None means: no preference.
     """
-    with run.explaining():
-        return run.train(TrainSettings.of({"model": model, **settings}))
+    with commands.explaining():
+        return commands.train(TrainSettings.of({"model": model, **settings}))
 
 
 def infer(model: Path, **settings: Any) -> list[dict[str, Any]] | None:
@@ -54,8 +54,8 @@ def infer(model: Path, **settings: Any) -> list[dict[str, Any]] | None:
     Args:
         settings: settings.InferSettings by name.
     """
-    with run.explaining():
-        return run.infer(InferSettings.of({"model": model, **settings}))
+    with commands.explaining():
+        return commands.infer(InferSettings.of({"model": model, **settings}))
 
 
 def export(model: Path, output: Path, **settings: Any) -> bool:
@@ -64,8 +64,8 @@ def export(model: Path, output: Path, **settings: Any) -> bool:
     Args:
         settings: settings.ExportSettings by name.
     """
-    with run.explaining():
-        return run.export(ExportSettings.of({"model": model, "output": output, **settings}))
+    with commands.explaining():
+        return commands.export(ExportSettings.of({"model": model, "output": output, **settings}))
 
 
 def evaluate(detections: Path, **settings: Any) -> Metrics:
@@ -74,5 +74,5 @@ def evaluate(detections: Path, **settings: Any) -> Metrics:
     Args:
         settings: settings.EvaluateSettings by name; ``annotations`` is required.
     """
-    with run.explaining():
-        return run.evaluate(EvaluateSettings.of({"detections": detections, **settings}))
+    with commands.explaining():
+        return commands.evaluate(EvaluateSettings.of({"detections": detections, **settings}))

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from . import __version__, run
+from . import __version__, commands
 from .config import OdtkError
 from .settings import (
     PRESETS,
@@ -36,15 +36,19 @@ from .settings import (
 
 SPAWNING = ("train", "infer", "benchmark")  # commands of several processes, which meet at --master
 COMMANDS: dict[str, tuple[type[Settings], Callable[..., Any], str]] = {
-    "train": (TrainSettings, run.train, "train a detector, or resume its training"),
-    "infer": (InferSettings, run.infer, "detect objects in images"),
-    "export": (ExportSettings, run.export, "write a model as ONNX or as a TensorRT engine"),
-    "evaluate": (EvaluateSettings, run.evaluate, "COCO figures of a file of detections"),
-    "check": (CheckSettings, run.check, "every fault of a dataset, and what its boxes are like"),
-    "benchmark": (BenchmarkSettings, run.benchmark, "speed and memory of a model"),
-    "info": (InfoSettings, run.info, "what is and isn't available here, or what a file says of itself"),
-    "visualize": (VisualizeSettings, run.visualize, "pictures of detections, ground truth, features, anchors, curves"),
-    "synth": (SynthSettings, run.synth, "draw a dataset of shapes to try things with"),
+    "train": (TrainSettings, commands.train, "train a detector, or resume its training"),
+    "infer": (InferSettings, commands.infer, "detect objects in images"),
+    "export": (ExportSettings, commands.export, "write a model as ONNX or as a TensorRT engine"),
+    "evaluate": (EvaluateSettings, commands.evaluate, "COCO figures of a file of detections"),
+    "check": (CheckSettings, commands.check, "every fault of a dataset, and what its boxes are like"),
+    "benchmark": (BenchmarkSettings, commands.benchmark, "speed and memory of a model"),
+    "info": (InfoSettings, commands.info, "what is and isn't available here, or what a file says of itself"),
+    "visualize": (
+        VisualizeSettings,
+        commands.visualize,
+        "pictures of detections, ground truth, features, anchors, curves",
+    ),
+    "synth": (SynthSettings, commands.synth, "draw a dataset of shapes to try things with"),
 }
 FAILED = {"check": 1, "export": 2}  # exit codes of commands whose call returns False
 
@@ -56,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         settings = settings_of(args)
         more = {"master": args.master} if args.command in SPAWNING else {}
-        with run.explaining():
+        with commands.explaining():
             result = COMMANDS[args.command][1](settings, **more)
         return FAILED.get(args.command, 0) if result is False else 0
     except KeyboardInterrupt:

@@ -222,6 +222,12 @@ class ExportConfig:
     seed: int = 0
     verbose: bool = False
 
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """size, once it is known."""
+        assert self.size is not None
+        return self.size
+
 
 @dataclass(frozen=True)
 class BenchmarkConfig:

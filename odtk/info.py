@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import platform
 from typing import Any
 
 import torch
 
 from . import __version__, kernels
-from .config import OdtkError
+from .config import OdtkError, to_dict
 from .evaluation.benchmark import describe_devices
 from .export.engine import require_tensorrt
+from .inference.backends import open_backend
+from .model.checkpoint import load
+from .ranks import silent
 
 PACKAGES = (
     "torch",
@@ -106,3 +110,52 @@ def print_environment(found: dict[str, Any]) -> None:
     print()
     for name, state in found["abilities"].items():
         print(f"{name:32} {'yes' if state is True else f'no: {state}'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a file says of itself
+
+
+def describe_file(path: str) -> dict[str, Any]:
+    """What a checkpoint or an exported file says of itself: plain values by name.
+
+    Raises:
+        OdtkError: no such file, or not one of odtk.
+    """
+    if path.endswith(".pth"):
+        return describe_checkpoint(path)
+    backend = open_backend(path, device="cpu", precision="fp32", thresholds=None, log=silent)
+    assert backend.metadata is not None  # an exported file has some
+    return {"file": path, **json.loads(backend.metadata.to_json())}
+
+
+def describe_checkpoint(path: str) -> dict[str, Any]:
+    """The model, categories, settings and progress of a checkpoint."""
+    found = load(path)
+    training = found.training or {}
+    return {
+        "file": path,
+        "versions": found.versions or "not stated",
+        "model": to_dict(found.model),
+        "categories": None if found.categories is None else [[c.id, c.name] for c in found.categories],
+        "settings": found.settings or "not stated (written by an odtk before 0.3, or by ODTK 0.2)",
+        "iteration": training.get("iteration", "not a training run"),
+        "best AP": training.get("best", "none"),
+    }
+
+
+def print_file(found: dict[str, Any]) -> None:
+    """Prints what describe_file found, one value a line."""
+    for name, value in found.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, one in value.items():
+                print(f"  {key:22} {format_value(one)}")
+        else:
+            print(f"{name:24} {format_value(value)}")
+
+
+def format_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(format_value, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -17,10 +17,10 @@ from onnx import TensorProto, helper, save
 
 from odtk.categories import Category
 from odtk.cli import build_parser, main, settings_of
+from odtk.commands import export_config, infer_config
 from odtk.config import ModelConfig, OdtkError, TrainConfig
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
-from odtk.run import export_config, infer_config
 from odtk.training.plan import plan
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "odtk"
 RULE = (
     "data flows one way: text, config → settings → categories → boxes → box_coder → kernels → ops → postprocess → "
     "files, launch, ranks → data, model → export → inference → evaluation → training → "
-    "deploy → info → run → api → cli, and data and model are apart"
+    "deploy → info → commands → api → cli, and data and model are apart"
 )
 ORDER = [
     {"text"},
@@ -27,7 +27,7 @@ ORDER = [
     {"training"},
     {"deploy"},
     {"info"},
-    {"run"},
+    {"commands"},
     {"api"},
     {"cli"},
 ]
@@ -145,7 +145,7 @@ def test_wrong_imports_are_seen_in_folders_too(tmp_path: Path, monkeypatch) -> N
 
 def test_the_command_line_starts_light() -> None:
     """Top-level imports of config, cli and __init__ stay in the standard library: `odtk --help` answers at once."""
-    for name in ("__init__", "config", "settings", "run", "api", "cli"):
+    for name in ("__init__", "config", "settings", "commands", "api", "cli"):
         tree = ast.parse((PACKAGE / f"{name}.py").read_text())
         for node in tree.body:
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -206,6 +206,16 @@ def round_up(size: tuple[int, int], stride: int) -> tuple[int, int]:
     return -(-size[0] // stride) * stride, -(-size[1] // stride) * stride
 
 
+def input_size(dataset: Dataset, resize: int, max_size: int, stride: int) -> tuple[int, int]:
+    """The (H, W) in pixels that holds nearly all images (19 of 20 in each direction), resized as in inference."""
+    sizes = []
+    for image in dataset.images:
+        scale = _resize_scale(image.width, image.height, resize, max_size)
+        sizes.append((round(image.height * scale), round(image.width * scale)))
+    height, width = np.percentile(sizes, 95, axis=0, method="higher").tolist()
+    return round_up((int(height), int(width)), stride)
+
+
 def _resize_scale(width: int, height: int, target: int, cap: int) -> float:
     """The factor that makes the shorter side ``target``, or the longer side ``cap`` if that is less. Pixels."""
     return min(target / min(width, height), cap / max(width, height))

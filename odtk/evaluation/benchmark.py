@@ -44,7 +44,7 @@ def benchmark(config: BenchmarkConfig, rank: int = 0, world: int = 1) -> dict[st
     device = torch.device(config.data.device)
     backend = open_backend(config.path, device=str(device), precision=config.precision, thresholds=None)
     data = loader_config(config.data, backend, print if rank == 0 else silent)
-    height, width = data.size or round_up(DEFAULT_SIZE, backend.stride)
+    height, width = data.size or backend.input_size or round_up(DEFAULT_SIZE, backend.stride)
     data = dataclasses.replace(data, size=(height, width))
     images = torch.randn(data.batch, 3, height, width, device=device)  # initializes CUDA if the backend has not
     if device.type == "cuda":

@@ -43,8 +43,8 @@ def load_or_calibrate(model: ModelProto, config: ExportConfig, weights_hash: str
         needed = {name for group in scale_groups(model.graph) for name in group}
         if table.model != weights_hash or not needed <= table.scales.keys():
             raise OdtkError(f"{path} is the calibration table of another model: calibrate this model with images.")
-        if table.size != config.size:
-            own, wanted = ("×".join(map(str, size)) for size in (table.size, config.size))
+        if table.size != config.input_size:
+            own, wanted = ("×".join(map(str, size)) for size in (table.size, config.input_size))
             raise OdtkError(f"{path} was calibrated at {own}, not {wanted}: calibrate again with images.")
         print(f"Read the INT8 scales of {plural(len(table.scales), 'tensor')} from {path}.")
         fp16_layers = tuple(dict.fromkeys([*table.fp16_layers, *config.fp16_layers]))
@@ -59,7 +59,9 @@ def load_or_calibrate(model: ModelProto, config: ExportConfig, weights_hash: str
     ranges = activation_ranges(model, images, config.calibration_method, len(dataset.images))
     scales = scales_of(scale_groups(model.graph), ranges)
     files = tuple(os.path.relpath(image.path, config.calibration_images) for image in dataset.images)
-    table = CalibrationTable(weights_hash, config.size, config.calibration_method, files, scales, config.fp16_layers)
+    table = CalibrationTable(
+        weights_hash, config.input_size, config.calibration_method, files, scales, config.fp16_layers
+    )
     save_table(path, table)
     print(f"Wrote the INT8 scales of {plural(len(scales), 'tensor')} to {path}.")
     return table

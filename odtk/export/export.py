@@ -12,7 +12,7 @@ from onnx import ModelProto, helper
 from ..config import ExportConfig, OdtkError
 from ..data.sampler import round_up
 from ..files import atomic_write
-from ..model.checkpoint import Checkpoint, build_detector, load, weights_hash
+from ..model.checkpoint import Checkpoint, build_detector, load, trained_size, weights_hash
 from ..model.detector import Detector
 from .calibration import load_or_calibrate
 from .calibration_table import CalibrationTable, table_path
@@ -21,6 +21,8 @@ from .graph import level_outputs, serialize, trace
 from .metadata import ENGINES, Metadata
 from .postprocess_graph import Level, append_plugin_postprocess, append_standard_postprocess
 from .precision import insert_qdq, to_fp16
+
+DEFAULT_SIZE = (1280, 1280)  # for files that do not say at which size they were trained, as in ODTK 0.2
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def export(config: ExportConfig) -> ExportResult:
         require_tensorrt()
     checkpoint = load(config.path)
     detector = build_detector(checkpoint).fold()
-    config = with_padded_size(config, detector.stride)
+    config = with_input_size(config, checkpoint, detector.stride)
     graph, table = raw_graph(detector, checkpoint, config)
     postprocessing = "plugins" if suffix in ENGINES else "candidates" if checkpoint.model.rotated else "detections"
     metadata = metadata_of(detector, checkpoint, config, postprocessing)
@@ -63,7 +65,7 @@ def export(config: ExportConfig) -> ExportResult:
     content = build_engine(model, metadata, config) if suffix in ENGINES else serialize(model)
     with atomic_write(config.output) as file:
         file.write(content)
-    size = "×".join(map(str, config.size))
+    size = "×".join(map(str, config.input_size))
     print(f"Wrote {config.output}: {config.precision}, {size}, {len(content) / 2**20:.1f} MiB.")
     return ExportResult(
         path=config.output,
@@ -74,12 +76,20 @@ def export(config: ExportConfig) -> ExportResult:
     )
 
 
-def with_padded_size(config: ExportConfig, stride: int) -> ExportConfig:
-    """The config with its size rounded up to multiples of the stride, which is printed if it changes the size."""
+def with_input_size(config: ExportConfig, checkpoint: Checkpoint, stride: int) -> ExportConfig:
+    """The config with the size that the model was trained at, if none is given; sides are multiples of the stride.
+
+    A size that is given and is another is printed beside it.
+    """
+    trained = trained_size(checkpoint)
+    if config.size is None:
+        return dataclasses.replace(config, size=trained or round_up(DEFAULT_SIZE, stride))
     height, width = round_up(config.size, stride)
+    given = f"{config.size[0]} {config.size[1]}"
     if (height, width) != tuple(config.size):
-        given = f"{config.size[0]} {config.size[1]}"
         print(f"--size {given} becomes {height} {width}: both must be multiples of {stride}.")
+    if trained is not None and trained != (height, width):
+        print(f"--size {given}: the model was trained at {trained[0]}×{trained[1]}.")
     return dataclasses.replace(config, size=(height, width))
 
 
@@ -87,7 +97,7 @@ def raw_graph(
     detector: Detector, checkpoint: Checkpoint, config: ExportConfig
 ) -> tuple[ModelProto, CalibrationTable | None]:
     """The graph of raw levels of a folded detector in ``config.precision``, and INT8's calibration table."""
-    model = trace(detector, config.size, config.opset)
+    model = trace(detector, config.input_size, config.opset)
     table = None
     if config.precision == "int8":
         table = load_or_calibrate(model, config, weights_hash(checkpoint.state_dict), detector.stride)
@@ -100,7 +110,7 @@ def raw_graph(
 def metadata_of(detector: Detector, checkpoint: Checkpoint, config: ExportConfig, postprocessing: str) -> Metadata:
     """The metadata of one export; ``postprocessing`` is one of the values that Metadata documents."""
     return Metadata(
-        size=config.size,
+        size=config.input_size,
         stride=detector.stride,
         classes=checkpoint.model.classes,
         categories=checkpoint.categories,

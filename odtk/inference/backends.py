@@ -37,8 +37,11 @@ class Backend:
         rotated: boxes have 6 values instead of 4.
         mean, std: normalization of RGB values in [0, 1]; padding is 0 after it.
         max_batch: the most images in one call; None if there is no limit.
+        resize, max_size: shorter side and cap of the longer one, in pixels, that a .pth was trained with, if it says.
+        input_size: (H, W) that holds nearly all images at that size, see model.checkpoint.Checkpoint.
         precision: what it computes in: fp32, fp16, bf16 or int8.
         thresholds: those of its postprocessing.
+        metadata: what an exported file says of itself; None for a .pth.
     """
 
     name: str
@@ -47,11 +50,15 @@ class Backend:
     classes: int
     categories: tuple[Category, ...] | None
     rotated: bool
+    resize: int | None = None
+    max_size: int | None = None
+    input_size: tuple[int, int] | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     max_batch: int | None = None
     precision: str
     thresholds: PostprocessConfig
+    metadata: Metadata | None = None
 
     def __call__(self, images: Tensor) -> Detections:
         """images [N, 3, H, W] float32, normalized → Detections with boxes in pixels of these images."""
@@ -59,6 +66,7 @@ class Backend:
 
     def apply_metadata(self, metadata: Metadata) -> None:
         """Sets the attributes to what an exported file says about itself."""
+        self.metadata = metadata
         self.size, self.stride = metadata.size, metadata.stride
         self.classes, self.rotated = metadata.classes, metadata.rotated
         self.categories = metadata.categories
@@ -85,6 +93,8 @@ class TorchBackend(Backend):
         self.size, self.stride = None, detector.stride
         self.classes, self.categories = loaded.model.classes, loaded.categories
         self.rotated = loaded.model.rotated
+        self.resize, self.max_size = loaded.setting("resize"), loaded.setting("max_size")
+        self.input_size = checkpoint.trained_size(loaded)
         self.precision, self.thresholds = precision, thresholds
 
     @torch.inference_mode()

@@ -44,7 +44,7 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
         explicit=config.explicit,
     )
     log = print if rank == 0 else silent
-    data = loader_config(config.data, backend, log)
+    data = loader_config(as_trained(config, backend, log), backend, log)
     dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated)
     categories = match_categories(backend, dataset.categories, log)
     loader = create_loader(dataset, data)
@@ -62,6 +62,25 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
         summary = f"{plural(len(detections), 'detection')} in {found} of {plural(total, 'image')}"
         log(", ".join([summary, *config.output]))
     return detections
+
+
+def as_trained(config: InferConfig, backend: Backend, log: Callable[[str], None] = print) -> LoaderConfig:
+    """config.data at the size that the model was trained at, where no other is asked for; a difference is logged."""
+    data = config.data
+    if backend.resize is None or data.size is not None or backend.size is not None:
+        resize, max_size = config.resize or data.resize, config.max_size or data.max_size
+        if data.size is not None and backend.input_size is not None and backend.size is None:
+            trained = "×".join(map(str, backend.input_size))
+            log(f"--size {data.size[0]} {data.size[1]}: the model was trained at {trained}.")
+        return dataclasses.replace(data, resize=resize, max_size=max_size)
+    assert backend.max_size is not None
+    resize, max_size = config.resize or backend.resize, config.max_size or backend.max_size
+    if (resize, max_size) != (backend.resize, backend.max_size):
+        log(
+            f"--resize {resize} --max-size {max_size}: the model was trained with --resize {backend.resize} "
+            f"--max-size {backend.max_size}."
+        )
+    return dataclasses.replace(data, resize=resize, max_size=max_size)
 
 
 def loader_config(data: LoaderConfig, backend: Backend, log: Callable[[str], None] = print) -> LoaderConfig:

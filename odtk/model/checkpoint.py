@@ -8,6 +8,8 @@ A file of odtk holds plain values and tensors only, so that it loads with ``weig
     categories   [[id, name], …] in the order of the class indices, or None
     state_dict   the weights to detect with: the moving average (EMA) if training kept one
     training     what resuming needs (see training/run.py), or None
+    settings     those of its training by name (settings.TrainSettings) and ``input_size`` [H, W]; absent in older files
+    versions     of odtk and torch that wrote it; absent in older files
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..categories import Category, from_pairs, to_pairs
 from ..config import ModelConfig, OdtkError, from_dict, to_dict
 from ..files import atomic_write
@@ -41,12 +44,20 @@ class Checkpoint:
         categories: entry c is the category of class index c; None if the file does not say (ODTK 0.2.x).
         state_dict: the detector's parameters and buffers, float32: the moving average (EMA) if training kept one.
         training: optimizer, iteration, loader position and so on, to resume from; None if it cannot be resumed.
+        settings: those of its training by name, plain values, with ``input_size``: (H, W) in pixels, multiples of the
+            stride, that hold nearly all of its images at the size they were trained at; None if the file does not say.
     """
 
     model: ModelConfig
     categories: tuple[Category, ...] | None
     state_dict: dict[str, Tensor]
     training: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
+    versions: dict[str, str] | None = None
+
+    def setting(self, name: str) -> Any:
+        """One setting of the training, None if the file does not say."""
+        return (self.settings or {}).get(name)
 
 
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
@@ -62,6 +73,8 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         "categories": to_pairs(checkpoint.categories),
         "state_dict": checkpoint.state_dict,
         "training": checkpoint.training,
+        "settings": checkpoint.settings,
+        "versions": {"odtk": __version__, "torch": str(torch.__version__)},
     }
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -82,6 +95,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             categories=from_pairs(content["categories"]),
             state_dict=content["state_dict"],
             training=content["training"],
+            settings=content.get("settings"),
+            versions=content.get("versions"),
         )
     if content.keys() >= {"backbone", "classes", "state_dict"}:
         return convert_odtk_02(content)
@@ -90,6 +105,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             f"{path} holds bare weights, not a detector: to start training from them, use --backbone-weights."
         )
     raise OdtkError(f"{path} was written by another program: odtk reads its own checkpoints and those of ODTK 0.2.x.")
+
+
+def trained_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """Checkpoint.settings's input_size (H, W), None if the file does not say."""
+    size = checkpoint.setting("input_size")
+    return None if size is None else (int(size[0]), int(size[1]))
 
 
 def read_dictionary(path: str | os.PathLike[str]) -> dict[str, Any]:

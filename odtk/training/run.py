@@ -27,6 +27,7 @@ from ..files import check_writable
 from ..model.checkpoint import Checkpoint, load, load_weights
 from ..model.detector import Detector
 from ..ranks import CpuGroup
+from ..settings import TrainSettings, flag, options
 from .optimizer import EMA
 from .validation import Validation
 
@@ -41,6 +42,7 @@ class Run:
     Attributes:
         iters: optimizer steps of the whole run.
         model: the detector; with several ranks, the DistributedDataParallel around it.
+        settings: those that the checkpoint carries, see model.checkpoint.Checkpoint.
         anchors: per level [A, 4 or 5], see model.anchors.base_anchors; on the device.
         iteration: optimizer steps done.
         best_ap: highest validation AP so far, −1 before the first validation.
@@ -62,6 +64,7 @@ class Run:
     scaler: torch.amp.GradScaler
     loader: Loader
     validation: Validation | None
+    settings: dict[str, Any] | None = None
     iteration: int = 0
     best_ap: float = -1.0
     saved_at: int = 0
@@ -84,6 +87,7 @@ class Run:
                 "rng": torch.get_rng_state(),
                 "loader": self.loader.state(),
             },
+            settings=self.settings,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -134,6 +138,7 @@ def find_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoin
         if theirs != ours:
             flag = f"pass --norm {theirs} to resume it, " if name == "norm" else ""  # its default depends on others
             raise OdtkError(f"{config.path} was trained with {name} {theirs}, not {ours}: {flag}{advice}.")
+    refuse_other_settings(config, found)
     if found.categories != categories:
         raise OdtkError(
             f"{config.path} was trained on other categories than those of {config.data.annotations}: {advice}."
@@ -141,6 +146,28 @@ def find_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoin
     if (found.training["average"] is None) != (config.ema is None):
         raise OdtkError(f"{config.path} was trained {'with' if config.ema is None else 'without'} --ema: {advice}.")
     return found
+
+
+def refuse_other_settings(config: TrainConfig, found: Checkpoint) -> None:
+    """Raises OdtkError if a resumed run would have other settings that change its result, unless they are overridden."""
+    if config.settings is None or found.settings is None or config.override_settings:
+        return
+    known = options(TrainSettings)
+    old, new = TrainSettings.of({k: v for k, v in found.settings.items() if k in known}).to_dict(), config.settings
+    names = [name for name, one in known.items() if one.changes_result and old[name] != new[name]]
+    if names:
+        changes = ", ".join(f"{flag(name)} {words(old[name])} → {words(new[name])}" for name in names)
+        raise OdtkError(
+            f"{config.path} was trained with other settings ({changes}): leave them as they were, or pass "
+            "--override-settings to continue with the new ones."
+        )
+
+
+def words(value: Any) -> str:
+    """A setting's value for a message."""
+    if isinstance(value, list):
+        return " ".join(map(words, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def best_path(path: str) -> str:

@@ -16,6 +16,7 @@ from ..categories import Category
 from ..config import OdtkError, TrainConfig
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
+from ..data.sampler import input_size
 from ..launch import catch_stop_signals
 from ..model.checkpoint import Checkpoint, load_weights, save
 from ..model.detector import Detector
@@ -108,6 +109,7 @@ def set_up(config: TrainConfig, rank: int, world: int) -> Run:
     ema = None if config.ema is None else EMA(detector, config.ema)
     dtype = autocast_type(config.precision, device)
     data = replace(config.data, training=True, stride=detector.stride, rank=rank, world=world)
+    size = input_size(dataset, data.resize, data.max_size, detector.stride)
     run = Run(
         config=config,
         categories=dataset.categories,
@@ -122,6 +124,7 @@ def set_up(config: TrainConfig, rank: int, world: int) -> Run:
         autocast=torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         scaler=create_scaler(dtype, device),
         loader=create_loader(dataset, data),
+        settings=None if config.settings is None else {**config.settings, "input_size": list(size)},
         validation=None if config.val_data is None else Validation(config, dataset.categories, detector.stride, ranks),
     )
     if resumed is not None:

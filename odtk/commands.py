@@ -163,10 +163,10 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[
         from pathlib import Path
 
         from .data.coco import load_json
-        from .evaluation.evaluate import evaluate, filter_categories, report
+        from .evaluation.evaluate import evaluate, filter_categories, print_metrics
 
         truth = load_json(Path(config.data.annotations))
-        report(evaluate(filter_categories(detections, truth), truth))
+        print_metrics(evaluate(filter_categories(detections, truth), truth))
     if pictures is not None:
         draw_detections(detections, pictures)
     return detections
@@ -212,11 +212,11 @@ def export_config(settings: ExportSettings) -> ExportConfig:
 
 def evaluate(settings: EvaluateSettings) -> Any:
     """Prints the COCO figures of a detections file, and returns them (evaluation.evaluate.Metrics)."""
-    from .evaluation.evaluate import evaluate, report
+    from .evaluation.evaluate import evaluate, print_metrics
     from .files import write_json
 
     metrics = evaluate(settings.detections, settings.annotations, segmentation=settings.segmentation)
-    report(metrics)
+    print_metrics(metrics)
     if settings.output:
         write_json(metrics.to_dict(), settings.output)
     return metrics
@@ -280,15 +280,15 @@ def benchmark(settings: BenchmarkSettings, master: str | None = None) -> None:
 
 def info(settings: InfoSettings) -> None:
     """Prints what this machine can do, or what a file says of itself."""
-    from .info import describe_file, environment, report_environment, report_file
+    from .info import describe_file, environment, print_environment, print_file
 
     found = describe_file(settings.model) if settings.model else environment()
     if settings.json:
         print(json.dumps(found, indent=2))
     elif settings.model:
-        report_file(found)
+        print_file(found)
     else:
-        report_environment(found)
+        print_environment(found)
 
 
 def visualize(settings: VisualizeSettings) -> list[str]:
