@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.3.0"
 
 if TYPE_CHECKING:
-    from .api import evaluate as evaluate
-    from .api import export as export
-    from .api import infer as infer
-    from .api import load as load
-    from .api import train as train
-    from .config import OdtkError as OdtkError
-    from .inference.predict import Detections as Detections
-    from .inference.predict import Model as Model
+    from .api import evaluate, export, infer, load, train
+    from .config import OdtkError
+    from .inference.predict import Detections, Model
 
 _HOMES = {
     "load": "api",

@@ -9,7 +9,7 @@ center-ness logit, it comes after them and enters the score (ops.decode), not th
     distances_centerness  l, t, r, b, center-ness logit    x1, y1, x2, y2
 
 Deltas are relative to an anchor. Distances are in strides from a cell's point, and ReLU is applied to them here.
-The exported graph (export/postprocess_graph.py) and C++ (csrc/cuda/box_coder.h) use the same names.
+The exported graph (exporting/postprocess_graph.py) and C++ (csrc/cuda/box_coder.h) use the same names.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[..., Any], str]] = {
     "visualize": (
         VisualizeSettings,
         commands.visualize,
-        "pictures of detections, ground truth, features, anchors, curves",
+        "pictures of detections, ground truth, features, anchors or curves",
     ),
     "synth": (SynthSettings, commands.synth, "draw a dataset of shapes to try things with"),
 }

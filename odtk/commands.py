@@ -174,7 +174,7 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[
 
 def export(settings: ExportSettings) -> bool:
     """Writes the artifact; returns whether --verify (if asked for) found it within the allowed drop."""
-    from .export.export import export
+    from .exporting.export import export
     from .model.checkpoint import load
 
     need_file(settings.model, "model")
@@ -343,6 +343,5 @@ def synth(settings: SynthSettings) -> None:
         seed=settings.seed,
     )
     height, width = settings.size[0], settings.size[-1]
-    print(
-        f"Drew {plural(settings.images, 'image')} of {width}×{height} pixels into {settings.folder}: train/, val/ and their .json."
-    )
+    drawn = f"{plural(settings.images, 'image')} of {width}×{height} pixels"
+    print(f"Drew {drawn} into {settings.folder}: train/, val/ and their .json.")

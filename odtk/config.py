@@ -203,7 +203,7 @@ class InferConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """One export: `odtk export` fills it, export.export() runs it."""
+    """One export: `odtk export` fills it, exporting.export.export() runs it."""
 
     path: str  # MODEL.pth
     output: str  # .onnx, .plan, .engine

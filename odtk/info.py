@@ -13,7 +13,7 @@ import torch
 from . import __version__, kernels
 from .config import OdtkError, to_dict
 from .evaluation.benchmark import describe_devices
-from .export.engine import require_tensorrt
+from .exporting.engine import require_tensorrt
 from .inference.backends import open_backend
 from .model.checkpoint import load
 from .ranks import silent

@@ -238,6 +238,10 @@ class Settings:
                 )
         return cls(**given)
 
+    def given(self) -> list[str]:
+        """Names of the settings that differ from their defaults."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name, as a settings file takes them."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}

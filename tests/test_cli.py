@@ -363,7 +363,7 @@ def test_check_lists_every_fault_and_its_exit_code_says_whether_training_would_s
     assert main(argv) == 1
     shown = capsys.readouterr().out
     assert "REFUSED" in shown and "annotation 8" in shown and "fixed" in shown and "annotation 9" in shown
-    assert "1 faults would stop training, 1 would be fixed" in shown
+    assert "1 fault would stop training, 1 would be fixed" in shown
 
 
 def test_files_that_are_not_models(coco: Path, tmp_path: Path, capsys) -> None:
@@ -480,7 +480,8 @@ def test_interruption_system_errors_and_debugging(monkeypatch, capsys) -> None:
 def test_a_closed_pipe_is_no_error() -> None:
     run = subprocess.run(
         f'{sys.executable} -c "import sys; from odtk.cli import main; '
-        f"import odtk.cli as c; c.run_info = lambda a: print('x' * 10**6); sys.exit(main(['info']))\" | head -c 5",
+        "import odtk.cli as c; c.COMMANDS['info'] = (c.InfoSettings, lambda s: print('x' * 10**6), 'x'); "
+        "sys.exit(main(['info']))\" | head -c 5",
         shell=True,
         capture_output=True,
         text=True,
@@ -540,3 +541,66 @@ def test_drawing_among_the_images_is_refused_before_the_work(coco: Path, tmp_pat
 def test_info_as_json(capsys) -> None:
     assert main(["info", "--json"]) == 0
     assert "torch" in json.loads(capsys.readouterr().out)["versions"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings that travel in the checkpoint
+
+
+@pytest.fixture
+def trained(coco: Path, tmp_path: Path) -> Path:
+    """A checkpoint of one iteration at 64 pixels, of images of 48×64."""
+    model = tmp_path / "m.pth"
+    assert main(short_training(coco, model)) == 0
+    return model
+
+
+def test_a_model_is_used_at_the_size_it_was_trained_at(trained: Path, coco: Path, capsys) -> None:
+    infer = ["infer", str(trained), "--images", str(coco), "--output", str(coco.parent / "d.json"), "--devices", "cpu"]
+    infer += ["--loader", "torch"]
+    capsys.readouterr()
+    assert main(infer) == 0
+    out = capsys.readouterr().out
+    assert "shorter side 64, longer at most 1333" in out and "the model was trained" not in out
+    assert main([*infer, "--resize", "96"]) == 0
+    out = capsys.readouterr().out
+    assert "--resize 96 --max-size 1333: the model was trained with --resize 64 --max-size 1333." in out
+    assert "shorter side 96" in out
+    assert main([*infer, "--size", "128"]) == 0
+    assert "--size 128 128: the model was trained at 64×96." in capsys.readouterr().out
+
+    onnx = trained.with_suffix(".onnx")
+    assert main(["export", str(trained), str(onnx)]) == 0
+    assert "64×96" in capsys.readouterr().out  # 64×85.3, rounded up to the stride
+    assert main(["export", str(trained), str(onnx), "--size", "32", "64"]) == 0
+    assert "--size 32 64: the model was trained at 64×96." in capsys.readouterr().out
+
+
+def test_a_checkpoint_tells_its_settings(trained: Path, capsys) -> None:
+    assert main(["info", str(trained)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["lr", "0.000625"] for line in lines), lines
+    assert any(line.split() == ["input_size", "64", "96"] for line in lines)
+    assert any(line.split()[:1] == ["odtk"] for line in lines)
+    assert main(["info", str(trained), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"]["resize"] == 64 and found["iteration"] == 1
+    assert found["categories"] == [[3, "cell"], [8, "plate"]]
+
+
+def test_a_run_is_resumed_with_its_settings(trained: Path, coco: Path, capsys) -> None:
+    again = [*short_training(coco, trained), "--iters", "2"]
+    sentence = fails(capsys, *again, "--lr", "0.1", "--augment-hue", "0.5")
+    assert "(--lr 0.000625 → 0.1, --augment-hue 0.0002 → 0.5)" in sentence
+    assert "--override-settings" in sentence
+    assert main([*again, "--lr", "0.1", "--augment-hue", "0.5", "--override-settings"]) == 0
+    assert checkpoint.load(trained).setting("lr") == 0.1
+    more = [*short_training(coco, trained), "--iters", "3", "--logdir", str(trained.parent / "log"), "--lr", "0.1"]
+    assert main([*more, "--augment-hue", "0.5"]) == 0, "a longer run, and logs, are no other settings"
+
+
+def test_the_length_in_epochs(coco: Path) -> None:
+    config = configured(coco, "--epochs", "3", "--batch", "4", "--accumulate", "2")
+    assert (config.iters, config.warmup) == (1, 0)  # 2 images
+    assert configured(coco, "--epochs", "25", "--batch", "2").iters == 25
+    assert configured(coco, "--epochs", "0.5", "--batch", "1").iters == 1

@@ -12,13 +12,13 @@ import torch
 from odtk.cli import main
 from odtk.config import ModelConfig
 from odtk.data.synthetic import synthesize
-from odtk.export.graph import serialize, trace
-from odtk.export.precision import to_fp16
+from odtk.exporting.graph import serialize, trace
+from odtk.exporting.precision import to_fp16
 from odtk.model import checkpoint
 from odtk.model.backbones.catalog import BACKBONES
 from odtk.model.detector import Detector
 from odtk.model.layers import DeformConv2d
-from tests.export.test_precision import compile_for
+from tests.exporting.test_precision import compile_for
 
 SIZE = (64, 96)
 SCORES, PIXELS = 1e-4, 0.1  # how far apart two fp32 runs may be

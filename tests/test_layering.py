@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "odtk"
 RULE = (
     "data flows one way: text, config → settings → categories → boxes → box_coder → kernels → ops → postprocess → "
-    "files, launch, ranks → data, model → export → inference → evaluation → training → "
+    "files, launch, ranks → data, model → exporting → inference → evaluation → training → "
     "deploy → info → commands → api → cli, and data and model are apart"
 )
 ORDER = [
@@ -21,7 +21,7 @@ ORDER = [
     {"postprocess"},
     {"files", "launch", "ranks"},
     {"data", "model"},
-    {"export"},
+    {"exporting"},
     {"inference"},
     {"evaluation"},
     {"training"},

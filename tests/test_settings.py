@@ -38,7 +38,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "visualize": {},
     "synth": {"folder": "d"},
 }
-NEEDS = {  # what else must be given for an option to make sense
+NEEDS: dict[str, dict[str, Any]] = {  # what else must be given for an option to make sense
     "dcn_v1": {"dcn": [4]},
     "absolute_angle": {"rotated_bbox": True},
     "verify": {"annotations": "v.json"},
@@ -85,7 +85,7 @@ def argv_of(command: str, cls: type[Settings], values: dict[str, Any]) -> list[s
     return line
 
 
-def from_flags(*argv: str) -> Settings:
+def from_flags(*argv: str | Path) -> Settings:
     return settings_of(build_parser().parse_args([str(a) for a in argv]))
 
 

@@ -41,7 +41,8 @@ class Image:
         path: of the file.
         width, height: pixels, after the turn by ``orientation``.
         boxes: as COCO writes them, in pixels, x and y of the upper left corner: float64 [n, 4] (x, y, w, h), or
-            [n, 5] (x, y, w, h, theta), the box before its turn and its counterclockwise turn about its center in radians.
+            [n, 5] (x, y, w, h, theta), the box before its turn and its turn about its center, counterclockwise
+            in radians.
         labels: int64 [n], index into ``Dataset.categories``.
         orientation: EXIF orientation (1…8) to apply when decoding; 1 for none.
         plain: an upright 8-bit RGB or grayscale JPEG or PNG, which every decoder reads alike.

@@ -312,7 +312,7 @@ def _with_normalization(color: np.ndarray, config: LoaderConfig) -> np.ndarray:
 
 
 def _rotation_matrix(angle: float, size: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
-    """Affine map [3, 3] that rotates an image of ``size`` counterclockwise (y down) about its center into ``canvas``."""
+    """Affine map [3, 3] that rotates an image of ``size`` counterclockwise (y down) about its center, to ``canvas``."""
     cos, sin = round(math.cos(angle), 12), round(math.sin(angle), 12)  # quarter turns map pixels onto pixels
     matrix = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
     matrix[:2, 2] = np.array(canvas) / 2 - matrix[:2, :2] @ (np.array(size) / 2)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import ModelProto
 
-from ..export.calibration_table import CalibrationTable
-from ..export.precision import insert_qdq, quantizable_layers
-from ..export.session import open_session
+from ..exporting.calibration_table import CalibrationTable
+from ..exporting.precision import insert_qdq, quantizable_layers
+from ..exporting.session import open_session
 
 
 def measure_sensitivity(model: ModelProto, table: CalibrationTable, images: Sequence[np.ndarray]) -> dict[str, float]:

@@ -23,11 +23,11 @@ from ..config import ExportConfig, LoaderConfig
 from ..data.coco import load_json, prepare_ground_truth
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
-from ..export.calibration_table import load_table, save_table, table_path
-from ..export.export import export
-from ..export.graph import trace
-from ..export.metadata import ENGINES
-from ..export.precision import quantizable_layers
+from ..exporting.calibration_table import load_table, save_table, table_path
+from ..exporting.export import export
+from ..exporting.graph import trace
+from ..exporting.metadata import ENGINES
+from ..exporting.precision import quantizable_layers
 from ..files import atomic_write
 from ..inference.backends import Backend, open_backend
 from ..inference.detect import detect

@@ -17,9 +17,9 @@ from torch import Tensor
 from .. import ops
 from ..categories import Category
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OdtkError, PostprocessConfig
-from ..export.engine import require_tensorrt
-from ..export.metadata import ENGINES, Metadata
-from ..export.session import open_session
+from ..exporting.engine import require_tensorrt
+from ..exporting.metadata import ENGINES, Metadata
+from ..exporting.session import open_session
 from ..model import checkpoint
 from ..postprocess import Detections, postprocess
 from ..ranks import silent

@@ -10,15 +10,7 @@ import math
 import os
 from pathlib import Path
 
-from ..config import (
-    ROTATED_ANGLES,
-    AugmentConfig,
-    LoaderConfig,
-    LossConfig,
-    ModelConfig,
-    OdtkError,
-    TrainConfig,
-)
+from ..config import ROTATED_ANGLES, AugmentConfig, LoaderConfig, LossConfig, ModelConfig, OdtkError, TrainConfig
 from ..data.coco import categories_of, load_json
 from ..settings import RESNET_OPTIONS, TrainSettings
 
@@ -38,7 +30,9 @@ def plan(settings: TrainSettings, world: int) -> TrainConfig:
     if settings.epochs is not None:
         iters = max(1, math.ceil(settings.epochs * len(content["images"]) / (batch * settings.accumulate)))
     classes = settings.classes or count_categories(content, settings.annotations)
-    return train_config(settings.resolved(batch=batch, iters=iters, classes=classes), world)
+    config = train_config(settings.resolved(batch=batch, iters=iters, classes=classes), world)
+    assert config.settings is not None
+    return dataclasses.replace(config, settings={**config.settings, "given": settings.given()})
 
 
 def count_categories(content: dict, path: str) -> int:

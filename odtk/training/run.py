@@ -149,12 +149,13 @@ def find_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoin
 
 
 def refuse_other_settings(config: TrainConfig, found: Checkpoint) -> None:
-    """Raises OdtkError if a resumed run would have other settings that change its result, unless they are overridden."""
+    """Raises OdtkError for settings that differ from the run's and change its result, unless they are overridden."""
     if config.settings is None or found.settings is None or config.override_settings:
         return
     known = options(TrainSettings)
     old, new = TrainSettings.of({k: v for k, v in found.settings.items() if k in known}).to_dict(), config.settings
-    names = [name for name, one in known.items() if one.changes_result and old[name] != new[name]]
+    given = {*found.settings.get("given", ()), *new.get("given", ())}  # the others follow from these
+    names = [n for n, one in known.items() if one.changes_result and n in given and old[n] != new[n]]
     if names:
         changes = ", ".join(f"{flag(name)} {words(old[name])} → {words(new[name])}" for name in names)
         raise OdtkError(

@@ -20,7 +20,7 @@ from odtk.data.loader import create_loader
 from odtk.evaluation import verify
 from odtk.evaluation.evaluate import ClassMetrics, Metrics
 from odtk.evaluation.report import PICTURES, Run, Verdict, ap_drop, html_figures, summarize
-from odtk.export import calibration_table, export
+from odtk.exporting import calibration_table, export
 from odtk.inference.backends import open_backend
 from odtk.inference.detect import detect
 from odtk.model import checkpoint

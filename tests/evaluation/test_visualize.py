@@ -183,7 +183,7 @@ def test_feature_maps_of_a_layer_by_name_or_end(images: Path, tmp_path: Path) ->
 def test_the_layer_that_the_help_names_can_be_drawn(tmp_path: Path) -> None:
     commands = next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
     text = next(action.help for action in commands["visualize"]._actions if action.dest == "features")
-    layer = re.search(r"(\w+) say", text)
+    layer = re.search(r"for example (\w+)", text)
     assert layer
     features.find_layer(checkpoint.build_detector(checkpoint.load(make_model(tmp_path))), layer[1])
 

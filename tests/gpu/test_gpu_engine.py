@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError
-from odtk.export import export
-from odtk.export.engine import require_tensorrt
+from odtk.exporting import export
+from odtk.exporting.engine import require_tensorrt
 from odtk.inference import backends
 from odtk.postprocess import Detections
 from tests.random_models import detector_of, save

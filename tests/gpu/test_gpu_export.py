@@ -12,8 +12,8 @@ from PIL import Image
 
 from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
-from odtk.export import export
-from odtk.export.engine import require_tensorrt
+from odtk.exporting import export
+from odtk.exporting.engine import require_tensorrt
 from odtk.inference.backends import open_backend
 from tests.random_models import detector_of, save
 

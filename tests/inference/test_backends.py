@@ -15,8 +15,8 @@ from torch import Tensor
 
 from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
-from odtk.export import export
-from odtk.export.metadata import Metadata
+from odtk.exporting import export
+from odtk.exporting.metadata import Metadata
 from odtk.inference import backends
 from tests.random_models import detector_of, save
 

@@ -21,7 +21,7 @@ from odtk.config import (
     OdtkError,
     PostprocessConfig,
 )
-from odtk.export import export
+from odtk.exporting import export
 from odtk.inference import infer
 from odtk.launch import launch
 from odtk.model import checkpoint

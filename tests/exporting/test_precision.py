@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from odtk.config import ModelConfig, OdtkError
 from odtk.evaluation import sensitivity
-from odtk.export import calibration, calibration_table, precision
-from odtk.export.graph import producers_of, serialize, trace
-from odtk.export.session import open_session
+from odtk.exporting import calibration, calibration_table, precision
+from odtk.exporting.graph import producers_of, serialize, trace
+from odtk.exporting.session import open_session
 from odtk.model.detector import Detector
 
 

@@ -10,9 +10,9 @@ import torch
 from onnx import TensorProto
 
 from odtk.config import ModelConfig
-from odtk.export import calibration, calibration_table, precision, tensorrt8
-from odtk.export.graph import trace
-from odtk.export.precision import to_fp16
+from odtk.exporting import calibration, calibration_table, precision, tensorrt8
+from odtk.exporting.graph import trace
+from odtk.exporting.precision import to_fp16
 from tests.random_models import detector_of
 
 

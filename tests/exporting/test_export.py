@@ -20,10 +20,10 @@ from odtk import ops
 from odtk.box_coder import BOX_CODERS
 from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
-from odtk.export import export
-from odtk.export.graph import OPSET, serialize, trace
-from odtk.export.metadata import Metadata
-from odtk.export.precision import to_fp16
+from odtk.exporting import export
+from odtk.exporting.graph import OPSET, serialize, trace
+from odtk.exporting.metadata import Metadata
+from odtk.exporting.precision import to_fp16
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
 from odtk.postprocess import postprocess

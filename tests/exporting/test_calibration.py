@@ -14,7 +14,7 @@ from PIL import Image
 from odtk.config import ExportConfig, LoaderConfig, ModelConfig, OdtkError
 from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
-from odtk.export import calibration, calibration_table, export
+from odtk.exporting import calibration, calibration_table, export
 from odtk.inference import infer
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
