@@ -1,6 +1,18 @@
 """Wording that several messages share."""
 
+JOINERS = "\u200c\u200d"  # invisible, but Persian words and joined emoji need them
+
 
 def plural(count: int, noun: str, nouns: str = "") -> str:
     """A count with its noun: ``1 image``, ``2 images``; pass ``nouns`` where the plural is not noun + s."""
     return f"{count} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def printable(text: object) -> str:
+    """A name from a user's file as a terminal can show it: no control character reaches it, as ``\\x1b`` or a turned
+    writing direction could repaint, hide or rename what is on the screen. Those, line ends and lone surrogates are
+    shown as Python writes them. A rich Console must be told ``markup=False, emoji=False`` as well.
+    """
+    return "".join(
+        c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode("ascii") for c in str(text)
+    )
