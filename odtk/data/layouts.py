@@ -1,0 +1,217 @@
+"""What a path given as annotations means: which format, which split, and where its images are.
+
+A path is one of
+
+  a COCO JSON            of any tool; Label Studio's backslashes and absolute paths of another machine are understood
+  a YOLO data.yaml       yolo.py
+  a folder               that has a data.yaml, one COCO JSON (Roboflow's _annotations.coco.json, Label Studio's
+                         result.json, CVAT's annotations/instances_default.json …) or XML files of Pascal VOC (voc.py)
+
+Some hold several splits: a data.yaml, VOC's own layout, a folder with train/ and valid/ of Roboflow, or one with
+train.json and val.json. PATH:SPLIT names one (data.yaml:val). Without it the split is train, and where something is
+measured (validation, infer, evaluate, export --verify) it is val: with_split.
+
+Images are looked for beside the annotations and in the usual places: find_images.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any, NamedTuple
+
+from ..config import OdtkError
+from . import voc, yolo
+from .coco import load_json
+
+SAMPLE = 100  # image names that are looked up in each place
+ROBOFLOW = "_annotations.coco.json"
+WHOLE = (ROBOFLOW, "result.json", "annotations/instances_default.json", "instances_default.json")
+
+
+class Annotations(NamedTuple):
+    """Annotations that have been read.
+
+    Attributes:
+        content: as load_json returns it.
+        images: the folder that the file names are relative to.
+        path: of the file or folder that was read.
+    """
+
+    content: dict[str, Any]
+    images: Path
+    path: Path
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where annotations are: a path, its format (coco, yolo or voc), and the split to read if it holds several."""
+
+    path: Path
+    format: str
+    split: str | None = None
+
+
+def load_annotations(
+    annotations: str | Path, images: str | Path | None = None, *, rotated: bool | None = None
+) -> Annotations:
+    """Reads annotations of any format, as the content of a COCO file.
+
+    Args:
+        annotations: PATH or PATH:SPLIT.
+        images: folder of the images; None looks for it.
+        rotated: whether YOLO's four corners are rotated boxes; None: they are if the labels look like it.
+
+    Raises:
+        OdtkError: there is nothing that can be read, or several things of which one must be named.
+    """
+    source = find_source(annotations)
+    folder = None if images is None else Path(images).expanduser()
+    if source.format == "yolo":
+        content, folder = yolo.load(source.path, source.split or "train", folder, rotated=rotated)
+    elif source.format == "voc":
+        content, folder = voc.load(source.path, source.split, folder)
+    else:
+        content = load_json(source.path)
+        names = [entry["file_name"] for entry in content["images"] if isinstance(entry.get("file_name"), str)]
+        folder = folder or find_images(source.path, names)
+        for entry in content["images"]:
+            if isinstance(entry.get("file_name"), str) and is_foreign(entry["file_name"]):
+                entry["file_name"] = locate(folder, entry["file_name"]) or entry["file_name"]
+    return Annotations(content, folder, source.path)
+
+
+def image_folder(annotations: str | Path) -> str:
+    """The folder of the images of some annotations."""
+    return str(load_annotations(annotations).images)
+
+
+def with_split(annotations: str, split: str) -> str:
+    """The annotations with a split named, if they hold several and none is named yet."""
+    path, named = parse(annotations)
+    return annotations if named or None in sources(path) else f"{annotations}:{split}"
+
+
+def parse(annotations: str | Path) -> tuple[Path, str | None]:
+    """PATH or PATH:SPLIT → the path, and the split if one is named."""
+    text = os.path.expanduser(annotations)
+    path, colon, split = text.rpartition(":")
+    if colon and split in yolo.SPLITS and not os.path.exists(text):
+        return Path(path), split
+    return Path(text), None
+
+
+def find_source(annotations: str | Path) -> Source:
+    """What a PATH or PATH:SPLIT means.
+
+    Raises:
+        OdtkError: it has no such split, or nothing that can be read.
+    """
+    path, split = parse(annotations)
+    found = sources(path)
+    if None in found:
+        if split:
+            raise OdtkError(f"{path} is not divided into splits: give it without :{split}.")
+        return found[None]
+    wanted = split or "train"
+    if wanted not in found:
+        named = " or ".join(f"{path}:{name}" for name in found)
+        raise OdtkError(f"{path} has no split {wanted!r}: give {named}." if found else f"{path} has no splits.")
+    return found[wanted]
+
+
+def sources(path: Path) -> dict[str | None, Source]:
+    """What a path holds, by split; undivided it is under None. A missing file is taken for a COCO JSON.
+
+    Raises:
+        OdtkError: a folder without annotations, or with several that are not splits.
+    """
+    if path.suffix.lower() in (".yaml", ".yml") and os.path.isfile(path):
+        return {split: Source(path, "yolo", split) for split in yolo.splits_of(yolo.read_yaml(path))}
+    if path.suffix.lower() == ".xml":
+        raise OdtkError(f"{path} is one image's annotation: give the folder of the XML files.")
+    if not os.path.isdir(path):
+        return {None: Source(path, "coco")}
+    yamls = [path / name for name in ("data.yaml", "data.yml", "dataset.yaml") if os.path.isfile(path / name)]
+    if yamls:
+        return sources(yamls[0])
+    for name in WHOLE:
+        if os.path.isfile(path / name):
+            return {None: Source(path / name, "coco")}
+    if (path / voc.LISTS).is_dir() and (splits := voc.splits_of(path)):
+        return {split: Source(path, "voc", split) for split in splits}
+    if voc.is_voc(path):
+        return {None: Source(path, "voc")}
+    return split_folders(path) or split_files(path)
+
+
+def split_folders(path: Path) -> dict[str | None, Source]:
+    """Folders of splits, as Roboflow writes them: train/, valid/ and test/."""
+    found: dict[str | None, Source] = {}
+    for split, names in yolo.SPLITS.items():
+        for folder in (path / name for name in names):
+            if os.path.isfile(folder / ROBOFLOW):
+                found[split] = Source(folder / ROBOFLOW, "coco")
+            elif voc.is_voc(folder):
+                found[split] = Source(folder, "voc")
+    return found
+
+
+def split_files(path: Path) -> dict[str | None, Source]:
+    """The JSON files of a folder or of its annotations/: one, or one per split (train.json, instances_val2017.json)."""
+    files = sorted([*path.glob("*.json"), *(path / "annotations").glob("*.json")])
+    if len(files) == 1:
+        return {None: Source(files[0], "coco")}
+    found: dict[str | None, Source] = {}
+    for split, names in yolo.SPLITS.items():
+        own = [file for file in files if file.stem.removeprefix("instances_").rstrip("0123456789") in names]
+        if len(own) == 1:
+            found[split] = Source(own[0], "coco")
+    if not found and files:
+        raise OdtkError(f"The folder {path} has several JSON files, {files[0].name}, {files[1].name} …: name one.")
+    if not found:
+        raise OdtkError(f"The folder {path} has no annotations: no COCO JSON, no data.yaml and no XML file.")
+    return found
+
+
+def find_images(path: Path, names: list[str]) -> Path:
+    """The folder in which most of the images of a COCO file are; the file's own where none is found.
+
+    Args:
+        path: of the COCO file.
+        names: of the images in it.
+    """
+    names = names[:: max(1, len(names) // SAMPLE)]
+    here, above = path.parent, path.parent.parent
+    if here == above:  # "." or "/"
+        above = here / ".."
+    own = dict.fromkeys((path.stem, path.stem.removeprefix("instances_")))
+    places = [here, here / "images", above / "images", here / "JPEGImages", above / "JPEGImages"]
+    places += [place / name for name in own for place in (here, here / "images", above / "images", above)]
+    places += [above / here.name / "images", above / "images" / here.name, above]
+    best, most = here, 0
+    for place in places:
+        if os.path.isdir(place) and (count := sum(bool(locate(place, name)) for name in names)) > most:
+            best, most = place, count
+    return best
+
+
+def locate(folder: Path, name: str) -> str | None:
+    """The name under which an image is in a folder, or None where it is not there.
+
+    A name with backslashes or with the folders of another machine is shortened from the left until it is found.
+    """
+    if os.path.isfile(folder / name):
+        return name
+    if not is_foreign(name):
+        return None
+    given = PureWindowsPath(name)  # which knows both slashes
+    parts = given.parts[1:] if given.anchor else given.parts
+    shorter = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((short for short in shorter if os.path.isfile(folder / short)), None)
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file name has backslashes or leads out of its folder, as on the machine where it was written."""
+    return "\\" in name or name.startswith(("/", "..")) or name[1:2] == ":"
