@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from .. import __version__
 from ..categories import Category, from_pairs, to_pairs
 from ..config import ModelConfig, OdtkError, from_dict, to_dict
 from ..files import atomic_write
+from .checkpoint_faults import FLOATS, content_fault, mismatch, odtk_02_fault, tensors_of, weights_fault
 from .detector import Detector
 
 FORMAT = "odtk"
@@ -84,27 +85,41 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads a checkpoint of odtk or of ODTK 0.2.x onto the CPU.
 
     Raises:
-        OdtkError: no such file, a truncated one, not a checkpoint, or one of a newer odtk or of another program.
+        OdtkError: no such file, a truncated one, not a checkpoint, one of a newer odtk or of another program; one whose
+            entries are not what they must be, or whose weights do not fit its model or are not finite.
     """
     content = read_dictionary(path)
-    if content.get("format") == FORMAT:
-        if content["version"] > VERSION:
-            raise OdtkError(f"{path} was written by a newer odtk (format {content['version']}): update odtk.")
-        return Checkpoint(
-            model=from_dict(ModelConfig, content["model"]),
-            categories=from_pairs(content["categories"]),
-            state_dict=content["state_dict"],
-            training=content["training"],
-            settings=content.get("settings"),
-            versions=content.get("versions"),
-        )
+    if isinstance(content.get("format"), str) and content["format"] == FORMAT:
+        return read_own(content, path)
     if content.keys() >= {"backbone", "classes", "state_dict"}:
-        return convert_odtk_02(content)
+        return convert_odtk_02(content, path)
     if content and all(isinstance(value, Tensor) for value in content.values()):
         raise OdtkError(
             f"{path} holds bare weights, not a detector: to start training from them, use --backbone-weights."
         )
     raise OdtkError(f"{path} was written by another program: odtk reads its own checkpoints and those of ODTK 0.2.x.")
+
+
+def read_own(content: dict[str, Any], path: str | os.PathLike[str]) -> Checkpoint:
+    """The content of a file of odtk as a Checkpoint, once nothing in it can be wrong."""
+    version = content.get("version")
+    if type(version) is not int:
+        raise OdtkError(f"{path} cannot be used: it does not say the version of its format.")
+    if version > VERSION:
+        raise OdtkError(f"{path} was written by a newer odtk (format {version}): update odtk.")
+    if fault := content_fault(content):
+        raise OdtkError(f"{path} cannot be used: {fault}.")
+    checkpoint = Checkpoint(
+        model=from_dict(ModelConfig, content["model"]),
+        categories=from_pairs(content["categories"]),
+        state_dict=content["state_dict"],
+        training=content["training"],
+        settings=content.get("settings"),
+        versions=content.get("versions"),
+    )
+    if fault := weights_fault(checkpoint.model, checkpoint.state_dict):
+        raise OdtkError(f"{path} cannot be used: {fault}.")
+    return checkpoint
 
 
 def trained_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
@@ -122,10 +137,12 @@ def read_dictionary(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise OdtkError(f"There is no checkpoint {path}.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        if isinstance(error, PermissionError):
-            raise OdtkError(f"The checkpoint {path} cannot be read: check its permissions.") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch notices in a damaged file is said by our own sentence
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise OdtkError(f"The checkpoint {path} cannot be read: check its permissions.") from error
+    except Exception as error:  # a damaged pickle may call what it may call with any arguments
         raise OdtkError(f"{path} {describe_damage(path)}.") from error
     if not isinstance(content, dict):
         raise OdtkError(f"{path} is not a checkpoint: it holds a {type(content).__name__}.")
@@ -142,36 +159,54 @@ def describe_damage(path: str | os.PathLike[str]) -> str:
         start = file.read(4)
     if not start:
         return "is empty: the copy or the run that wrote it was cut short"
-    if start == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+    if start == b"PK\x03\x04" and not is_archive(path):
         return "is truncated: copy it again, or go back to an older one"
     if start == b"PK\x03\x04":
         return "is damaged, or holds objects that are not plain weights: odtk does not load those"
     return "is not a checkpoint"
 
 
-def convert_odtk_02(content: Mapping[str, Any]) -> Checkpoint:
+def is_archive(path: str | os.PathLike[str]) -> bool:
+    """Whether a file ends as a zip archive does."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # its last record is there, and damaged
+        return False
+
+
+def convert_odtk_02(content: Mapping[str, Any], path: str | os.PathLike[str]) -> Checkpoint:
     """The content of a file of NVIDIA's ODTK 0.2.x as a Checkpoint, without categories and training.
 
     The weights have the same names as ours, except that ``cls_head`` and ``box_head`` were not inside ``head``. Every
     norm was frozen. The files also hold classifiers of the backbones, which detection never used: those are dropped.
+
+    Raises:
+        OdtkError: as load.
     """
+    if fault := odtk_02_fault(content):
+        raise OdtkError(f"{path} cannot be used: {fault}.")
     backbones = content["backbone"]
     model = ModelConfig(
         backbones=(backbones,) if isinstance(backbones, str) else tuple(backbones),
         classes=int(content["classes"]),
-        ratios=tuple(float(ratio) for ratio in content.get("ratios", ModelConfig.ratios)),
-        scales=tuple(float(scale) for scale in content.get("scales", ModelConfig.scales)),
+        ratios=tuple(float(ratio) for ratio in content.get("ratios") or ModelConfig.ratios),
+        scales=tuple(float(scale) for scale in content.get("scales") or ModelConfig.scales),
         angles=tuple(float(angle) for angle in content.get("angles") or ()),
         rounded_anchors=bool(content.get("angles")),  # ODTK 0.2 rounded the rotated anchors only (see anchors.py)
         norm="frozen",
     )
-    with torch.device("meta"):
-        names = Detector(model).state_dict().keys()
+    try:
+        names = tensors_of(model).keys()
+    except OdtkError as error:
+        raise OdtkError(f"{path} cannot be used: its model cannot be built: {error}") from error
     weights = {}
     for name, tensor in content["state_dict"].items():
         name = f"head.{name}" if name.startswith(("cls_head.", "box_head.")) else name
         if name in names:
-            weights[name] = tensor.float()
+            real = isinstance(tensor, Tensor) and tensor.dtype in FLOATS
+            weights[name] = tensor.float() if real else tensor
+    if fault := weights_fault(model, weights):
+        raise OdtkError(f"{path} cannot be used: {fault}.")
     return Checkpoint(model=model, categories=None, state_dict=weights)
 
 
@@ -192,15 +227,8 @@ def load_weights(detector: Detector, state_dict: Mapping[str, Tensor]) -> None:
     Raises:
         OdtkError: for the first name that only one of them has, or the first shape that differs.
     """
-    own = detector.state_dict()
-    for name in [*own, *state_dict]:
-        if name not in state_dict:
-            raise OdtkError(f"The checkpoint belongs to another model: it lacks {name}.")
-        if name not in own:
-            raise OdtkError(f"The checkpoint belongs to another model: it has {name}, which this model lacks.")
-        if own[name].shape != state_dict[name].shape:
-            theirs, ours = tuple(state_dict[name].shape), tuple(own[name].shape)
-            raise OdtkError(f"The checkpoint belongs to another model: {name} has shape {theirs}, not {ours}.")
+    if fault := mismatch(detector.state_dict(), state_dict):
+        raise OdtkError(f"The checkpoint {fault.removeprefix('it ')}.")
     detector.load_state_dict(dict(state_dict))
 
 

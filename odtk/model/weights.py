@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import OdtkError
 from ..text import plural
 from .checkpoint import load, read_dictionary
+from .checkpoint_faults import is_weights, values_fault
 from .detector import Detector
 
 # torchvision's ImageNet weights (IMAGENET1K_V1); our feature extractors have torchvision's parameter names
@@ -67,11 +68,18 @@ def read_weights(path: str) -> dict[str, Tensor]:
     The prefix ``module.`` of DistributedDataParallel is removed from the names.
 
     Raises:
-        OdtkError: as checkpoint.read_dictionary.
+        OdtkError: as checkpoint.read_dictionary, or a weight is not finite.
     """
     content = read_dictionary(path)
-    content = content.get("state_dict", content)
-    return {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    inner = content.get("state_dict", content)
+    weights = {
+        name.removeprefix("module."): value
+        for name, value in (inner.items() if isinstance(inner, dict) else ())
+        if isinstance(name, str) and is_weights(value)
+    }
+    if fault := values_fault(weights):
+        raise OdtkError(f"{path} cannot be used: {fault}.")
+    return weights
 
 
 def download_imagenet_weights(backbone: str) -> dict[str, Tensor]:
