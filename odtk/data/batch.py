@@ -37,6 +37,8 @@ class Batch:
         labels: int64 [N, M], index of the category, −1 where there is no box; on the same device.
         ids: int64 [N], the dataset's image ids; on the CPU.
         scales: float32 [N, 2], network pixels per image pixel (sx, sy); on the CPU.
+        damaged: bool [N], whether the image could not be decoded, so that it is zeros without boxes; on the CPU. None:
+            no image is.
     """
 
     images: Tensor
@@ -44,6 +46,7 @@ class Batch:
     labels: Tensor
     ids: Tensor
     scales: Tensor
+    damaged: Tensor | None = None
 
 
 class Loader:
@@ -89,11 +92,29 @@ class Loader:
 
     def state(self) -> dict[str, int]:
         """The position after the last batch given, in images over all ranks, for a checkpoint."""
-        return {"seen": self._next * self.config.batch * self.config.world}
+        return {
+            "seen": self._next * self.config.batch * self.config.world,
+            "images": len(self.sampler.dataset.images),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues after ``state``; if batch or number of ranks have changed, from the last whole batch before it."""
+        """Continues after ``state``; if batch or number of ranks have changed, from the last whole batch before it.
+
+        Rank 0 warns if the number of images has changed, as then the run is not the one that would have been.
+        """
+        before, now = state.get("images"), len(self.sampler.dataset.images)  # files written before lack the former
+        if before not in (None, now) and self.config.rank == 0:
+            print(
+                f"Warning: the run to resume had {plural(before, 'image')} and now there are {now}, so their order "
+                "changes: check whether files were added, lost or damaged.",
+                file=sys.stderr,
+            )
         self._next = int(state["seen"]) // (self.config.batch * self.config.world)
+
+    def use(self, dataset: Dataset) -> None:
+        """Takes the images of another dataset from now on; what the pixel engine has built is kept."""
+        self.sampler = Sampler(dataset, self.config)
+        self.damaged.clear()
 
     def _prepare(self, number: int) -> tuple[BatchPlan, Tensor]:
         plan = self.sampler.plan(number)
@@ -118,6 +139,7 @@ class Loader:
             self.to_device(torch.from_numpy(labels)),
             torch.tensor([sample.image.id for sample in samples], dtype=torch.int64),
             torch.tensor([sample.scale for sample in samples], dtype=torch.float32),
+            torch.tensor([sample.image.path in self.damaged for sample in samples]),
         )
 
     def to_device(self, tensor: Tensor) -> Tensor:
@@ -142,8 +164,9 @@ class Loader:
     def _report_damage(self, sample: Sample, error: ImageError) -> None:
         if sample.image.path not in self.damaged:
             self.damaged.add(sample.image.path)
+            what = "is replaced by zeros without boxes" if self.config.training else "gets no detections"
             print(
-                f"Warning: {sample.image.path} (image {sample.image.id}) is replaced by zeros without boxes: {error} "
+                f"Warning: {sample.image.path} (image {sample.image.id}) {what}: {error} "
                 f"({plural(len(self.damaged), 'damaged image')} so far).",
                 file=sys.stderr,
             )

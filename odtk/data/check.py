@@ -1,9 +1,9 @@
-"""What `odtk check` says about a dataset: its faults, a summary, and the boxes that no anchor can match."""
+"""What `odtk check` says about a dataset: its faults, remarks that stop nothing, and a summary."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,14 +15,23 @@ import numpy as np
 from ..text import plural
 from .dataset import Dataset, read
 from .images import ImageError, decode
-from .records import Fault, Image
+from .records import DAMAGED, Fault, Image
+
+FEW_BOXES = 10  # a category with fewer is remarked on
+DECODING_DAMAGE = "image damaged in its pixels: zeros without boxes in training, no detections in infer"
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Every fault of a dataset, and the dataset without its refused images."""
+    """Every fault of a dataset, and the dataset without its refused images.
+
+    Attributes:
+        faults: refused or fixed, as training does.
+        remarks: what may be a mistake but changes nothing; their ``fixed`` is true.
+    """
 
     faults: tuple[Fault, ...]
+    remarks: tuple[Fault, ...]
     dataset: Dataset
 
     @property
@@ -30,24 +39,55 @@ class CheckReport:
         """Number of faults that stop a run."""
         return sum(not fault.fixed for fault in self.faults)
 
-    def summary(self) -> list[str]:
-        """Lines about images, boxes and categories."""
+    @property
+    def damaged(self) -> int:
+        """Number of images that cannot be decoded."""
+        return sum(fault.rule in (DAMAGED, DECODING_DAMAGE) for fault in self.faults)
+
+    def lines(self, *, verbose: bool) -> list[str]:
+        """One line for each kind of finding, with its number and the first example; with ``verbose`` for each."""
+        refused = [fault for fault in self.faults if not fault.fixed]
+        fixed = [fault for fault in self.faults if fault.fixed]
+        found = []
+        for word, faults in (("REFUSED", refused), ("fixed", fixed), ("note", self.remarks)):
+            kinds: dict[str, list[Fault]] = defaultdict(list)
+            for fault in faults:
+                kinds[fault.rule].append(fault)
+            for rule, same in kinds.items():
+                if verbose or len(same) == 1:
+                    found += [f"{word:8}{fault}" for fault in same]
+                else:
+                    first = same[0]
+                    reason = f" ({first.reason})" if first.reason != rule else ""
+                    place = ": ".join(part for part in (first.file, first.id) if part)
+                    found.append(f"{word:8}{len(same)} × {rule}, first {place}{reason}")
+        return found
+
+    def summary(self, resize: int, max_size: int) -> list[str]:
+        """Lines about images, boxes and categories.
+
+        Args:
+            resize, max_size: shorter side and cap of the longer side of the network's input in pixels.
+        """
         images = self.dataset.images
-        boxes = [image.boxes for image in images if len(image.boxes)]
         empty = sum(not len(image.boxes) for image in images)
-        lines = [f"{plural(len(images), 'usable image')}, {empty} of them without boxes"]
+        lines = [plural(len(images), "usable image")]
+        if self.dataset.categories:
+            lines[0] += f", {empty} of them without boxes"
         if images:
-            widths, heights = [image.width for image in images], [image.height for image in images]
-            lines.append(f"image width {_spread(widths)}, height {_spread(heights)} pixels")
-        if boxes:
-            sizes = np.concatenate(boxes)[:, 2:4]
-            area = sizes.prod(axis=1)
+            sizes = np.array([(image.width, image.height) for image in images], dtype=np.float64)
+            scales = np.minimum(resize / sizes.min(axis=1), max_size / sizes.max(axis=1))
+            lines += _sizes("images", sizes, sizes * scales[:, None])
+        if empty < len(images):
+            boxes = np.concatenate([image.boxes[:, 2:4] for image in images])
+            counts = [len(image.boxes) for image in images]
+            area = boxes.prod(axis=1)
             small, large = (area < 32**2).mean(), (area >= 96**2).mean()  # COCO's own bounds
             lines.append(
-                f"{plural(len(sizes), 'box', 'boxes')}, "
-                f"width {_spread(sizes[:, 0])}, height {_spread(sizes[:, 1])} pixels; "
-                f"small (below 32² pixels) {small:.0%}, medium {1 - small - large:.0%}, large (96² or more) {large:.0%}"
+                f"{plural(len(boxes), 'box', 'boxes')}: small (below 32² pixels of the file) {small:.0%}, "
+                f"medium {1 - small - large:.0%}, large (96² or more) {large:.0%}"
             )
+            lines += _sizes("boxes", boxes, boxes * np.repeat(scales, counts)[:, None])
         labels = Counter(int(label) for image in images for label in image.labels)
         lines += [
             f"category {category.id} {category.name}: {plural(labels[i], 'box', 'boxes')}"
@@ -56,28 +96,102 @@ class CheckReport:
         return lines
 
 
+def _sizes(what: str, file: np.ndarray, network: np.ndarray) -> list[str]:
+    """Lines about sizes [n, 2] (width, height), in pixels of the file and of the network's input."""
+    return [
+        f"{what}: width {_spread(sizes[:, 0])}, height {_spread(sizes[:, 1])} pixels {where}"
+        for sizes, where in ((file, "in the file"), (network, "in the network's input"))
+    ]
+
+
 def _spread(values: Any) -> str:
     """The least, largest and median value, as text."""
     low, middle, high = np.percentile(values, (0, 50, 100))
-    return f"{low:g}…{high:g} (median {middle:g})"
+    return f"{_short(low)}…{_short(high)} (median {_short(middle)})"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.3g}"
 
 
 def check(
     annotations: str | Path | None, images: str | Path, *, rotated: bool = False, pixels: bool = True
 ) -> CheckReport:
-    """Every fault of a dataset, judged as training would; with ``pixels`` each image is decoded completely.
+    """Every fault of a dataset, judged as training would; without annotations, of every image in a folder.
+
+    Args:
+        pixels: decode each image completely, and compare the files with each other.
 
     Raises:
         OdtkError: the annotation file or the folder cannot be read at all.
     """
     dataset = read(annotations, images, rotated=rotated, training=annotations is not None)
-    faults = list(dataset.faults)
+    faults, remarks = list(dataset.faults), [*_identical_annotations(dataset), *_categories(dataset)]
     if pixels:
-        damaged = [(image, reason) for image, reason in _damage(dataset.images) if reason]
-        faults += [
-            Fault(str(image.path), f"image {image.id}", reason, False, "unusable image") for image, reason in damaged
-        ]
-    return CheckReport(tuple(faults), dataset)
+        for image, reason in _damage(dataset.images):
+            if reason:  # training goes on, as its own scan reads headers alone
+                faults.append(Fault(str(image.path), f"image {image.id}", reason, True, DECODING_DAMAGE))
+        remarks = _same_files(dataset.images) + remarks
+    return CheckReport(tuple(faults), tuple(remarks), dataset)
+
+
+def _same_files(images: Sequence[Image]) -> list[Fault]:
+    """A remark for each image whose file has the same bytes as that of an earlier one."""
+    of_size: dict[int, list[Image]] = defaultdict(list)
+    for image in images:
+        of_size[image.path.stat().st_size].append(image)
+    suspects = [image for same in of_size.values() if len(same) > 1 for image in same]
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_digest, [image.path for image in suspects])
+    first: dict[bytes, Image] = {}
+    remarks = []
+    for image, digest in zip(suspects, digests, strict=True):
+        earlier = first.setdefault(digest, image)
+        if earlier is not image:
+            what = "the file is listed twice" if earlier.path == image.path else "the same image twice"
+            reason = f"its file has the bytes of image {earlier.id}, {earlier.path.name}"
+            remarks.append(Fault(str(image.path), f"image {image.id}", reason, True, what))
+    return remarks
+
+
+def _digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.digest()
+
+
+def _identical_annotations(dataset: Dataset) -> list[Fault]:
+    """A remark for each image that has several boxes of one category at the same place."""
+    remarks = []
+    for image in dataset.images:
+        rows = np.column_stack([image.labels, image.boxes])
+        unique, counts = np.unique(rows, axis=0, return_counts=True)
+        if len(unique) < len(rows):
+            row, count = unique[counts.argmax()], counts.max()
+            name = dataset.categories[int(row[0])].name
+            box = ", ".join(f"{value:g}" for value in row[1:])
+            reason = f"{count} annotations of {name!r} with the box [{box}]"
+            remarks.append(Fault(str(image.path), f"image {image.id}", reason, True, "identical annotations"))
+    return remarks
+
+
+def _categories(dataset: Dataset) -> list[Fault]:
+    """Remarks on categories of one name, and on those with few boxes."""
+    counts = Counter(int(label) for image in dataset.images for label in image.labels)
+    first: dict[str, int] = {}
+    remarks = []
+    for label, category in enumerate(dataset.categories):
+        earlier = first.setdefault(category.name.strip().casefold(), category.id)
+        if earlier != category.id:
+            reason = f"category {earlier} is called {category.name!r} too: the two are learned as different classes"
+            remarks.append(Fault("", f"category {category.id}", reason, True, "two categories of one name"))
+        if 0 < counts[label] < FEW_BOXES:
+            reason = f"{category.name!r} has only {plural(counts[label], 'box', 'boxes')}, too few to learn from"
+            rule = f"category with fewer than {FEW_BOXES} boxes"
+            remarks.append(Fault("", f"category {category.id}", reason, True, rule))
+    return remarks
 
 
 def _damage(images: list[Image]) -> list[tuple[Image, str]]:
@@ -92,58 +206,3 @@ def _damage(images: list[Image]) -> list[tuple[Image, str]]:
 
     with ThreadPoolExecutor() as pool:
         return list(zip(images, pool.map(reason, images), strict=True))
-
-
-def unmatched_boxes(
-    dataset: Dataset, anchors: Sequence[tuple[int, np.ndarray]], *, resize: int, max_size: int, threshold: float
-) -> tuple[int, str]:
-    """Counts the boxes that no anchor can match, and says what to change.
-
-    Images are scaled as in inference. For a given anchor shape the IoU is largest at the cell whose anchor center is
-    nearest to the box center, so one cell per level is enough. Rotated boxes are taken before their turn.
-
-    Args:
-        anchors: for each level its stride in pixels and base anchors [A, 4] (x1, y1, x2, y2) of the cell at 0, 0.
-        resize: shorter side of the scaled image in pixels.
-        max_size: upper limit of its longer side in pixels.
-        threshold: an anchor is foreground from this IoU on.
-
-    Returns:
-        The number of boxes whose best IoU is below ``threshold``, and a sentence of advice (empty when there are none).
-    """
-    scaled = [
-        image.boxes[:, :4] * min(resize / min(image.width, image.height), max_size / max(image.width, image.height))
-        for image in dataset.images
-    ]
-    boxes = np.concatenate(scaled) if scaled else np.zeros((0, 4))
-    best = np.zeros(len(boxes))
-    for stride, base in anchors:
-        best = np.maximum(best, _best_iou(boxes, stride, base[:, :4].astype(np.float64)))
-    missed = boxes[best < threshold]
-    if not len(missed):
-        return 0, ""
-    side = np.sqrt(missed[:, 2] * missed[:, 3])
-    finest = math.sqrt(min(((a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])).min() for _, a in anchors))
-    ratio = np.maximum(missed[:, 2] / missed[:, 3], missed[:, 3] / missed[:, 2])
-    if np.median(side) < finest:
-        advice = "most are smaller than the smallest anchor: try smaller --anchor-scales, or a larger --resize"
-    elif np.median(ratio) > 3:
-        advice = "most are longer and thinner than the anchors: add to --anchor-ratios"
-    else:
-        advice = "there is no single cause: lower --anchor-ious match more; what no anchor matches is not learned"
-    share = f"{len(missed)} of {plural(len(boxes), 'box', 'boxes')} without a matching anchor"
-    return len(missed), f"{share} at IoU {threshold:g}; {advice}"
-
-
-def _best_iou(boxes: np.ndarray, stride: int, base: np.ndarray) -> np.ndarray:
-    """Largest IoU [n] of boxes [n, 4] (x, y, w, h) with base anchors [A, 4] (x1, y1, x2, y2) at the nearest cell."""
-    sizes = base[:, 2:] - base[:, :2]  # [A, 2]
-    centers = (base[:, 2:] + base[:, :2]) / 2  # [A, 2]
-    box_centers = boxes[:, :2] + boxes[:, 2:] / 2  # [n, 2]
-    cells = np.maximum(np.round((box_centers[:, None] - centers) / stride), 0)  # [n, A, 2]
-    offset = np.abs(cells * stride + centers - box_centers[:, None])  # [n, A, 2]
-    overlap = np.minimum(boxes[:, None, 2:], sizes)  # along an axis on which one box contains the other
-    overlap = np.clip(np.minimum(overlap, (boxes[:, None, 2:] + sizes) / 2 - offset), 0, None)  # [n, A, 2]
-    intersection = overlap.prod(axis=2)  # [n, A]
-    union = boxes[:, None, 2:].prod(axis=2) + sizes.prod(axis=1) - intersection
-    return (intersection / union).max(axis=1, initial=0.0)

@@ -11,12 +11,15 @@ A fault is either fixed, with one counted warning, or refused before the run sta
            image without width or height: taken from the file
            unusual kind of image: see images.py
            no categories in the file: made from the annotations' category ids
+           in training: a category without annotations keeps its place and its id
   refused  broken or unreadable JSON
-           missing, truncated or unreadable image; wrong width or height
+           missing image; wrong width or height
+           damaged image: truncated or unreadable (left out on request, see Dataset.load)
+           boxes that are all in another format (box_format.py)
            duplicate image or category id; an id that is not a 64-bit integer
            annotation of an unknown image or category
            bbox of the wrong form; five numbers in an axis-aligned run; theta beyond ±2π (degrees?)
-           in training: a category without annotations; no boxes at all
+           in training: no boxes at all
 
 EXIF: boxes belong to the raster whose width and height the annotations state. An image is turned by its EXIF
 orientation only where the stated size is that of the turned image and not that of the stored one.
@@ -29,7 +32,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -37,11 +40,15 @@ import numpy as np
 
 from ..categories import Category
 from ..config import OdtkError
-from .images import SWAPS_SIDES, Header, ImageError, read_headers
-from .records import Fault, Image
+from .box_format import find_format
+from .images import SWAPS_SIDES, Header, ImageError, MissingImage, read_headers
+from .missing import NearestFiles, none_found
+from .records import DAMAGED, Fault, Image
 
 CLIP_TOLERANCE = 1.0  # pixels by which a box may leave its image before its clipping is worth a warning
 ID_FAULT = "its id is not a 64-bit integer"
+MAX_INT = 2**1023  # JSON's whole numbers have no bound, floats have
+Place = tuple[str, str]  # file and id of a Fault
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def load_json(path: Path) -> dict[str, Any]:
         OdtkError: the file is missing or cannot be read, is not JSON (with line and column), or is not COCO's object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is skipped
     except FileNotFoundError:
         raise OdtkError(f"The annotation file {path} does not exist: give the right one with --annotations.") from None
     except json.JSONDecodeError as error:
@@ -72,18 +79,22 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 class CocoReader:
-    """Reads one annotation file and collects its faults; each method applies the rules for one kind of entry.
+    """Takes the content of one annotation file and collects its faults; each method applies the rules for one kind of
+    entry.
 
     Args:
-        path: the JSON file.
+        content: as load_json returns it. Where it was read from another format, an entry may say in ``source`` where
+            it comes from (``labels/a.txt, line 3``); its faults then show that as their place.
+        path: the file or folder that the content was read from.
         folder: of the images.
         rotated: boxes become (x, y, w, h, theta).
         training: what training needs is checked too.
     """
 
-    def __init__(self, path: Path, folder: Path, rotated: bool, training: bool) -> None:
-        self.path, self.folder, self.rotated, self.training = path, folder, rotated, training
-        self.content = load_json(path)
+    def __init__(self, content: dict[str, Any], path: Path, folder: Path, rotated: bool, training: bool) -> None:
+        self.content, self.path, self.folder = content, path, folder
+        self.rotated, self.training = rotated, training
+        self.has_sources = path.suffix.lower() != ".json"  # a user's own key "source" means something else
         self.faults: list[Fault] = []
         self.boxes_of_label: Counter[int] = Counter()  # counts the boxes of refused images too
 
@@ -95,29 +106,35 @@ class CocoReader:
         """
         categories = self.read_categories()
         images = self.read_images()
-        self.read_boxes(images, {category.id: i for i, category in enumerate(categories)})
-        if self.training:
-            self.check_trainable(categories)
+        if not self.refuse_format(images):  # else every box would be a fault of its own
+            self.read_boxes(images, {category.id: i for i, category in enumerate(categories)})
+            if self.training:
+                self.check_trainable(categories)
         usable = [image for image in images.values() if image is not None]
         return usable, categories, self.faults
 
-    def fix(self, id: str, rule: str, reason: str = "", file: Path | None = None) -> None:
-        self.faults.append(Fault(str(file or self.path), id, reason or rule, True, rule))
+    def fix(self, where: Place, rule: str, reason: str = "") -> None:
+        self.faults.append(Fault(*where, reason or rule, True, rule))
 
-    def refuse(self, id: str, rule: str, reason: str = "", file: Path | None = None) -> None:
-        self.faults.append(Fault(str(file or self.path), id, reason or rule, False, rule))
+    def refuse(self, where: Place, rule: str, reason: str = "") -> None:
+        self.faults.append(Fault(*where, reason or rule, False, rule))
+
+    def place(self, name: str, entry: dict[str, Any] | None = None) -> Place:
+        """Where a fault of an entry is: at its source if it has one, else in the annotation file under its name."""
+        source = entry.get("source") if entry and self.has_sources else None
+        return (source, "") if isinstance(source, str) else (str(self.path), name)
 
     def read_categories(self) -> tuple[Category, ...]:
         entries = categories_of(self.content)
         if entries and not self.content.get("categories"):
-            self.fix("", 'no "categories": made from the annotations\' category ids')
+            self.fix(self.place(""), 'no "categories": made from the annotations\' category ids')
         categories: dict[int, Category] = {}
         for entry in entries:
             id = entry.get("id")
             if not is_id(id):
-                self.refuse(f"category {id!r}", ID_FAULT)
+                self.refuse(self.place(f"category {id!r}", entry), ID_FAULT)
             elif id in categories:
-                self.refuse(f"category {id}", "duplicate category id")
+                self.refuse(self.place(f"category {id}", entry), "duplicate category id")
             else:
                 categories[id] = Category(id, str(entry.get("name", id)))
         return tuple(categories[id] for id in sorted(categories))
@@ -128,69 +145,105 @@ class CocoReader:
         for entry in self.content["images"]:
             id = entry.get("id")
             if not is_id(id):
-                self.refuse(f"image {id!r}", ID_FAULT)
+                self.refuse(self.place(f"image {id!r}", entry), ID_FAULT)
             elif id in entries:
-                self.refuse(f"image {id}", "duplicate image id")
+                self.refuse(self.place(f"image {id}", entry), "duplicate image id")
+            elif reason := reading_fault(entry):
+                self.refuse(self.place(f"image {id}", entry), "unreadable annotations", reason)
             elif not isinstance(entry.get("file_name"), str):
-                self.refuse(f"image {id}", "it has no 'file_name'")
+                self.refuse(self.place(f"image {id}", entry), "it has no 'file_name'")
             else:
                 entries[id] = entry
         if not self.content["images"]:
             raise OdtkError(f"{self.path} lists no images.")
         paths = [self.folder / entry["file_name"] for entry in entries.values()]
+        headers = read_headers(paths)
         images: dict[int, Image | None] = {}
-        for (id, entry), path, header in zip(entries.items(), paths, read_headers(paths), strict=True):
+        for (id, entry), path, header in zip(entries.items(), paths, headers, strict=True):
             if isinstance(header, ImageError):
-                self.refuse(f"image {id}", "unusable image", str(header), path)
                 images[id] = None
+                if not isinstance(header, MissingImage):
+                    self.refuse((str(path), f"image {id}"), DAMAGED, str(header))
             else:
                 images[id] = self.read_image(id, entry, path, header)
+        missing = [i for i, header in enumerate(headers) if isinstance(header, MissingImage)]
+        if missing:
+            self.refuse_missing([(id, entries[id]["file_name"]) for id in entries], missing)
         return images
+
+    def refuse_missing(self, names: list[tuple[int, str]], missing: list[int]) -> None:
+        """One fault for each image that does not exist, or one for all where none does.
+
+        Args:
+            names: id and file name of every image.
+            missing: the positions in it of those that do not exist.
+        """
+        if len(missing) == len(names) > 1:
+            self.refuse(self.place(""), "no image found", none_found(self.folder, [name for _, name in names]))
+            return
+        nearest = NearestFiles(self.folder)
+        for id, name in (names[i] for i in missing):
+            meant = nearest.find(name)
+            reason = "the file is missing" + (f": did you mean {meant}?" if meant else "")
+            self.refuse((str(self.folder / name), f"image {id}"), "missing image", reason)
 
     def read_image(self, id: int, entry: dict[str, Any], path: Path, header: Header) -> Image | None:
         """The image without its boxes, or None where the stated size is not that of the file."""
-        name = f"image {id}"
+        stated_at, file = self.place(f"image {id}", entry), (str(path), f"image {id}")
         if header.rule:
-            self.fix(name, header.rule, file=path)
+            self.fix(file, header.rule)
         stored = (header.width, header.height)
         turned = stored[::-1] if header.orientation in SWAPS_SIDES else stored
         stated: tuple[Any, Any] = (entry.get("width"), entry.get("height"))
         orientation = 1
         if not all(is_id(side) and side > 0 for side in stated):
-            self.fix(name, "no width or height in the annotations: taken from the file")
+            self.fix(stated_at, "no width or height in the annotations: taken from the file")
         elif stated != stored and stated == turned:
             orientation = header.orientation
-            self.fix(name, "turned by its EXIF orientation, as the annotated size says", file=path)
+            self.fix(file, "turned by its EXIF orientation, as the annotated size says")
         elif stated != stored:
             self.refuse(
-                name,
+                stated_at,
                 "wrong width or height",
                 f"the annotations say {stated[0]}×{stated[1]}, {path.name} is {stored[0]}×{stored[1]}, "
                 "so its boxes cannot be trusted",
             )
             return None
         elif header.orientation != 1:
-            self.fix(name, "EXIF orientation ignored, as the annotated size is that of the stored image", file=path)
+            self.fix(file, "EXIF orientation ignored, as the annotated size is that of the stored image")
         return Image.from_header(id, path, header, orientation, rotated=self.rotated)
+
+    def refuse_format(self, images: dict[int, Image | None]) -> bool:
+        """Refuses boxes that are all in another format; says whether they are."""
+        sizes = image_sizes(self.content, images)
+        fault = format_fault(self.content.get("annotations", []), sizes, self.path)
+        if fault:
+            self.refuse(self.place(""), "boxes in another format", fault)
+        return bool(fault)
 
     def read_boxes(self, images: dict[int, Image | None], labels: dict[int, int]) -> None:
         """Gives the images their boxes and labels; ``labels`` maps a category id to its class index."""
         found: dict[int, list[tuple[list[float], int]]] = {id: [] for id in images}
         seen: set[Any] = set()
         for position, entry in enumerate(self.content.get("annotations", [])):
-            name = f"annotation {entry.get('id', f'at position {position}')}"
+            where = self.place(f"annotation {entry.get('id', f'at position {position}')}", entry)
             if "id" in entry and str(entry["id"]) in seen:
-                self.fix(name, "duplicate annotation id: both annotations are kept")
+                self.fix(where, "duplicate annotation id: both annotations are kept")
             seen.add(str(entry.get("id")))
+            unread, of = reading_fault(entry), entry.get("image_id")
+            damaged = is_id(of) and of in images and images[of] is None  # then the image is the fault
+            if unread and not (damaged and "category_id" in entry):
+                self.refuse(where, "unreadable annotation", unread)
+                continue
             if reason := reference_fault(entry, "image_id", images):
-                self.refuse(name, "unknown image", reason)
+                self.refuse(where, "unknown image", reason)
                 continue
             if reason := reference_fault(entry, "category_id", labels):
-                self.refuse(name, "unknown category", reason)
+                self.refuse(where, "unknown category", reason)
                 continue
             image_id, label = entry["image_id"], labels[entry["category_id"]]
             image = images[image_id]
-            box = self.read_box(name, entry, image) if image is not None else None
+            box = self.read_box(where, entry, image) if image is not None else None
             self.boxes_of_label[label] += image is None or box is not None
             if box is not None:
                 found[image_id].append((box, label))
@@ -199,58 +252,55 @@ class CocoReader:
                 image.boxes = np.array([box for box, _ in found[id]], dtype=np.float64)
                 image.labels = np.array([label for _, label in found[id]], dtype=np.int64)
 
-    def read_box(self, name: str, entry: dict[str, Any], image: Image) -> list[float] | None:
+    def read_box(self, where: Place, entry: dict[str, Any], image: Image) -> list[float] | None:
         """The usable part of an annotation's box, (x, y, w, h) or (x, y, w, h, theta); None where there is none."""
         if reason := bbox_fault(entry, rotated=self.rotated):
-            self.refuse(name, reason)
+            self.refuse(where, reason)
             return None
         box = entry["bbox"]
         if entry.get("iscrowd", 0):
-            self.fix(name, "crowd: not used in training")
+            self.fix(where, "crowd: not used in training")
             return None
         if is_degenerate(box):
-            self.fix(name, "degenerate box dropped", f"degenerate box {box} dropped")
+            self.fix(where, "degenerate box dropped", f"degenerate box {box} dropped")
             return None
-        return self.check_rotated_box(name, box, image) if self.rotated else self.clip_box(name, box, image)
+        return self.check_rotated_box(where, box, image) if self.rotated else self.clip_box(where, box, image)
 
-    def check_rotated_box(self, name: str, box: list[float], image: Image) -> list[float] | None:
+    def check_rotated_box(self, where: Place, box: list[float], image: Image) -> list[float] | None:
         """The box (x, y, w, h, theta) unclipped, or None where it cannot be used."""
         if len(box) == 4:
-            self.fix(name, "axis-aligned box in a rotated run: theta is 0")
+            self.fix(where, "axis-aligned box in a rotated run: theta is 0")
             box = [*box, 0.0]
         if abs(box[4]) > 2 * math.pi:
-            self.refuse(name, "theta beyond ±2π", f"theta {box[4]} is beyond ±2π: it must be in radians")
+            self.refuse(where, "theta beyond ±2π", f"theta {box[4]} is beyond ±2π: it must be in radians")
             return None
         center_x, center_y = box[0] + box[2] / 2, box[1] + box[3] / 2
         if not (0 <= center_x <= image.width and 0 <= center_y <= image.height):
-            self.fix(name, "box with its center outside the image dropped")
+            self.fix(where, "box with its center outside the image dropped")
             return None
         return box
 
-    def clip_box(self, name: str, box: list[float], image: Image) -> list[float] | None:
+    def clip_box(self, where: Place, box: list[float], image: Image) -> list[float] | None:
         """The part of a box (x, y, w, h) inside its image, or None where there is none."""
         x, y, w, h = box
         x1, y1 = min(max(x, 0), image.width), min(max(y, 0), image.height)
         x2, y2 = min(max(x + w, 0), image.width), min(max(y + h, 0), image.height)
         if x2 <= x1 or y2 <= y1:
-            self.fix(name, "box outside the image dropped", f"box {box} outside the image dropped")
+            self.fix(where, "box outside the image dropped", f"box {box} outside the image dropped")
             return None
         if max(x1 - x, y1 - y, x + w - x2, y + h - y2) > CLIP_TOLERANCE:
-            self.fix(name, "box clipped to the image", f"box {box} clipped to the image")
+            self.fix(where, "box clipped to the image", f"box {box} clipped to the image")
         return [x1, y1, x2 - x1, y2 - y1]
 
     def check_trainable(self, categories: tuple[Category, ...]) -> None:
         if not self.boxes_of_label.total():
-            self.refuse("", "there are no usable boxes to learn from")
+            self.refuse(self.place(""), "there are no usable boxes to learn from")
             return
+        rule = "category without annotations: it keeps its place and its id"
         for label, category in enumerate(categories):
             if not self.boxes_of_label[label]:
-                self.refuse(
-                    f"category {category.id}",
-                    "category without annotations",
-                    f"{category.name!r} has no annotations, so it cannot be learned: "
-                    "remove it from the categories or annotate it",
-                )
+                reason = f"{category.name!r} has no annotations: it keeps its place and its id, but is not learned"
+                self.fix(self.place(f"category {category.id}"), rule, reason)
 
 
 def is_id(value: Any) -> TypeGuard[int]:
@@ -259,8 +309,10 @@ def is_id(value: Any) -> TypeGuard[int]:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value is a number; JSON's true and false are not. NaN and infinity are."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a number that fits a float; JSON's true and false are not. NaN and infinity are."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < MAX_INT
+    return isinstance(value, float)
 
 
 def is_degenerate(box: Sequence[float]) -> bool:
@@ -286,6 +338,12 @@ def is_mask(value: Any) -> bool:
     if isinstance(counts, list):  # lengths of runs, which together fill the mask
         return all(is_id(run) and run >= 0 for run in counts) and sum(counts) == size[0] * size[1]
     return isinstance(counts, (str, bytes))
+
+
+def reading_fault(entry: dict[str, Any]) -> str:
+    """Why a reader of another format (yolo.py, voc.py) found an entry unreadable, or an empty string."""
+    reason = entry.get("unreadable")
+    return reason if isinstance(reason, str) and isinstance(entry.get("source"), str) else ""
 
 
 def reference_fault(entry: dict[str, Any], key: str, known: Container[Any], *, floats: bool = False) -> str:
@@ -328,7 +386,8 @@ def entry_fault(
     if not isinstance(entry, dict):
         return "it is not a dictionary"
     fault = (
-        reference_fault(entry, "image_id", image_ids, floats=True)
+        reading_fault(entry)
+        or reference_fault(entry, "image_id", image_ids, floats=True)
         or reference_fault(entry, "category_id", category_ids, floats=True)
         or bbox_fault(entry, rotated=True)
     )
@@ -338,6 +397,33 @@ def entry_fault(
             "nor an RLE mask {size, counts}"
         )
     return fault
+
+
+def image_sizes(content: dict[str, Any], images: Mapping[int, Image | None]) -> dict[int, tuple[int, int]]:
+    """(width, height) in pixels by image id: of the images that were read, else as the annotations state it."""
+    sizes = {id: (image.width, image.height) for id, image in images.items() if image is not None}
+    for entry in content["images"]:
+        stated = (entry.get("width"), entry.get("height"))
+        if is_id(entry.get("id")) and all(is_id(side) and side > 0 for side in stated):
+            sizes.setdefault(entry["id"], stated)
+    return sizes
+
+
+def format_fault(entries: Sequence[dict[str, Any]], sizes: Mapping[int, tuple[int, int]], path: Path) -> str:
+    """What the boxes of all annotations are, if it is not COCO's x y w h, and what converts them; or an empty string.
+
+    Args:
+        entries: annotations; those without a usable box or a known image are left out.
+        sizes: (width, height) in pixels by image id.
+        path: of the annotations, for the command.
+    """
+    boxes, frames = [], []
+    for entry in entries:
+        id = entry.get("image_id")
+        if is_id(id) and id in sizes and not bbox_fault(entry, rotated=True) and not is_degenerate(entry["bbox"]):
+            boxes.append(entry["bbox"][:4] + [len(entry["bbox"])])
+            frames.append(sizes[id])
+    return find_format(np.array(boxes), np.array(frames), path) if boxes else ""
 
 
 def categories_of(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -365,9 +451,14 @@ def prepare_ground_truth(truth: dict[str, Any], file: str = "", *, segmentation:
         for entry in entries:
             if not is_id(entry.get("id")):
                 raise OdtkError(f"{what} {entry.get('id')!r}{of}: {ID_FAULT}.")
+            if fault := reading_fault(entry):
+                raise OdtkError(f"{entry['source']}: {fault}.")
     image_ids, category_ids = {image["id"] for image in truth["images"]}, {category["id"] for category in categories}
     for i, entry in enumerate(boxes):
         if fault := entry_fault(entry, image_ids, category_ids, segmentation=segmentation):
-            raise OdtkError(f"Annotation {entry.get('id', f'at position {i}')}{of}: {fault}.")
+            place = entry["source"] if reading_fault(entry) else f"Annotation {entry.get('id', f'at position {i}')}{of}"
+            raise OdtkError(f"{place}: {fault}.")
+    if fault := format_fault(boxes, image_sizes(truth, {}), Path(file or "annotations.json")):
+        raise OdtkError(f"The annotations{of} cannot be used: {fault}.")
     kept = [a for a in boxes if not is_degenerate(a["bbox"])]
     return {"images": truth["images"], "categories": categories, "annotations": kept}

@@ -7,15 +7,20 @@ stated image sizes, so its images are turned by their EXIF orientation, as every
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..categories import Category
 from ..config import OdtkError
 from ..text import plural
 from .coco import CocoReader
-from .images import EXTENSIONS, ImageError, read_headers
-from .records import Fault, Image
+from .images import ImageError, read_headers
+from .layouts import load_annotations
+from .listing import list_images
+from .records import DAMAGED, Fault, Image
+
+MAX_LISTED = 10  # damaged images in a message
 
 
 @dataclass
@@ -36,60 +41,99 @@ class Dataset:
 
     @classmethod
     def load(
-        cls, annotations: str | Path | None, images: str | Path, *, rotated: bool = False, training: bool = False
+        cls,
+        annotations: str | Path | None,
+        images: str | Path | Sequence[str],
+        *,
+        rotated: bool = False,
+        training: bool = False,
+        skip_damaged: bool = False,
     ) -> Dataset:
         """Reads and checks a dataset.
 
         Args:
-            annotations: COCO file; None takes every image file of the folder, without boxes.
-            images: folder of the images.
+            annotations: of any format (layouts.py), PATH or PATH:SPLIT; None takes every image file of the folder,
+                without boxes.
+            images: folder of the images; without annotations also files and patterns (listing.py).
             rotated: boxes are (x, y, w, h, theta).
             training: check what training needs too.
+            skip_damaged: damaged images are left out, which is a fixed fault; otherwise they are refused.
 
         Raises:
-            OdtkError: a file cannot be read, or a fault is refused; names the first such fault and counts the others.
+            OdtkError: a file cannot be read, a fault is refused, or every image is damaged; names the first such fault
+                and counts the others, or lists the damaged images if there is nothing else.
         """
         dataset = read(annotations, images, rotated=rotated, training=training)
+        if skip_damaged:
+            dataset.faults = [replace(f, fixed=True) if f.rule == DAMAGED else f for f in dataset.faults]
         refused = [fault for fault in dataset.faults if not fault.fixed]
+        damaged = [fault for fault in dataset.faults if fault.rule == DAMAGED]
+        if refused and all(fault.rule == DAMAGED for fault in refused):
+            raise OdtkError(
+                f"The dataset was refused: {list_damaged(damaged)}; mend or remove these files, or leave them out "
+                "(--skip-damaged in training, infer without --strict)."
+            )
         if refused:
+            first = next(fault for fault in refused if fault.rule != DAMAGED)
             others = len(refused) - 1
-            more = f" ({plural(others, 'more fault')} like this: `odtk check` lists all)" if others else ""
-            raise OdtkError(f"The dataset was refused: {refused[0]}{more}.")
+            more = f" ({plural(others, 'more fault')}: `odtk check` lists all)" if others else ""
+            raise OdtkError(f"The dataset was refused: {first}{more}.")
+        if damaged and not dataset.images:
+            raise OdtkError(f"No image is left: {list_damaged(damaged)}.")
         return dataset
 
     def warnings(self) -> list[str]:
-        """One sentence for each kind of fixed fault, with their number and the first of them."""
+        """One sentence for each kind of fixed fault, with their number and the first of them; damaged images, which
+        are left out, are listed."""
         fixed = [fault for fault in self.faults if fault.fixed]
         counts = Counter(fault.rule for fault in fixed)
         first = {fault.rule: fault for fault in reversed(fixed)}
-        return [f"{rule} ({count} ×, first {first[rule].file} {first[rule].id})" for rule, count in counts.items()]
+        found = []
+        for rule, count in counts.items():
+            if rule == DAMAGED:
+                found.append(f"left out, {list_damaged([fault for fault in fixed if fault.rule == DAMAGED])}")
+            else:
+                place = " ".join(part for part in (first[rule].file, first[rule].id) if part)
+                found.append(f"{rule} ({count} ×, first {place})")
+        return found
+
+
+def list_damaged(faults: Sequence[Fault]) -> str:
+    """Damaged images with their reasons, up to MAX_LISTED, for a message."""
+    listed = ", ".join(f"{fault.file} ({fault.reason})" for fault in faults[:MAX_LISTED])
+    more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+    return f"{plural(len(faults), 'damaged image')}: {listed}{more}"
 
 
 def read(
-    annotations: str | Path | None, images: str | Path, *, rotated: bool = False, training: bool = False
+    annotations: str | Path | None,
+    images: str | Path | Sequence[str],
+    *,
+    rotated: bool = False,
+    training: bool = False,
 ) -> Dataset:
     """Reads a dataset as Dataset.load does, but lists refused faults instead of raising; refused images are left out.
 
     Raises:
         OdtkError: the annotation file or the folder cannot be read at all.
     """
+    if annotations is None:
+        return read_images(list_images(images), rotated)
+    assert isinstance(images, (str, Path))  # of annotations: one folder
     folder = Path(images).expanduser()
     if not folder.is_dir():
         raise OdtkError(f"The image folder {folder} does not exist: give the right one with --images.")
-    if annotations is None:
-        return _read_folder(folder, rotated)
-    found, categories, faults = CocoReader(Path(annotations).expanduser(), folder, rotated, training).read()
+    content, folder, path = load_annotations(annotations, folder, rotated=rotated)
+    found, categories, faults = CocoReader(content, path, folder, rotated, training).read()
     return Dataset(found, categories, faults, rotated)
 
 
-def _read_folder(folder: Path, rotated: bool) -> Dataset:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    if not paths:
-        raise OdtkError(f"The folder {folder} has no images ({', '.join(sorted(EXTENSIONS))}).")
+def read_images(paths: Sequence[Path], rotated: bool) -> Dataset:
+    """Image files without annotations, numbered from 1; unusable ones are faults."""
     dataset = Dataset([], (), rotated=rotated)
     for number, (path, header) in enumerate(zip(paths, read_headers(paths), strict=True), start=1):
         if isinstance(header, ImageError):
-            dataset.faults.append(Fault(str(path), f"image {number}", str(header), False, "unusable image"))
+            dataset.faults.append(Fault(str(path), f"image {number}", str(header), False, DAMAGED))
             continue
         if header.rule:
             dataset.faults.append(Fault(str(path), f"image {number}", header.rule, True, header.rule))

@@ -15,16 +15,18 @@ A truncated file is refused before the run starts; damage that shows only while 
 
 from __future__ import annotations
 
+import io
 import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image as PILImage
 
-EXTENSIONS = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+EXTENSIONS = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 EXIF_ORIENTATION = 0x0112  # the tag
 SCAN_THREADS = 16  # reading headers waits for the disk, not for the processor
 PNG_BIT_DEPTH_AT = 24  # offset in the file: signature 8, chunk length 4, "IHDR" 4, width 4, height 4
@@ -44,6 +46,10 @@ SWAPS_SIDES = {5, 6, 7, 8}
 
 class ImageError(Exception):
     """An image file that cannot be used; the message is the reason, without the file's name."""
+
+
+class MissingImage(ImageError):
+    """An image file that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,14 @@ def read_header(path: Path) -> Header:
     """The size, orientation and kind of an image, without decoding it.
 
     Raises:
-        ImageError: the file is missing, empty, truncated (JPEG and PNG) or not an image of a known format.
+        MissingImage: the file does not exist.
+        ImageError: it is empty, truncated (JPEG and PNG) or not an image of a known format.
     """
     try:
         with PILImage.open(path) as image:
-            _check_end(path, image.format or "")
+            if image.format in ("JPEG", "MPO", "PNG"):
+                with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    _check_end(data, image.format)
             depth = _bit_depth(path, image)
             plain = (
                 image.format in ("JPEG", "MPO", "PNG")
@@ -82,14 +91,14 @@ def read_header(path: Path) -> Header:
             )
             return Header(*image.size, _orientation(image), plain, _rule(image, depth))
     except FileNotFoundError:
-        raise ImageError("the file is missing") from None
+        raise MissingImage("the file is missing") from None
     except ImageError:
         raise
     except Exception as error:  # Pillow's plugins raise almost any exception on damaged files
         raise ImageError(_reason(error)) from error
 
 
-def decode(path: Path, orientation: int = 1) -> np.ndarray:
+def decode(path: Path | BinaryIO, orientation: int = 1) -> np.ndarray:
     """The pixels of an image, uint8 [H, W, 3] RGB, turned by the given EXIF orientation.
 
     Raises:
@@ -97,7 +106,7 @@ def decode(path: Path, orientation: int = 1) -> np.ndarray:
     """
     try:
         with PILImage.open(path) as image:
-            rgb = _to_rgb(image)
+            rgb = to_rgb(image)
     except Exception as error:
         raise ImageError(_reason(error)) from error
     if orientation in UPRIGHT:
@@ -105,8 +114,27 @@ def decode(path: Path, orientation: int = 1) -> np.ndarray:
     return np.array(rgb)
 
 
-def _to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """An image of any kind as 8-bit RGB, by the rules above."""
+def decode_content(content: bytes) -> np.ndarray:
+    """The pixels of an image file's content, uint8 [H, W, 3] RGB, turned by its own EXIF orientation.
+
+    Raises:
+        ImageError: it is not an image of a known format, or damaged.
+    """
+    try:
+        with PILImage.open(io.BytesIO(content)) as image:
+            kind, orientation = image.format or "", _orientation(image)
+    except Exception as error:
+        raise ImageError(_reason(error)) from error
+    _check_end(content, kind)
+    return decode(io.BytesIO(content), orientation)
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """An image of any kind as 8-bit RGB, by the rules above.
+
+    Raises:
+        ImageError: no rule fits.
+    """
     if image.mode == "F":
         raise ImageError("its pixels are floats, whose range is not known")
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips to white
@@ -149,19 +177,17 @@ def _rule(image: PILImage.Image, depth: int) -> str:
     return ""
 
 
-def _check_end(path: Path, kind: str) -> None:
+def _check_end(data: bytes | mmap.mmap, kind: str) -> None:
     """Refuses a JPEG without its end-of-image marker and a PNG without its last chunk."""
     if kind not in ("JPEG", "MPO", "PNG"):
         return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        # In a JPEG, bytes may follow the end marker (maker notes, padding), and a thumbnail before the scan has one.
-        last, after = (b"IEND", 0) if kind == "PNG" else (b"\xff\xd9", _start_of_scan(data))
-        whole = data.rfind(last) > after
-    if not whole:
+    # In a JPEG, bytes may follow the end marker (maker notes, padding), and a thumbnail before the scan has one.
+    last, after = (b"IEND", 0) if kind == "PNG" else (b"\xff\xd9", _start_of_scan(data))
+    if data.rfind(last) <= after:
         raise ImageError("the file is truncated: its end is missing")
 
 
-def _start_of_scan(data: mmap.mmap) -> int:
+def _start_of_scan(data: bytes | mmap.mmap) -> int:
     """Offset of a JPEG's first start-of-scan marker (ITU-T T.81, annex B.1); the file's length where there is none."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:

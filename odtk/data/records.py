@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .images import SWAPS_SIDES, Header
+from .images import SWAPS_SIDES, Header, decode
+
+DAMAGED = "damaged image"  # the rule of a Fault that leaves an image out where that is asked for
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Image:
         labels: int64 [n], index into ``Dataset.categories``.
         orientation: EXIF orientation (1…8) to apply when decoding; 1 for none.
         plain: an upright 8-bit RGB or grayscale JPEG or PNG, which every decoder reads alike.
+        pixels: those of an image that is no file, uint8 [H, W, 3] RGB; ``path`` then is its name, for messages.
     """
 
     id: int
@@ -56,6 +59,15 @@ class Image:
     labels: np.ndarray
     orientation: int = 1
     plain: bool = True
+    pixels: np.ndarray | None = None
+
+    def decode(self) -> np.ndarray:
+        """The pixels, uint8 [H, W, 3] RGB.
+
+        Raises:
+            ImageError: the file cannot be decoded completely.
+        """
+        return decode(self.path, self.orientation) if self.pixels is None else self.pixels
 
     @classmethod
     def from_header(cls, id: int, path: Path, header: Header, orientation: int, *, rotated: bool) -> Image:

@@ -1,7 +1,6 @@
 """One test for each rule of data/coco.py: what is fixed is counted; what is refused names file, id and reason."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ from PIL import ImageOps
 
 from odtk.categories import Category
 from odtk.config import OdtkError
-from odtk.data.check import check, unmatched_boxes
+from odtk.data.check import check
+from odtk.data.coco import CocoReader, prepare_ground_truth
 from odtk.data.dataset import Dataset, read
 from odtk.data.images import ImageError, decode, read_header
-from odtk.data.records import Image
+from odtk.data.missing import NearestFiles
+from odtk.data.records import DAMAGED
 
 SIZE = (40, 30)  # width, height
 
@@ -148,16 +149,22 @@ def test_refused_before_the_run(coco, changes, words) -> None:
 
 def test_a_refusal_counts_the_other_faults(coco) -> None:
     paths = coco(annotations=[box(i, 99, 4, [1, 1, 5, 5]) for i in range(4)])
-    assert "(3 more faults like this" in refusal(paths)
+    assert "(3 more faults: `odtk check` lists all)" in refusal(paths)
     two = coco(annotations=[box(i, 99, 4, [1, 1, 5, 5]) for i in range(2)])
-    assert "(1 more fault like this" in refusal(two)
+    assert "(1 more fault: " in refusal(two)
 
 
-def test_training_needs_every_category_and_some_boxes(coco) -> None:
-    paths = coco(annotations=[box(1, 7, 4, [1, 1, 5, 5])])
-    assert "category 90: 'cat' has no annotations" in refusal(paths, training=True)
-    assert len(Dataset.load(*paths).images) == 2  # other commands may use it
-    assert "there are no usable boxes" in refusal(coco(annotations=[]), training=True)
+def test_a_category_without_annotations_keeps_its_place_and_training_needs_some_boxes(coco) -> None:
+    categories = [{"id": id, "name": str(id)} for id in (1, 4, 90)]
+    paths = coco(categories=categories, annotations=[box(1, 7, 4, [1, 1, 5, 5])])
+    dataset = Dataset.load(*paths, training=True)
+    assert [c.id for c in dataset.categories] == [1, 4, 90] and dataset.images[0].labels.tolist() == [1]
+    (warning,) = dataset.warnings()
+    assert "category without annotations: it keeps its place" in warning and "(2 ×, first " in warning
+    assert "category 1)" in warning and check(*paths).refused == 0
+    assert Dataset.load(*paths).warnings() == []  # only training cares
+    empty = coco(annotations=[])
+    assert "there are no usable boxes" in refusal(empty, training=True) and check(*empty).refused == 1
 
 
 @pytest.mark.parametrize(
@@ -211,7 +218,7 @@ def test_truncated_jpeg_and_png_are_refused(coco, cut) -> None:
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[: int(cut * len(whole)) if isinstance(cut, float) else cut])
         sentence = refusal(coco(images=[image(7, name)]))
-        assert name in sentence and "image 7" in sentence
+        assert name in sentence and "1 damaged image" in sentence and "--skip-damaged" in sentence
         before = (folder / name).read_bytes()
         assert [f.id for f in check(path, folder).faults if not f.fixed] == ["image 7"]  # no further fault from it
         assert (folder / name).read_bytes() == before
@@ -234,7 +241,8 @@ def test_damage_inside_is_found_by_check(coco) -> None:
     paths = coco(images=[image(7, "a.png")])
     Dataset.load(*paths)
     report = check(*paths)
-    assert report.refused == 1 and "cannot be read" in str(report.faults[0])
+    assert "cannot be read" in str(report.faults[0]) and report.damaged == 1
+    assert report.refused == 0  # as training, whose scan does not see it, does not stop
 
 
 def image_of_kind(kind: str) -> tuple[PILImage.Image, str, dict[str, Any]]:
@@ -317,10 +325,14 @@ def test_a_folder_without_annotations(coco) -> None:
 def test_check_reports_every_fault_and_a_summary(coco) -> None:
     entries = [box(1, 7, 4, [5, 5, 0, 3]), box(2, 99, 4, [1, 1, 2, 2]), box(3, 7, 4, [1, 1, 9, 9])]
     report = check(*coco(annotations=entries, images=[image(7, "a.jpg"), image(3, "gone.jpg")]))
-    assert report.refused == 3  # the missing file, the unknown image, the category without annotations
+    assert report.refused == 2  # the missing file, the unknown image
     assert sorted(f.id for f in report.faults) == ["annotation 1", "annotation 2", "category 90", "image 3"]
-    text = "\n".join(report.summary())
-    assert "1 usable image, 0 of them" in text and "category 4 dog: 1 box" in text and "1 box, width 9" in text
+    text = "\n".join(report.summary(60, 100))
+    assert "1 usable image, 0 of them" in text and "category 4 dog: 1 box" in text and "1 box: small" in text
+    assert "images: width 40…40 (median 40), height 30…30 (median 30) pixels in the file" in text
+    assert "images: width 80…80 (median 80), height 60…60 (median 60) pixels in the network's input" in text
+    assert "boxes: width 18…18 (median 18), height 18…18 (median 18) pixels in the network's input" in text
+    assert "width 50…50" in "\n".join(report.summary(60, 50))  # what --max-size caps
 
 
 def test_unreadable_pixels_have_a_reason(tmp_path) -> None:
@@ -329,46 +341,199 @@ def test_unreadable_pixels_have_a_reason(tmp_path) -> None:
         decode(tmp_path / "float.tif")
 
 
-def test_unmatched_boxes_against_a_direct_search() -> None:
+def damage(folder: Path, *names: str) -> None:
+    """Cuts the end of image files off."""
+    for name in names:
+        file = folder / name
+        PILImage.effect_noise(SIZE, 50).convert("RGB").save(file)
+        file.write_bytes(file.read_bytes()[:-99])
+
+
+def test_damaged_images_are_listed_and_left_out_on_request(coco) -> None:
+    path, folder = coco()
+    names = [f"{i:02}.jpg" for i in range(12)]
+    damage(folder, *names)
+    entries = [image(i, name) for i, name in enumerate(names)] + [image(20, "a.jpg")]
+    paths = coco(images=entries, annotations=[box(1, 20, 4, [1, 1, 9, 9]), box(2, 3, 90, [1, 1, 9, 9])])
+    sentence = refusal(paths, training=True)
+    assert "12 damaged images: " in sentence and "09.jpg (the file is truncated" in sentence
+    assert "10.jpg" not in sentence and "and 2 more" in sentence and "--skip-damaged" in sentence
+    dataset = Dataset.load(*paths, training=True, skip_damaged=True)
+    assert [i.id for i in dataset.images] == [20]
+    assert [w for w in dataset.warnings() if "12 damaged images: " in w and "and 2 more" in w]
+    entries.append(image(21, "gone.jpg"))  # a missing image is no damaged one
+    assert "gone.jpg" in refusal(coco(images=entries, annotations=[]), skip_damaged=True)
+    assert "No image is left" in refusal(coco(images=entries[:12], annotations=[]), skip_damaged=True)
+
+
+def test_damaged_images_of_a_folder_are_left_out_and_the_others_keep_their_numbers(coco) -> None:
+    _, folder = coco()
+    damage(folder, "a.jpg")
+    dataset = Dataset.load(None, folder, skip_damaged=True)
+    assert [(i.id, i.path.name) for i in dataset.images] == [(2, "b.jpg")]
+    assert [f.rule for f in dataset.faults] == [DAMAGED] and "a.jpg" in dataset.warnings()[0]
+    report = check(None, folder)
+    assert (report.damaged, len(report.dataset.images)) == (1, 1)
+    assert "1 usable image" in report.summary(60, 100)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there"),
+    [
+        ("upper.jpg", "upper.JPG"),
+        ("photo.jpg", "photo.png"),
+        ("images/many.jpg", "many.jpg"),
+        ("few.jpg", "deep/er/few.jpg"),
+        ("caf\u0065\u0301.jpg", "caf\u00e9.jpg"),
+    ],
+)
+def test_the_nearest_name_is_offered_for_a_missing_file(coco, wanted, there) -> None:
+    _, folder = coco()
+    (folder / there).parent.mkdir(parents=True, exist_ok=True)
+    PILImage.new("RGB", SIZE).save(folder / there)
+    paths = coco(images=[image(7, "a.jpg"), image(3, wanted)])
+    (fault,) = [f for f in read(*paths).faults if not f.fixed]
+    assert fault.id == "image 3" and fault.reason == f"the file is missing: did you mean {there}?"
+    assert NearestFiles(folder).find("C:\\data\\" + wanted.replace("/", "\\")) == there
+    paths = coco(images=[image(7, "a.jpg"), image(3, "nothing like it.jpg")])
+    assert "the file is missing (" not in refusal(paths) and "did you mean" not in refusal(paths)
+
+
+def test_a_folder_without_any_of_the_images_is_one_fault(coco) -> None:
+    path, folder = coco()
+    entries = [image(i, f"{i}.jpg") for i in range(20)]
+    paths = coco(images=entries, annotations=[box(1, 0, 4, [1, 1, 5, 5]), box(2, 9, 90, [1, 1, 5, 5])])
+    report = check(*paths)
+    assert len(report.faults) == 1 and report.refused == 1 and not report.dataset.images
+    expected = f"none of 20 images found under {folder}: looked for 0.jpg, 1.jpg, 2.jpg, …"
+    assert expected in report.faults[0].reason and "--images" in report.faults[0].reason
+    (folder / "deeper").mkdir()
+    PILImage.new("RGB", SIZE).save(folder / "deeper" / "0.jpg")
+    assert f"give --images {folder / 'deeper'}" in refusal(paths)
+    PILImage.new("RGB", SIZE).save(folder.parent / "0.jpg")
+    assert f"give --images {folder.resolve().parent}" in refusal(paths)
+
+
+FORMATS = {
+    "xywh": lambda x, y, w, h: [x, y, w, h],
+    "xyxy": lambda x, y, w, h: [x, y, x + w, y + h],
+    "cxcywh": lambda x, y, w, h: [x + w / 2, y + h / 2, w, h],
+    "normalized": lambda x, y, w, h: [x / SIZE[0], y / SIZE[1], w / SIZE[0], h / SIZE[1]],
+}
+
+
+def boxes_in(format: str, count: int, *, sloppy: float = 0.0) -> list[dict[str, Any]]:
+    """Random boxes of 4 to 14 pixels in image 7, written in a format; sloppy: deviation of their corners in pixels."""
+    generator = np.random.default_rng(count)
+    found = []
+    for i in range(count):
+        w, h = generator.uniform(4, 14, 2)
+        x, y = generator.random(2) * (SIZE[0] - w, SIZE[1] - h) + generator.normal(0, 1, 2) * sloppy
+        found.append(box(i, 7, 4, [float(v) for v in FORMATS[format](x, y, w, h)]))
+    return found
+
+
+@pytest.mark.parametrize("count", [30, 300])
+@pytest.mark.parametrize("format", ["xyxy", "cxcywh", "normalized"])
+def test_boxes_in_another_format_are_refused_with_the_command_that_converts_them(coco, format, count) -> None:
+    path, folder = coco(annotations=boxes_in(format, count))
+    for options in ({"training": True}, {}):
+        sentence = refusal((path, folder), **options)
+        target = path.with_name("annotations-xywh.json")
+        assert f"`odtk convert {path} {target} --to coco --from {format}`" in sentence
+    assert len(read(path, folder, training=True).faults) == 1  # not one for each box
+    with pytest.raises(OdtkError, match=f"--from {format}`"):  # scoring sees it too
+        prepare_ground_truth(json.loads(path.read_text()), str(path))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 20, 300])
+@pytest.mark.parametrize("sloppy", [0.0, 3.0, 10.0])
+def test_correct_boxes_are_not_taken_for_another_format(coco, count, sloppy) -> None:
+    faults = read(*coco(annotations=boxes_in("xywh", count, sloppy=sloppy))).faults
+    assert not [f for f in faults if not f.fixed]
+
+
+def test_one_large_object_in_each_image_is_not_taken_for_another_format(coco) -> None:
     generator = np.random.default_rng(0)
-    size = np.exp(generator.uniform(math.log(3), math.log(150), (60, 2)))
-    boxes = np.concatenate([generator.random((60, 2)) * (200 - size), size], axis=1)
-    dataset = Dataset([], ())
-    dataset.images = [Image(1, Path("x"), 200, 200, boxes, np.zeros(60, np.int64))]
-    anchors = [
-        (
-            stride,
-            np.array(
-                [
-                    [stride / 2 - w / 2, stride / 2 - h / 2, stride / 2 + w / 2, stride / 2 + h / 2]
-                    for w, h in ((4 * stride, 4 * stride), (6 * stride, 3 * stride))
-                ]
-            ),
-        )
-        for stride in (8, 16)
+    for count in (1, 4, 30):
+        entries = []
+        for i in range(count):
+            w, h = generator.uniform(0.6, 1, 2) * SIZE
+            x, y = generator.random(2) * (SIZE[0] - w, SIZE[1] - h)
+            entries.append(box(i, 7, 4, [x, y, w, h]))
+        assert not [f for f in read(*coco(annotations=entries)).faults if not f.fixed]
+
+
+def test_a_rotated_set_is_asked_only_whether_it_is_in_pixels(coco) -> None:
+    leaving = [box(i, 7, 4, [15 - i, 10, 30, 25, 0.5]) for i in range(10)]  # as x1 y1 x2 y2 they would fit
+    assert read(*coco(annotations=leaving), rotated=True).images[0].boxes.shape == (10, 5)
+    assert "--from xyxy" in refusal(coco(annotations=[entry | {"bbox": entry["bbox"][:4]} for entry in leaving]))
+    small = [box(i, 7, 4, [0.3, 0.2, 0.5, 0.25, 1.5]) for i in range(10)]
+    assert "--from normalized" in refusal(coco(annotations=small), rotated=True)
+
+
+def test_faults_are_shown_at_the_source_of_their_entry(tmp_path) -> None:
+    PILImage.new("RGB", SIZE).save(tmp_path / "a.jpg")
+    content = {
+        "images": [image(1, "a.jpg", source="a.xml"), image(2, "a.jpg", width=50, source="b.xml")],
+        "annotations": [
+            box(1, 1, 4, [5, 5, 0, 1], source="labels/a.txt, line 3"),
+            box(2, 9, 4, [5, 5, 5, 1], source="labels/a.txt, line 4"),
+            box(3, 1, 4, [5, 5, 5, 5]),
+        ],
+        "categories": [{"id": 4, "name": "x"}],
+    }
+    _, _, faults = CocoReader(content, tmp_path / "data.yaml", tmp_path, False, True).read()
+    assert sorted(str(f).partition(": ")[0] for f in faults) == [
+        "b.xml",
+        "labels/a.txt, line 3",
+        "labels/a.txt, line 4",
     ]
-    best = np.zeros(60)
-    for stride, base in anchors:
-        for x in range(0, 208, stride):
-            for y in range(0, 208, stride):
-                for anchor in base + [x, y, x, y]:
-                    low = np.maximum(boxes[:, :2], anchor[:2])
-                    high = np.minimum(boxes[:, :2] + boxes[:, 2:], anchor[2:])
-                    overlap = np.clip(high - low, 0, None).prod(axis=1)
-                    union = size.prod(axis=1) + (anchor[2:] - anchor[:2]).prod() - overlap
-                    best = np.maximum(best, overlap / union)
-    count, advice = unmatched_boxes(dataset, anchors, resize=200, max_size=200, threshold=0.5)
-    assert count == (best < 0.5).sum() > 5
-    assert advice.startswith(f"{count} of 60 boxes")
-    assert unmatched_boxes(dataset, anchors, resize=200, max_size=200, threshold=0.0) == (0, "")
+    assert "first labels/a.txt, line 3)" in Dataset([], (), faults).warnings()[0]
+    _, _, faults = CocoReader(content, tmp_path / "x.json", tmp_path, False, True).read()  # a user's own key
+    assert {f.file for f in faults} == {str(tmp_path / "x.json")}
 
 
-def test_small_boxes_get_the_advice_to_enlarge() -> None:
-    boxes = np.array([[10, 10, 4, 4.0]])
-    dataset = Dataset([Image(1, Path("x"), 200, 200, boxes, np.zeros(1, np.int64))], ())
-    anchors = [(8, np.array([[-12, -12, 20, 20]]))]
-    assert "--resize" in unmatched_boxes(dataset, anchors, resize=200, max_size=200, threshold=0.5)[1]
-    assert unmatched_boxes(dataset, anchors, resize=1600, max_size=1600, threshold=0.5)[0] == 0
+def test_check_shows_one_line_for_each_kind_of_finding(coco) -> None:
+    path, folder = coco()
+    for i in range(3):
+        PILImage.effect_noise(SIZE, 50 + i).convert("L").save(folder / f"{i}.png")
+    entries = [image(i, f"{i}.png") for i in range(3)] + [image(9, "gone.jpg"), image(10, "gone2.jpg")]
+    annotations = [box(i, i % 3, 4, [i, 1, 9, 9]) for i in range(15)]
+    report = check(*coco(images=entries, annotations=annotations, categories=[{"id": 4, "name": "dog"}]))
+    refused, fixed = report.lines(verbose=False)
+    assert refused.startswith(f"REFUSED 2 × missing image, first {folder / 'gone.jpg'}: image 9 (the file is missing")
+    assert fixed.startswith("fixed   3 × grayscale image") and fixed.endswith("0.png: image 0")
+    assert len(report.lines(verbose=True)) == 5
+
+
+def test_check_remarks_on_what_may_be_a_mistake(coco) -> None:
+    path, folder = coco()
+    (folder / "copy.jpg").write_bytes((folder / "a.jpg").read_bytes())
+    PILImage.new("RGB", SIZE, (1, 2, 3)).save(folder / "other.png")
+    entries = [image(1, "a.jpg"), image(2, "copy.jpg"), image(3, "other.png")]
+    twice = [box(i, 1, 4, [1, 1, 9, 9]) for i in range(2)]
+    many = [box(10 + i, 3, 5, [i, 1, 9, 9]) for i in range(10)]
+    categories = [{"id": 4, "name": "Dog"}, {"id": 5, "name": "cat"}, {"id": 7, "name": "dog "}]
+    paths = coco(images=entries, annotations=[*twice, *many], categories=categories)
+    remarks = {fault.rule: str(fault) for fault in check(*paths).remarks}
+    assert set(remarks) == {
+        "the same image twice",
+        "identical annotations",
+        "two categories of one name",
+        "category with fewer than 10 boxes",
+    }
+    assert remarks["the same image twice"].endswith("copy.jpg: image 2: its file has the bytes of image 1, a.jpg")
+    assert "image 1: 2 annotations of 'Dog' with the box [1, 1, 9, 9]" in remarks["identical annotations"]
+    assert remarks["two categories of one name"].startswith("category 7: category 4 is called 'dog '")
+    assert remarks["category with fewer than 10 boxes"].startswith("category 4: 'Dog' has only 2 boxes")
+    assert "the same image twice" not in {f.rule for f in check(*paths, pixels=False).remarks}
+    clean = coco(images=[entries[2]], annotations=many, categories=[categories[1]])
+    assert check(*clean).remarks == ()
+
+
+def test_whole_numbers_too_large_for_a_float_are_refused(coco) -> None:
+    assert "bbox is not a list" in refusal(coco(annotations=[box(1, 7, 4, [1, 1, 10**400, 5])]))
 
 
 def test_bccd_is_clean(bccd) -> None:
