@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from odtk.config import LoaderConfig
 from odtk.data.synthetic import synthesize
-from odtk.evaluation.drawing import coco_to_outline
+from odtk.inference.drawing import coco_to_outline
 from odtk.evaluation.visualize import draw_ground_truth
 
 SIDE = 480

@@ -23,19 +23,40 @@ if TYPE_CHECKING:
 Path = str | os.PathLike[str]
 
 
-def load(model: Path, *, device: str | None = None, precision: str = "mixed", threshold: float = 0.05) -> Model:
+def load(
+    model: Path,
+    *,
+    device: str | None = None,
+    precision: str = "mixed",
+    threshold: float | None = None,
+    size: tuple[int, int] | None = None,
+    resize: int | None = None,
+    max_size: int | None = None,
+    loader: str = InferSettings.loader,
+) -> Model:
     """A detector that is ready to run.
 
     Args:
         model: .pth, .onnx, .plan or .engine.
         device: cpu, cuda or cuda:N; None: the first GPU where there is one.
         precision: of a .pth: mixed (fp16 on a GPU, fp32 on a CPU), fp16, bf16 or fp32; other files have their own.
-        threshold: detections score above this; not below what an exported file has baked in.
+        threshold: detections score above this; not below what is fixed in an exported file. None: 0.05, or what is
+            fixed in the file.
+        size, resize, max_size, loader: as the flags of `odtk infer`; None: the size that the model was trained or
+            exported for.
     """
-    from .inference.predict import Model
-
+    settings = InferSettings.of(
+        {
+            "model": model,
+            "score_threshold": threshold,
+            "size": size,
+            "resize": resize,
+            "max_size": max_size,
+            "loader": loader,
+        }
+    )
     with commands.explaining():
-        return Model.load(os.fspath(model), device=device, precision=precision, threshold=threshold)
+        return commands.load(settings, device=device, precision=precision)
 
 
 def train(model: Path, **settings: Any) -> str:
@@ -59,13 +80,14 @@ def infer(model: Path, **settings: Any) -> list[dict[str, Any]] | None:
 
 
 def export(model: Path, output: Path, **settings: Any) -> bool:
-    """`odtk export`: writes the artifact; whether ``verify`` (if asked for) found it within the allowed drop.
+    """`odtk export`: writes the artifact; whether it passed ``verify``, if that was asked for.
 
     Args:
         settings: settings.ExportSettings by name.
     """
     with commands.explaining():
-        return commands.export(ExportSettings.of({"model": model, "output": output, **settings}))
+        verdict = commands.export(ExportSettings.of({"model": model, "output": output, **settings}))
+    return verdict is None or verdict.passed
 
 
 def evaluate(detections: Path, **settings: Any) -> Metrics:

@@ -7,13 +7,15 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import (
+    ROTATED_ANGLES,
     BenchmarkConfig,
     ExportConfig,
     InferConfig,
     LoaderConfig,
+    LossConfig,
     ModelConfig,
     OdtkError,
     PostprocessConfig,
@@ -21,6 +23,7 @@ from .config import (
 from .settings import (
     BenchmarkSettings,
     CheckSettings,
+    ConvertSettings,
     EvaluateSettings,
     ExportSettings,
     InferSettings,
@@ -29,6 +32,12 @@ from .settings import (
     TrainSettings,
     VisualizeSettings,
 )
+
+PRECISIONS = ("mixed", "fp16", "bf16", "fp32")  # in which a .pth can compute
+
+if TYPE_CHECKING:
+    from .data.dataset import Dataset
+    from .evaluation.report import Verdict
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors that have an explanation
@@ -87,8 +96,21 @@ def workers_of(world: int) -> int:
 
 
 def images_of(images: str | None, annotations: str | None) -> str:
-    """The image folder: the one given, else that of the annotations, else this one."""
-    return images or (os.path.dirname(annotations) if annotations else "") or "."
+    """The image folder: the one given, else the one where the images of the annotations are, else this one."""
+    if images or not annotations:
+        return images or "."
+    from .data.layouts import image_folder
+
+    return image_folder(annotations)
+
+
+def measured(annotations: str | None) -> str | None:
+    """Annotations to measure something on: of several splits, val."""
+    if not annotations:
+        return None
+    from .data.layouts import with_split
+
+    return with_split(annotations, "val")
 
 
 def need_file(path: str, what: str) -> None:
@@ -120,11 +142,40 @@ def infer(settings: InferSettings, master: str | None = None) -> list[dict[str, 
     return launch.launch(functools.partial(explained, infer_rank), config, devices=settings.devices, master=master)
 
 
+def load(settings: InferSettings, *, device: str | None = None, precision: str = "mixed") -> Any:
+    """The model of an inference (inference.predict.Model), in this process."""
+    import dataclasses
+
+    import torch
+
+    from .inference.predict import Model
+
+    need_file(settings.model, "model")
+    if precision not in PRECISIONS:
+        raise OdtkError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}.")
+    found = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(found).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise OdtkError(f"device: {device!r} is not cpu, cuda or cuda:N.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise OdtkError(f"device: {device!r} needs a GPU, and torch finds none: `odtk info` says what is missing.")
+    config = infer_config(settings, 1)
+    data = dataclasses.replace(config.data, device="cuda:0" if found == "cuda" else found)
+    return Model.load(dataclasses.replace(config, data=data, precision=precision))
+
+
 def infer_config(settings: InferSettings, world: int) -> InferConfig:
     """What each process of an inference is told."""
+    given = settings.images or ()
+    annotations = measured(settings.annotations)
+    folder = images_of(given[0] if given else None, annotations)
     data = LoaderConfig(
-        images=images_of(settings.images, settings.annotations),
-        annotations=settings.annotations,
+        images=given if given and not annotations else folder,
+        annotations=annotations,
+        skip_damaged=not settings.strict,
         batch=share(settings.batch or 2 * world, world),
         size=settings.height_width,
         loader=settings.loader,
@@ -141,6 +192,7 @@ def infer_config(settings: InferSettings, world: int) -> InferConfig:
         postprocess=PostprocessConfig(**settings.thresholds),
         explicit=tuple(settings.thresholds),
         draw=settings.draw,
+        draw_threshold=settings.draw_threshold,
     )
 
 
@@ -151,7 +203,6 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[
     pictures = None
     if config.draw and not rank:
         from .evaluation.pictures import open_pictures
-        from .evaluation.visualize import draw_detections
 
         # Before the work: a file that appears later would shift the ids of a folder.
         pictures = open_pictures(config.data, config.draw)
@@ -159,21 +210,27 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[
     detections = infer(config, rank, world)
     if rank:
         return None
+    truth = None
     if config.data.annotations:
-        from pathlib import Path
+        from .data.coco import reading_fault
+        from .evaluation.evaluate import evaluate, filter_categories, load_truth, print_metrics
 
-        from .data.coco import load_json
-        from .evaluation.evaluate import evaluate, filter_categories, print_metrics
-
-        truth = load_json(Path(config.data.annotations))
+        truth = load_truth(config.data.annotations, detections, config.data.images)
+        # Boxes of a damaged image whose size is not known, where the format needs it; the image was named already.
+        truth["annotations"] = [entry for entry in truth.get("annotations", []) if not reading_fault(entry)]
         print_metrics(evaluate(filter_categories(detections, truth), truth))
     if pictures is not None:
-        draw_detections(detections, pictures)
+        from .evaluation.operating_point import choose
+        from .evaluation.visualize import draw_detections
+
+        chosen, words = choose(detections, truth, config.draw_threshold)
+        draw_detections(chosen, pictures)
+        print(f"The pictures in {config.draw} show {words}; --draw-threshold SCORE changes that.")
     return detections
 
 
-def export(settings: ExportSettings) -> bool:
-    """Writes the artifact; returns whether --verify (if asked for) found it within the allowed drop."""
+def export(settings: ExportSettings) -> Verdict | None:
+    """Writes the artifact; returns what --verify found, or None if that was not asked for."""
     from .exporting.export import export
     from .model.checkpoint import load
 
@@ -183,12 +240,13 @@ def export(settings: ExportSettings) -> bool:
     config = export_config(settings)
     export(config)
     if not settings.verify:
-        return True
+        return None
     from .evaluation.verify import verify
 
-    assert settings.annotations is not None  # checked with the settings
-    images = images_of(settings.images, settings.annotations)
-    return verify(config, annotations=settings.annotations, images=images, max_ap_drop=settings.max_ap_drop)
+    annotations = measured(settings.annotations)
+    assert annotations is not None  # checked with the settings
+    images = images_of(settings.images, annotations)
+    return verify(config, annotations=annotations, images=images, max_ap_drop=settings.max_ap_drop)
 
 
 def export_config(settings: ExportSettings) -> ExportConfig:
@@ -206,6 +264,8 @@ def export_config(settings: ExportSettings) -> ExportConfig:
         calibration_table=settings.calibration_table,
         calibration_method=settings.calibration_method,
         timing_cache=settings.timing_cache,
+        hardware_compatible=settings.hardware_compatible,
+        version_compatible=settings.version_compatible,
         verbose=settings.verbose,
     )
 
@@ -215,7 +275,9 @@ def evaluate(settings: EvaluateSettings) -> Any:
     from .evaluation.evaluate import evaluate, print_metrics
     from .files import write_json
 
-    metrics = evaluate(settings.detections, settings.annotations, segmentation=settings.segmentation)
+    annotations = measured(settings.annotations)
+    assert annotations is not None  # required
+    metrics = evaluate(settings.detections, annotations, images=settings.images, segmentation=settings.segmentation)
     print_metrics(metrics)
     if settings.output:
         write_json(metrics.to_dict(), settings.output)
@@ -223,33 +285,49 @@ def evaluate(settings: EvaluateSettings) -> Any:
 
 
 def check(settings: CheckSettings) -> bool:
-    """Prints every fault of a dataset; returns whether training would start on it."""
-    from .data.check import check, unmatched_boxes
-    from .model.detector import Detector
+    """Prints what is wrong with a dataset; returns whether training would start on it, or for a folder without
+    annotations, whether no image is damaged."""
+    from .data.check import check
     from .text import plural
 
     images = images_of(settings.images, settings.annotations)
     report = check(settings.annotations, images, rotated=settings.rotated_bbox, pixels=not settings.headers_only)
-    for fault in report.faults:
-        print(f"{'fixed' if fault.fixed else 'REFUSED':8}{fault}")
-    for line in report.summary():
+    for line in report.lines(verbose=settings.verbose) + report.summary(settings.resize, settings.max_size):
         print(line)
-    model = ModelConfig(
-        backbones=settings.backbone,
-        classes=max(1, len(report.dataset.categories)),
-        ratios=settings.anchor_ratios,
-        scales=settings.anchor_scales,
-    )
-    detector = Detector(model)
-    anchors = [(s, a.numpy()) for s, a in zip(detector.strides, detector.anchors(), strict=True)]
-    threshold = settings.anchor_ious[1]
-    _, advice = unmatched_boxes(
-        report.dataset, anchors, resize=settings.resize, max_size=settings.max_size, threshold=threshold
-    )
-    print(advice or f"every box has an anchor that overlaps it by {threshold:g}")
+    if settings.annotations is None:
+        print(f"{plural(report.damaged, 'damaged image')} in {images}")
+        return not report.damaged
+    if settings.head != "fcos" and report.dataset.images:
+        for line in anchor_advice(settings, report.dataset):
+            print(line)
     fixed = len(report.faults) - report.refused
     print(f"{plural(report.refused, 'fault')} would stop training, {fixed} would be fixed")
     return not report.refused
+
+
+def anchor_advice(settings: CheckSettings, dataset: Dataset) -> list[str]:
+    """What training's own rule says of the anchors that the settings give."""
+    from .model.detector import Detector
+    from .training.anchor_advice import anchor_advice
+
+    model = ModelConfig(
+        backbones=settings.backbone,
+        classes=max(1, len(dataset.categories)),
+        ratios=settings.anchor_ratios,
+        scales=settings.anchor_scales,
+        angles=ROTATED_ANGLES if settings.rotated_bbox else (),
+    )
+    loss = LossConfig(background_iou=settings.anchor_ious[0], foreground_iou=settings.anchor_ious[1])
+    detector = Detector(model)
+    return anchor_advice(
+        dataset,
+        model,
+        loss,
+        detector.strides,
+        padding=detector.stride,
+        resize=settings.resize,
+        max_size=settings.max_size,
+    )
 
 
 def benchmark(settings: BenchmarkSettings, master: str | None = None) -> None:
@@ -327,6 +405,21 @@ def visualize(settings: VisualizeSettings) -> list[str]:
         raise OdtkError("Nothing to draw: give --detections, --annotations, --features, --anchors or --curves.")
     print(f"Wrote {plural(len(written), 'picture')} to {output}.")
     return written
+
+
+def convert(settings: ConvertSettings) -> None:
+    """Writes annotations in another format, and says what was written."""
+    from .data.convert import convert
+
+    for line in convert(
+        settings.source,
+        settings.target,
+        settings.to,
+        images=settings.images,
+        box_format=settings.box_format,
+        lossy=settings.lossy,
+    ):
+        print(line)
 
 
 def synth(settings: SynthSettings) -> None:

@@ -130,8 +130,9 @@ class LoaderConfig:
     ``annotations`` None means every image file of the folder, without boxes.
     """
 
-    images: str
+    images: str | tuple[str, ...]  # several folders, files or patterns only without annotations
     annotations: str | None = None
+    skip_damaged: bool = False  # leave damaged images out instead of refusing them
     batch: int = 1  # images per process
     training: bool = False
     resize: int = 800
@@ -199,6 +200,7 @@ class InferConfig:
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     explicit: tuple[str, ...] = ()  # fields of postprocess that the user gave: a file that has others is refused
     draw: str | None = None
+    draw_threshold: float | None = None  # None: evaluation.operating_point.choose decides
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,8 @@ class ExportConfig:
     fp16_layers: tuple[str, ...] = ()  # layers kept out of INT8
     timing_cache: str | None = None
     workspace: int = 4 << 30  # bytes
+    hardware_compatible: bool = False  # an engine for every GPU from Ampere on
+    version_compatible: bool = False  # an engine for newer TensorRT too
     seed: int = 0
     verbose: bool = False
 

@@ -31,6 +31,7 @@ from .config import (
 )
 
 LR_BATCH = 16  # the default learning rate is meant for this global batch and scaled to others
+FORMATS = "COCO JSON, YOLO's data.yaml, or a folder of one of them or of Pascal VOC; :SPLIT names a split"
 RESNET_OPTIONS = {  # of --resnet → fields of ModelConfig
     "caffe-stride": "caffe_stride",
     "deep-stem": "deep_stem",
@@ -382,15 +383,15 @@ class TrainSettings(_Devices, _Loader, _Anchors):
 
     model: str = _model("pth", "checkpoint to write; training resumes from it if it exists")
 
-    annotations: str = option(dataclasses.MISSING, "COCO annotations to train on", TEXT, "JSON", section="data")
+    annotations: str = option(dataclasses.MISSING, f"annotations to train on: {FORMATS}", TEXT, "PATH", section="data")
     images: str | None = option(
         None, "folder of the images", TEXT, "DIR", shown="beside the annotations", section="data", changes_result=False
     )
     val_annotations: str | None = option(
         None,
-        "annotations to evaluate on while training; the best checkpoint is kept",
+        "annotations to evaluate on while training, of several splits val; the best checkpoint is kept",
         TEXT,
-        "JSON",
+        "PATH",
         shown="none",
         section="data",
         changes_result=False,
@@ -412,6 +413,9 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         shown="a tenth of --iters, 8000 at most",
         section="data",
         changes_result=False,
+    )
+    skip_damaged: bool = switch(
+        "leave damaged images out", shown="off: damaged images are refused before the run", section="data"
     )
     batch: int | None = option(
         None, "images per iteration over all devices", POSITIVE_INT, "N", shown="2 × devices", section="data"
@@ -661,11 +665,20 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
     """`odtk infer`."""
 
     model: str = _model("{pth,onnx,plan,engine}", "checkpoint or exported file")
-    images: str | None = option(
-        None, "folder of the images", TEXT, "DIR", shown="beside the annotations, else this folder"
+    images: tuple[str, ...] | None = option(
+        None,
+        "folder of the images; without --annotations also files and patterns such as 'scans/*.jpg', several of them",
+        TEXT,
+        "PATH",
+        count=(1, None),
+        shown="beside the annotations, else this folder",
     )
     annotations: str | None = option(
-        None, "COCO annotations: take their images and print COCO figures", TEXT, "JSON", shown="every image"
+        None,
+        f"take the images of these annotations and print COCO figures: {FORMATS}",
+        TEXT,
+        "PATH",
+        shown="every image",
     )
     output: tuple[str, ...] = option(
         ("detections.json",),
@@ -674,8 +687,22 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
         "JSON",
         count=(1, None),
     )
+    strict: bool = switch("fail on a damaged image", shown="off: damaged images are skipped and named")
     batch: int | None = option(None, "images at a time over all devices", POSITIVE_INT, "N", shown="2 × devices")
     draw: str | None = option(None, "write the images with their detections there", TEXT, "DIR", shown="none")
+    draw_threshold: float | None = option(
+        None,
+        "draw detections that score above this",
+        FRACTION,
+        "SCORE",
+        shown="with annotations the one of the best F1, else the best 20 of each image",
+    )
+
+    def check(self) -> None:
+        if self.annotations and self.images and len(self.images) > 1:
+            raise OdtkError("--images takes one folder where --annotations says which images to use.")
+        if self.draw_threshold is not None and not self.draw:
+            raise OdtkError("--draw-threshold needs --draw DIR.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -715,11 +742,21 @@ class ExportSettings(_Size, _Thresholds):
         "refuse a MODEL.pth without rotated boxes", shown="the checkpoint says which boxes it has"
     )
     timing_cache: str | None = option(None, "TensorRT's timing cache, read and updated", TEXT, "PATH", shown="none")
+    hardware_compatible: bool = switch(
+        "an engine that every GPU from Ampere on can run, slower than one for this GPU; DLA is not supported"
+    )
+    version_compatible: bool = switch(
+        "an engine that newer TensorRT can run too; it contains code for the CPU, which odtk runs only where the "
+        "environment has ODTK_ALLOW_HOST_CODE=1"
+    )
     verify: bool = switch("run the written file beside PyTorch in fp32 on --annotations and --images")
-    annotations: str | None = option(None, "COCO annotations for --verify", TEXT, "JSON", shown="none")
+    annotations: str | None = option(None, f"annotations for --verify: {FORMATS}", TEXT, "PATH", shown="none")
     images: str | None = option(None, "images for --verify", TEXT, "DIR", shown="beside the annotations")
     max_ap_drop: float = option(
-        0.3, "points of AP (0 to 100) that --verify allows to be lost, else exit code 2", NUMBER, "POINTS"
+        0.3,
+        "points of AP (0 to 100) that --verify allows to be lost, else exit code 2, or 3 where the images cannot tell",
+        NUMBER,
+        "POINTS",
     )
     verbose: bool = switch("print the log of the conversion")
     devices: str | None = option(
@@ -735,12 +772,16 @@ class ExportSettings(_Size, _Thresholds):
             raise OdtkError(f"{self.output} must end in .onnx, .plan or .engine.")
         if self.devices and self.devices.startswith("cpu") and not self.output.endswith(".onnx"):
             raise OdtkError(f"--devices cpu: {self.output} is built on the GPU that will run it; an .onnx needs none.")
+        if self.output.endswith(".onnx"):
+            for name in ("hardware_compatible", "version_compatible"):
+                if getattr(self, name):
+                    raise OdtkError(f"{flag(name)} is for a .plan or .engine: {self.output} runs on any GPU.")
         if self.int8 and self.full_precision:
             raise OdtkError("--int8 contradicts --full-precision.")
         if self.int8 and not self.calibration_images and not self.calibration_table:
             raise OdtkError("--int8 needs --calibration-images DIR, or a --calibration-table PATH written earlier.")
         if self.verify and not self.annotations:
-            raise OdtkError("--verify needs --annotations JSON and --images DIR.")
+            raise OdtkError("--verify needs --annotations PATH and --images DIR.")
         low, best, high = self.batch
         if not low <= best <= high:
             raise OdtkError(f"--batch {low} {best} {high}: the numbers are MIN, OPT and MAX, in rising order.")
@@ -753,7 +794,10 @@ class EvaluateSettings(Settings):
     detections: str = option(
         dataclasses.MISSING, "COCO results, such as `odtk infer` writes", TEXT, "DETECTIONS.json", positional=True
     )
-    annotations: str = option(dataclasses.MISSING, "COCO annotations of the same images", TEXT, "JSON")
+    annotations: str = option(dataclasses.MISSING, f"annotations of the same images: {FORMATS}", TEXT, "PATH")
+    images: str | None = option(
+        None, "folder of the images, which give YOLO's boxes their size", TEXT, "DIR", shown="beside the annotations"
+    )
     segmentation: bool = switch(
         "overlap of masks; rotated boxes count as polygons", shown="off: of boxes, rotated if they are"
     )
@@ -764,15 +808,28 @@ class EvaluateSettings(Settings):
 class CheckSettings(_Anchors):
     """`odtk check`."""
 
-    annotations: str = option(dataclasses.MISSING, "COCO annotations", TEXT, "JSON")
+    annotations: str | None = option(
+        None, f"annotations: {FORMATS}", TEXT, "PATH", shown="none: only looks for damaged images"
+    )
     images: str | None = option(None, "folder of the images", TEXT, "DIR", shown="beside the annotations")
     resize: int = option(LoaderConfig.resize, "shorter side of the image", POSITIVE_INT, "PIXELS")
     max_size: int = option(LoaderConfig.max_size, "cap of the longer side", POSITIVE_INT, "PIXELS")
-    backbone: tuple[str, ...] = option(
-        ModelConfig.backbones, "whose levels the anchors stand on", TEXT, "NAME", count=(1, None)
+    head: str = option(
+        ModelConfig.head, "to be trained; fcos has no anchors to match", choices=("retinanet", "fcos"), section="model"
     )
-    rotated_bbox: bool = switch("boxes are [x, y, w, h, theta], theta in radians, anticlockwise")
-    headers_only: bool = switch("do not decode the images to their end")
+    backbone: tuple[str, ...] = option(
+        ModelConfig.backbones, "whose levels the anchors stand on", TEXT, "NAME", count=(1, None), section="model"
+    )
+    rotated_bbox: bool = switch("boxes are [x, y, w, h, theta], theta in radians, counterclockwise")
+    headers_only: bool = switch("neither decode the images to their end nor compare them with each other")
+    verbose: bool = switch("print every finding", shown="off: the first of each kind, and their number")
+
+    def check(self) -> None:
+        super().check()
+        if not self.annotations and not self.images:
+            raise OdtkError("--annotations PATH or --images DIR is required.")
+        if self.head == "fcos" and self.rotated_bbox:
+            raise OdtkError("--head fcos has no angle: rotated boxes need --head retinanet.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -809,7 +866,9 @@ class VisualizeSettings(_Size, _Resize):
         None, "checkpoint, for --features and --anchors", TEXT, "MODEL.pth", positional=True, shown="none"
     )
     images: str | None = option(None, "folder of the images", TEXT, "DIR", shown="beside the annotations")
-    annotations: str | None = option(None, "COCO annotations: draws the ground truth", TEXT, "JSON", shown="none")
+    annotations: str | None = option(
+        None, f"draws the ground truth of annotations: {FORMATS}", TEXT, "PATH", shown="none"
+    )
     detections: str | None = option(
         None, "COCO results: draws the detections, beside the ground truth", TEXT, "JSON", shown="none"
     )
@@ -834,7 +893,33 @@ class VisualizeSettings(_Size, _Resize):
         if (self.features or self.anchors) and not self.model:
             raise OdtkError("--features and --anchors need MODEL.pth.")
         if self.anchors and not self.annotations:
-            raise OdtkError("--anchors needs --annotations JSON.")
+            raise OdtkError("--anchors needs --annotations PATH.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings(Settings):
+    """`odtk convert`."""
+
+    source: str = option(dataclasses.MISSING, f"annotations: {FORMATS}", TEXT, "SOURCE", positional=True)
+    target: str = option(
+        dataclasses.MISSING,
+        "a .json, or a folder to make for yolo and voc; must not exist",
+        TEXT,
+        "TARGET",
+        positional=True,
+    )
+    to: str = option(dataclasses.MISSING, "format to write", TEXT, "{coco,yolo,voc}", choices=("coco", "yolo", "voc"))
+    images: str | None = option(None, "folder of the images", TEXT, "DIR", shown="beside the annotations")
+    box_format: str | None = option(
+        None,
+        "what a COCO file's boxes are instead of x y w h in pixels: x1 y1 x2 y2; x y w h in fractions of the image; "
+        "or the center and the size",
+        TEXT,
+        choices=("xyxy", "normalized", "cxcywh"),
+        flags=("--from",),
+        shown="x y w h in pixels",
+    )
+    lossy: bool = switch("go on where TARGET's format cannot hold everything", shown="off: what would be lost is said")
 
 
 @dataclass(frozen=True, kw_only=True)

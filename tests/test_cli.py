@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from onnx import TensorProto, helper, save
+from PIL import Image as PILImage
 
 from odtk.categories import Category
 from odtk.cli import build_parser, main, settings_of
@@ -341,13 +342,79 @@ def test_faults_of_a_dataset(coco: Path, tmp_path: Path, capsys) -> None:
     edit(coco, lambda c: c["annotations"].append({"id": 7, "image_id": 99, "category_id": 3, "bbox": [1, 1, 9, 9]}))
     assert "annotation 7: its image_id 99" in fails(capsys, *short_training(coco, model))
     edit(coco, lambda c: c["annotations"].pop())
-    edit(coco, lambda c: c["categories"].append({"id": 11, "name": "unseen"}))
-    assert "category 11: 'unseen' has no annotations" in fails(capsys, *short_training(coco, model))
-    edit(coco, lambda c: c["categories"].pop())
     file = coco / "1.jpg"
     file.write_bytes(file.read_bytes()[:-400])
-    assert "1.jpg: image 1" in fails(capsys, *short_training(coco, model))
+    sentence = fails(capsys, *short_training(coco, model))
+    assert "1.jpg (the file is truncated" in sentence and "--skip-damaged" in sentence
     assert not model.exists()
+
+
+def test_damaged_images_are_left_out_of_training_and_resuming_is_exact(coco: Path, tmp_path: Path, capsys) -> None:
+    PILImage.effect_noise((64, 48), 60).convert("RGB").save(coco / "3.jpg")
+    edit(coco, lambda c: c["images"].append({"id": 3, "file_name": "3.jpg", "width": 64, "height": 48}))
+    file = coco / "1.jpg"
+    file.write_bytes(file.read_bytes()[:-400])
+    whole, halves = tmp_path / "whole.pth", tmp_path / "halves.pth"
+
+    def train(model: Path, iters: str) -> None:
+        flags = ["--iters", iters, "--milestones", "9", "--warmup", "0", "--val-iters", "1", "--skip-damaged"]
+        assert main([*short_training(coco, model), *flags]) == 0
+
+    train(whole, "2")
+    shown = capsys.readouterr().err
+    assert "left out, 1 damaged image: " in shown and "1.jpg (the file is truncated" in shown
+    assert "category without annotations" not in shown  # the annotations of category 3 are there
+    train(halves, "1")
+    train(halves, "2")
+    one, other = checkpoint.load(str(whole)), checkpoint.load(str(halves))
+    assert one.training is not None and one.training["loader"]["images"] == 2
+    assert all(torch.equal(one.state_dict[name], other.state_dict[name]) for name in one.state_dict)
+    sentence = fails(capsys, *short_training(coco, halves))
+    assert "--skip-damaged" in sentence
+
+
+def test_training_goes_on_with_a_category_without_annotations(coco: Path, tmp_path: Path, capsys) -> None:
+    model = tmp_path / "m.pth"
+    edit(coco, lambda c: c["categories"].insert(0, {"id": 1, "name": "unseen"}))
+    assert main(short_training(coco, model)) == 0
+    assert "category without annotations: it keeps its place and its id (1 ×" in capsys.readouterr().err
+    assert [c.id for c in checkpoint.load(str(model)).categories] == [1, 3, 8]
+    argv = ["check", "--annotations", str(coco / "truth.json"), "--backbone", "ResNet18FPN", "--headers-only"]
+    assert main(argv) == 0  # as training does
+    assert "fixed" in capsys.readouterr().out
+
+
+def test_check_and_training_refuse_boxes_in_another_format(coco: Path, tmp_path: Path, capsys) -> None:
+    boxes = [[x, y, x + 20, y + 16] for x in range(8, 40, 4) for y in range(8, 30, 4)]
+    change = {"annotations": [{"id": i, "image_id": 1, "category_id": 3, "bbox": b} for i, b in enumerate(boxes)]}
+    edit(coco, lambda c: c.update(change))
+    sentence = fails(capsys, *short_training(coco, tmp_path / "m.pth"))
+    assert "look like x1 y1 x2 y2, not x y w h" in sentence
+    assert f"`odtk convert {coco}/truth.json {coco}/truth-xywh.json --to coco --from xyxy`" in sentence
+    assert main(["check", "--annotations", str(coco / "truth.json"), "--backbone", "ResNet18FPN"]) == 1
+    shown = capsys.readouterr().out
+    assert "1 fault would stop training, 0 would be fixed" in shown and "--from xyxy" in shown
+
+
+def test_check_of_a_folder_without_annotations(coco: Path, capsys) -> None:
+    assert main(["check", "--images", str(coco)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 usable images\n" in shown and shown.endswith(f"0 damaged images in {coco}\n")
+    (coco / "1.jpg").write_bytes(b"no image")
+    assert main(["check", "--images", str(coco)]) == 1
+    assert "REFUSED" in capsys.readouterr().out
+    assert "--annotations JSON or --images DIR is required" in fails(capsys, "check")
+
+
+def test_check_says_nothing_of_anchors_where_there_are_none(coco: Path, capsys) -> None:
+    argv = ["check", "--annotations", str(coco / "truth.json"), "--backbone", "ResNet18FPN"]
+    assert main(argv) == 0 and "anchor" in capsys.readouterr().out
+    assert main([*argv, "--head", "fcos"]) == 0 and "anchor" not in capsys.readouterr().out
+    for name in ("1.jpg", "2.jpg"):
+        (coco / name).rename(coco / f"other-{name}")
+    assert main(argv) == 1
+    shown = capsys.readouterr().out
+    assert "none of 2 images found under" in shown and "anchor" not in shown and "1 fault would stop" in shown
 
 
 def test_check_lists_every_fault_and_its_exit_code_says_whether_training_would_stop(coco: Path, capsys) -> None:
@@ -515,7 +582,27 @@ def test_infer_evaluates_and_draws(coco: Path, tmp_path: Path, capsys) -> None:
     assert main([*argv, "--output", str(tmp_path / "o.json"), "--draw", str(tmp_path / "d")]) == 0
     assert len(list((tmp_path / "d").iterdir())) == 2
     assert isinstance(json.loads((tmp_path / "o.json").read_text()), list)
-    assert "AP50" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "AP50" in said and f"The pictures in {tmp_path / 'd'} show" in said and "--draw-threshold" in said
+    assert {PILImage.open(path).size for path in (tmp_path / "d").iterdir()} == {(64, 48)}, "the image's own size"
+
+
+def test_infer_takes_files_and_patterns_and_a_threshold_for_pictures(coco: Path, tmp_path: Path, capsys) -> None:
+    model, output = str(tiny_model(tmp_path / "m.pth")), tmp_path / "o.json"
+    argv = ["infer", model, "--resize", "64", "--loader", "torch", "--devices", "cpu", "--output", str(output)]
+    assert main([*argv, "--images", str(coco / "2.jpg"), "--draw", str(tmp_path / "d"), "--draw-threshold", "0.9"]) == 0
+    said = capsys.readouterr().out
+    assert "of 1 image" in said and "show detections that score above 0.9;" in said
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["2_1.jpg"]
+    assert main([*argv, "--images", str(coco / "2.jpg"), str(coco / "1.jpg")]) == 0
+    assert "of 2 images" in capsys.readouterr().out
+    assert main([*argv, "--images", str(coco / "*.jpg"), "--draw", str(tmp_path / "e")]) == 0
+    said = capsys.readouterr().out
+    assert "of 2 images" in said and "show the best 20 detections of each image" in said
+    assert "No image matches" in fails(capsys, *argv, "--images", coco / "*.bmp")
+    two = [coco, coco / "1.jpg"]
+    assert "takes one folder" in fails(capsys, *argv, "--annotations", coco / "truth.json", "--images", *two)
+    assert "--draw-threshold needs --draw" in fails(capsys, *argv, "--draw-threshold", "0.5")
 
 
 def test_a_file_that_arrives_during_inference_is_not_drawn_on(coco: Path, tmp_path: Path, monkeypatch) -> None:

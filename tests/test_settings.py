@@ -33,6 +33,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "export": {"model": "m.pth", "output": "m.onnx"},
     "evaluate": {"detections": "d.json", "annotations": "a.json"},
     "check": {"annotations": "a.json"},
+    "convert": {"source": "a.json", "target": "b", "to": "voc"},
     "benchmark": {"model": "m.pth"},
     "info": {},
     "visualize": {},
@@ -44,6 +45,7 @@ NEEDS: dict[str, dict[str, Any]] = {  # what else must be given for an option to
     "verify": {"annotations": "v.json"},
     "int8": {"calibration_images": "c"},
     "features": {"model": "m.pth"},
+    "draw_threshold": {"draw": "pictures"},
     "anchors": {"model": "m.pth", "annotations": "a.json"},
 }
 
@@ -176,7 +178,7 @@ def test_what_follows_from_other_settings() -> None:
         ({"lr": float("nan")}, "is not a positive number"),
         ({"batch": 10**400}, None),
         ({"lr": 10**400}, "is not a positive number"),
-        ({"annotations": None}, "--annotations JSON is required"),
+        ({"annotations": None}, "--annotations PATH is required"),
         ({"resize": None}, "--resize needs a value"),
     ],
 )

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..config import LoaderConfig
 from .batch import PREFETCH, Loader
 from .dataset import Dataset
-from .images import ImageError, decode
+from .images import ImageError
 from .sampler import BatchPlan, Sample
 
 fn: Any = dali.fn  # DALI makes its operators and types at import, where type checkers do not see them
@@ -163,6 +163,6 @@ def _encoded(sample: Sample) -> np.ndarray:
             return np.fromfile(image.path, dtype=np.uint8)
         except OSError as error:
             raise ImageError(str(error)) from error
-    pixels = decode(image.path, image.orientation)
+    pixels = image.decode()
     header = f"P6 {pixels.shape[1]} {pixels.shape[0]} 255\n".encode()
     return np.concatenate([np.frombuffer(header, dtype=np.uint8), pixels.reshape(-1)])  # [H, W, 3] → [H·W·3]

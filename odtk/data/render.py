@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image as PILImage
 
-from .images import decode
 from .sampler import Sample
 
 
@@ -18,7 +17,7 @@ def render(sample: Sample) -> np.ndarray:
         ImageError: the file cannot be decoded.
     """
     x1, y1, x2, y2 = sample.crop
-    pixels = decode(sample.image.path, sample.image.orientation)[y1:y2, x1:x2]
+    pixels = sample.image.decode()[y1:y2, x1:x2]
     if sample.size != (x2 - x1, y2 - y1):
         pixels = np.asarray(PILImage.fromarray(pixels).resize(sample.size, PILImage.Resampling.BILINEAR))
     if sample.flip:

@@ -11,12 +11,12 @@ from torch import Tensor
 from ..boxes import iou
 from ..config import LoaderConfig, OdtkError
 from ..data.batch import Batch
+from ..inference.drawing import LEGIBLE, RED, Shape, annotate, box_to_outline, category_color
 from ..model import checkpoint
 from ..model.anchors import place_anchors
 from ..model.detector import Detector
 from ..ops import rotated_iou
 from ..text import plural
-from .drawing import RED, Shape, annotate, box_to_outline, category_color
 from .pictures import input_picture, network_inputs, open_pictures
 
 MAX_ANCHORS = 20  # drawn per box, those of the greatest IoU
@@ -46,7 +46,7 @@ def draw_anchors(path: str, data: LoaderConfig, assign: Assign, folder: str, *, 
     writer = open_pictures(data, folder, rotated=detector.config.rotated)
     written = []
     for image, batch in network_inputs(detector, writer.dataset, data, count):
-        picture = annotate(input_picture(batch, data), anchor_shapes(detector, batch, assign))
+        picture = annotate(input_picture(batch, data), anchor_shapes(detector, batch, assign), min_side=LEGIBLE)
         written.append(writer.save(picture, image, "_anchors.png"))
     return written
 

@@ -13,9 +13,9 @@ from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
 from ..config import LoaderConfig, OdtkError
+from ..inference.drawing import PLASMA
 from ..model import checkpoint
 from ..model.detector import Detector
-from .drawing import PLASMA
 from .pictures import input_picture, network_inputs, open_pictures
 
 MAX_MAPS = 64  # channels shown of one layer

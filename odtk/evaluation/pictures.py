@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from PIL import Image as PILImage
 
 from ..config import LoaderConfig, OdtkError
 from ..data.batch import Batch
-from ..data.coco import load_json
 from ..data.dataset import Dataset
 from ..data.images import ImageError, decode
+from ..data.layouts import load_annotations
 from ..data.loader import create_loader
 from ..data.records import Image
 from ..data.sampler import round_up
@@ -29,22 +29,26 @@ class PictureWriter:
         dataset: the images to draw on.
         folder: where the pictures go; it exists.
         originals: the files of the dataset's images, which no picture may replace.
+        skip_damaged: an image that cannot be decoded gets no picture.
     """
 
     dataset: Dataset
     folder: Path
     originals: frozenset[Path]
+    skip_damaged: bool = False
 
     def images(self, count: int | None = None) -> Iterator[tuple[Image, PILImage.Image]]:
         """The first ``count`` images (None: all) and their RGB pixels, turned as their boxes are.
 
         Raises:
-            OdtkError: an image cannot be decoded.
+            OdtkError: an image cannot be decoded, and damaged images are not skipped.
         """
         for image in self.dataset.images[:count]:
             try:
                 yield image, PILImage.fromarray(decode(image.path, image.orientation))
             except ImageError as error:
+                if self.skip_damaged:
+                    continue
                 raise OdtkError(f"Cannot draw on {image.path}: {error}.") from error
 
     def save(self, picture: PILImage.Image, image: Image, suffix: str = ".jpg") -> str:
@@ -73,19 +77,23 @@ def open_pictures(data: LoaderConfig, folder: str, *, rotated: bool | None = Non
         OdtkError: the dataset is faulty, the folder cannot be created, or it lies among the images, where the next
             run would take the pictures for images.
     """
-    images, target = Path(data.images).expanduser().resolve(), Path(folder).resolve()
+    target = Path(folder).resolve()
     listed = data.annotations is None  # then every image in the folder and its subfolders belongs to the dataset
-    if target == images or listed and images in target.parents:
-        raise OdtkError(f"Pictures in {folder} would lie among the images of {data.images}: choose another folder.")
+    for source in [data.images] if isinstance(data.images, str) else data.images:
+        images = Path(source).expanduser().resolve()
+        if target == images or listed and images in target.parents:
+            raise OdtkError(f"Pictures in {folder} would lie among the images of {source}: choose another folder.")
     if rotated is None:
-        rotated = data.annotations is not None and has_angles(data.annotations)
-    dataset = Dataset.load(data.annotations, data.images, rotated=rotated)
-    return PictureWriter(dataset, make_folder(folder), frozenset(image.path.resolve() for image in dataset.images))
+        rotated = data.annotations is not None and has_angles(data.annotations, data.images)
+    dataset = Dataset.load(data.annotations, data.images, rotated=rotated, skip_damaged=data.skip_damaged)
+    originals = frozenset(image.path.resolve() for image in dataset.images)
+    return PictureWriter(dataset, make_folder(folder), originals, data.skip_damaged)
 
 
-def has_angles(annotations: str) -> bool:
-    """Whether any box of a COCO file has five numbers."""
-    return any(len(entry.get("bbox") or ()) == 5 for entry in load_json(Path(annotations)).get("annotations", []))
+def has_angles(annotations: str, images: str | Sequence[str]) -> bool:
+    """Whether any box of some annotations has five numbers."""
+    entries = load_annotations(annotations, images).content.get("annotations", [])
+    return any(isinstance(entry.get("bbox"), list) and len(entry["bbox"]) == 5 for entry in entries)
 
 
 def network_inputs(

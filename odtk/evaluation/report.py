@@ -19,10 +19,11 @@ from rich.table import Table as RichTable
 from .. import __version__
 from ..data.images import ImageError, decode
 from ..data.records import Image
-from .drawing import SHOWN_SCORE, annotate, coco_to_shapes
+from ..inference.drawing import LEGIBLE, annotate, coco_to_shapes
 from .evaluate import Metrics
 
 PICTURES = 6  # images that the HTML page shows
+SHOWN_SCORE = 0.3  # the COCO metrics need detections from 0.05 on, but those would cover the image
 COLUMNS = ("model", "AP", "AP50", "points lost", "ms per image", "MiB")
 # Figures are wider than the text, nearly as wide as the window, so that labels can be read.
 STYLE = """body{font:15px system-ui,sans-serif;margin:2em auto;max-width:64em;color:#222}table{border-collapse:collapse;
@@ -206,9 +207,8 @@ def html_figures(reference: Run, run: Run, images: Sequence[Image]) -> list[str]
             pixels = PILImage.fromarray(decode(image.path, image.orientation))  # turned as the boxes are
         except ImageError:
             continue
-        sources = [
-            data_url(annotate(pixels, coco_to_shapes(shown_detections(side, image.id)))) for side in (reference, run)
-        ]
+        shapes = [coco_to_shapes(shown_detections(side, image.id)) for side in (reference, run)]
+        sources = [data_url(annotate(pixels, of, min_side=LEGIBLE)) for of in shapes]
         figures.append(
             "<figure>"
             + " ".join(f'<img alt="" src="{source}">' for source in sources)

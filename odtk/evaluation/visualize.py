@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from ..config import LoaderConfig
-from ..data.coco import is_degenerate, is_id, load_json
+from ..data.coco import is_degenerate, is_id, reading_fault
 from ..data.dataset import Dataset
-from .drawing import SHOWN_SCORE, annotate, coco_to_shapes, side_by_side
+from ..data.layouts import load_annotations
+from ..inference.drawing import annotate, coco_to_shapes, side_by_side
 from .evaluate import check_detections, read_detections
 from .pictures import PictureWriter, open_pictures
 
 
 def draw_detections(detections: Iterable[dict[str, Any]], writer: PictureWriter) -> list[str]:
-    """Detections (COCO results) that score above SHOWN_SCORE: one JPEG per image. Returns the paths.
+    """Detections (COCO results): one JPEG per image, of the image's own size. Returns the paths.
 
     Raises:
         OdtkError: an image cannot be decoded, or a picture cannot be written.
     """
-    by_image = group_by_image(d for d in detections if d["score"] > SHOWN_SCORE)
+    by_image = group_by_image(detections)
     return [
         writer.save(annotate(pixels, coco_to_shapes(by_image[image.id])), image) for image, pixels in writer.images()
     ]
@@ -44,7 +44,7 @@ def draw_results(
     """
     writer = open_pictures(data, folder)
     by_image = group_by_image(d for d in read_checked_detections(path, writer.dataset) if d["score"] > score_threshold)
-    truth, names = read_ground_truth(data.annotations) if data.annotations else (group_by_image(()), {})
+    truth, names = read_ground_truth(data, writer.dataset.rotated) if data.annotations else (group_by_image(()), {})
     written = []
     for image, pixels in writer.images(count):
         picture = annotate(pixels, coco_to_shapes(by_image[image.id], names))
@@ -68,7 +68,7 @@ def draw_ground_truth(data: LoaderConfig, folder: str, *, count: int | None = No
     """
     assert data.annotations
     writer = open_pictures(data, folder)
-    truth, names = read_ground_truth(data.annotations)
+    truth, names = read_ground_truth(data, writer.dataset.rotated)
     return [
         writer.save(annotate(pixels, coco_to_shapes(truth[image.id], names)), image)
         for image, pixels in writer.images(count)
@@ -89,14 +89,16 @@ def read_checked_detections(path: str, dataset: Dataset) -> list[dict[str, Any]]
     return found
 
 
-def read_ground_truth(path: str) -> tuple[dict[int, list[dict[str, Any]]], dict[int, str]]:
+def read_ground_truth(data: LoaderConfig, rotated: bool) -> tuple[dict[int, list[dict[str, Any]]], dict[int, str]]:
     """Annotations by image id, without degenerate boxes, and category names by id.
 
-    The file has been read by Dataset.load before, which refuses a malformed one.
+    They have been read by Dataset.load before, which refuses malformed ones.
     """
-    content = load_json(Path(path))
+    assert data.annotations
+    content = load_annotations(data.annotations, data.images, rotated=rotated).content
     names = {c["id"]: str(c.get("name", c["id"])) for c in content.get("categories", [])}
-    return group_by_image(entry for entry in content.get("annotations", []) if not is_degenerate(entry["bbox"])), names
+    entries = [entry for entry in content.get("annotations", []) if not reading_fault(entry)]  # of a damaged image
+    return group_by_image(entry for entry in entries if not is_degenerate(entry["bbox"])), names
 
 
 def group_by_image(entries: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:

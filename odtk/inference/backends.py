@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from .. import ops
 from ..categories import Category
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OdtkError, PostprocessConfig
 from ..exporting.engine import require_tensorrt
-from ..exporting.metadata import ENGINES, Metadata
+from ..exporting.metadata import ENGINES, Metadata, unpack
 from ..exporting.session import open_session
 from ..model import checkpoint
 from ..postprocess import Detections, postprocess
@@ -40,7 +42,7 @@ class Backend:
         resize, max_size: shorter side and cap of the longer one, in pixels, that a .pth was trained with, if it says.
         input_size: (H, W) that holds nearly all images at that size, see model.checkpoint.Checkpoint.
         precision: what it computes in: fp32, fp16, bf16 or int8.
-        thresholds: those of its postprocessing.
+        thresholds: of its detections. Those of an exported file may be narrower than what the file computes.
         metadata: what an exported file says of itself; None for a .pth.
     """
 
@@ -62,6 +64,12 @@ class Backend:
 
     def __call__(self, images: Tensor) -> Detections:
         """images [N, 3, H, W] float32, normalized → Detections with boxes in pixels of these images."""
+        found = self.compute(images)
+        computed = self.thresholds if self.metadata is None else self.metadata.thresholds
+        return found if computed == self.thresholds else narrow(found, self.thresholds)
+
+    def compute(self, images: Tensor) -> Detections:
+        """As __call__, with the thresholds that are fixed in the file."""
         raise NotImplementedError
 
     def apply_metadata(self, metadata: Metadata) -> None:
@@ -98,9 +106,10 @@ class TorchBackend(Backend):
         self.precision, self.thresholds = precision, thresholds
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Detections:
+    def compute(self, images: Tensor) -> Detections:
         images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
-        logits, boxes = self.detector(images)
+        with without_tf32():
+            logits, boxes = self.detector(images)
         return postprocess(
             logits,
             boxes,
@@ -139,11 +148,12 @@ class OnnxBackend(Backend):
         self.includes_nms = metadata.postprocessing == "detections"
         self.name = f"{os.path.basename(path)} (ONNX Runtime, {self.session.get_providers()[0][:-17]})"
 
-    def __call__(self, images: Tensor) -> Detections:
+    def compute(self, images: Tensor) -> Detections:
         feed = {"images": images.float().contiguous().cpu().numpy()}
         scores, boxes, classes = (torch.from_numpy(value) for value in self.session.run(None, feed))
         if not self.includes_nms:  # rotated boxes: ONNX has no NMS for them
-            threshold, detections = self.thresholds.nms_threshold, self.thresholds.detections
+            assert self.metadata is not None
+            threshold, detections = self.metadata.thresholds.nms_threshold, self.metadata.thresholds.detections
             scores, boxes, classes = ops.nms(scores, boxes, classes, threshold=threshold, detections=detections)
         return Detections(scores, boxes, classes)
 
@@ -167,17 +177,19 @@ class EngineBackend(Backend):
             raise OdtkError(
                 f"{path} was not exported by odtk: it has no metadata about its classes, size and normalization."
             )
-        metadata = Metadata.from_json(self.engine.metadata, path)
+        metadata = Metadata.from_json(unpack(self.engine.metadata, path), path)
         self.apply_metadata(metadata)
         self.min_batch, self.max_batch = self.engine.batch
         self.stream = torch.cuda.Stream(self.device)
+        self.lock = threading.Lock()  # the engine's execution context takes one call at a time
         self.name = f"{os.path.basename(path)} (TensorRT {extension.tensorrt_version()})"
 
-    def __call__(self, images: Tensor) -> Detections:
-        given, rows = len(images), self.thresholds.detections
+    def compute(self, images: Tensor) -> Detections:
+        assert self.metadata is not None
+        given, rows = len(images), self.metadata.thresholds.detections
         if self.max_batch and given > self.max_batch:
             raise OdtkError(f"{self.name} takes at most {plural(self.max_batch, 'image')} at a time, not {given}.")
-        images = images.to(self.device, torch.float32).contiguous()
+        images = aligned(images.to(self.device, torch.float32).contiguous())
         if given < self.min_batch:
             images = torch.cat([images, images.new_zeros(self.min_batch - given, *images.shape[1:])])
         batch = len(images)
@@ -190,9 +202,27 @@ class EngineBackend(Backend):
         addresses = {name: (value.data_ptr(), tuple(value.shape)) for name, value in values.items()}
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        self.engine.infer(addresses, self.stream.cuda_stream)
+        with self.lock:
+            self.engine.infer(addresses, self.stream.cuda_stream)
         current.wait_stream(self.stream)  # the tensors are torch's: it may not free or read them earlier
         return Detections(found.scores[:given], found.boxes[:given], found.classes[:given].long())
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Within it, float32 on a GPU is float32: by default, cuDNN's convolutions round their factors to 10 bits."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if its address is not a multiple of 256 bytes, as TensorRT requires: a part of a batch."""
+    return tensor.clone() if tensor.data_ptr() % 256 else tensor
 
 
 def open_backend(
@@ -210,12 +240,12 @@ def open_backend(
         path: a .pth, .onnx, .plan or .engine.
         device: cpu, cuda:0 …
         precision: of a .pth: mixed, fp16, bf16 or fp32; other files have their own.
-        thresholds, explicit: those of a .pth (None: the defaults); for other files see check_thresholds.
+        thresholds, explicit: those of a .pth (None: the defaults); for other files see narrowed_thresholds.
         log: takes messages; only rank 0 has any.
 
     Raises:
-        OdtkError: the file does not exist or is not one of odtk's, its thresholds are not those asked for, or an engine
-            lacks its GPU.
+        OdtkError: the file does not exist or is not one of odtk's, it cannot give the thresholds asked for, or an
+            engine lacks its GPU.
     """
     suffix = os.path.splitext(path)[1]
     if dist.is_initialized() and dist.get_rank():
@@ -231,34 +261,54 @@ def open_backend(
     else:
         raise OdtkError(f"{path} must end in .pth, .onnx, .plan or .engine.")
     own = backend.thresholds
-    check_thresholds(path, own, thresholds, explicit)
+    backend.thresholds = narrowed_thresholds(path, own, thresholds, explicit)
     log(
         f"Thresholds in {path}: score above {own.score_threshold:g}, NMS at IoU {own.nms_threshold:g}, "
         f"at most {plural(own.detections, 'detection')}."
     )
+    if backend.thresholds != own:
+        log(
+            f"Of these, kept are scores above {backend.thresholds.score_threshold:g}, "
+            f"at most {plural(backend.thresholds.detections, 'detection')} per image."
+        )
     return backend
 
 
-def check_thresholds(
+def narrowed_thresholds(
     path: str, own: PostprocessConfig, asked: PostprocessConfig | None, explicit: Sequence[str] = ()
-) -> None:
-    """Refuses thresholds that differ from those of an exported file, which are fixed in it.
+) -> PostprocessConfig:
+    """The thresholds of an exported file, where asked for with a higher score threshold or fewer detections.
+
+    Both can be applied to what the file computes: NMS is greedy, so that a box never depends on one of a lower score.
 
     Args:
-        own: the file's thresholds.
+        own: the file's thresholds, which are fixed in it.
         asked: the thresholds asked for; None means no preference, and so does a value that is the default.
-        explicit: names of thresholds that were asked for expressly, so that even a default must equal the file's value.
+        explicit: names of thresholds that were asked for expressly, so that even a default is a wish.
 
     Raises:
-        OdtkError: names the flag and both values.
+        OdtkError: the file cannot give what is asked for; names the flag and both values.
     """
+    changes = {}
     for field in dataclasses.fields(PostprocessConfig) if asked else ():
         wanted, fixed = getattr(asked, field.name), getattr(own, field.name)
-        if wanted != fixed and (wanted != field.default or field.name in explicit):
-            flag = "--" + field.name.replace("_", "-")
-            raise OdtkError(
-                f"{flag} {wanted:g} contradicts the {fixed:g} in {path}: omit it, or export the model again."
-            )
+        if wanted == fixed or (wanted == field.default and field.name not in explicit):
+            continue
+        if (field.name == "score_threshold" and wanted > fixed) or (field.name == "detections" and wanted < fixed):
+            changes[field.name] = wanted
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        reason = {"score_threshold": "is below", "detections": "is above"}.get(field.name, "contradicts")
+        raise OdtkError(f"{flag} {wanted:g} {reason} the {fixed:g} in {path}: omit it, or export the model again.")
+    return dataclasses.replace(own, **changes)
+
+
+def narrow(found: Detections, thresholds: PostprocessConfig) -> Detections:
+    """The detections above a score, at most so many per image; the other rows are zero or cut off."""
+    rows = slice(thresholds.detections)
+    scores, boxes, classes = found.scores[:, rows], found.boxes[:, rows], found.classes[:, rows]
+    kept = scores > thresholds.score_threshold  # [N, D]
+    return Detections(scores * kept, boxes * kept[..., None], classes * kept)
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ ProgressCallback = Callable[[int], None]  # called after each batch with its num
 Rows = tuple[np.ndarray, np.ndarray]  # (image ids, detections), see detection_rows
 
 
-@torch.inference_mode()
 def detect(
     backend: Callable[[Tensor], Detections],
     loader: Iterable[Batch],
@@ -48,26 +47,36 @@ def detect(
     """
     found: list[Rows] = []
     ids: list[int] = []
-    pending: Callable[[], Rows] | None = None
-    for batch in loader:
-        copying = start_copy(backend(batch.images), batch)
+    for batch, batch_rows in detect_batches(backend, loader):
+        found.append(batch_rows)
         ids += batch.ids.tolist()
-        if pending is not None:  # one batch behind: the device computes this batch while the previous one is copied
-            found.append(pending())
-        pending = copying
         if progress is not None:
             progress(len(batch.images))
-    if pending is not None:
-        found.append(pending())
     gathered = gather((ids, found), group)
     all_ids = [i for rank_ids, _ in gathered for i in rank_ids]
     if len(all_ids) != len(set(all_ids)):
         raise RuntimeError("An image went through the model twice: the shares of the ranks overlap.")
-    batches = [batch_rows for _, rank_rows in gathered for batch_rows in rank_rows if len(batch_rows[0])]
+    batches = [part for _, rank_rows in gathered for part in rank_rows if len(part[0])]
     if not batches:
         return []
     image_ids, rows = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return coco_results(image_ids, rows, categories)
+
+
+@torch.inference_mode()
+def detect_batches(backend: Callable[[Tensor], Detections], loader: Iterable[Batch]) -> Iterator[tuple[Batch, Rows]]:
+    """Runs a backend over batches and gives each with its detection_rows.
+
+    It stays one batch behind: the device computes a batch while the detections of the one before are copied.
+    """
+    pending: tuple[Batch, Callable[[], Rows]] | None = None
+    for batch in loader:
+        copying = start_copy(backend(batch.images), batch)
+        if pending is not None:
+            yield pending[0], pending[1]()
+        pending = batch, copying
+    if pending is not None:
+        yield pending[0], pending[1]()
 
 
 def start_copy(detections: Detections, batch: Batch) -> Callable[[], Rows]:
@@ -96,6 +105,8 @@ def detection_rows(detections: Detections, batch: Batch) -> Rows:
         The ids are apart because float64 would round those beyond 2⁵³.
     """
     used = detections.scores > 0  # [N, D]
+    if batch.damaged is not None:  # what is found on the zeros in place of an image is nothing
+        used = used & ~batch.damaged[:, None]
     image = used.nonzero()[:, 0]  # [n], position in the batch
     scores, classes, boxes = (t[used].double() for t in (detections.scores, detections.classes, detections.boxes))
     boxes = corners_to_coco(boxes, batch.scales.double()[image])  # [n, 4|5]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
 import os
 import queue
+import shlex
+import socket
+import struct
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +26,12 @@ from torch import Tensor
 
 from ..config import OdtkError, TrainConfig
 from ..evaluation.evaluate import STATS, Metrics
+from ..files import append
+from ..text import printable
 
 POST_TIMEOUT = 3.0  # seconds that the server of --post-metrics has for an answer
+CLOSE_SECONDS = 3.0  # that the end of a run waits for what is still to be logged
+WAITING = 100  # entries that wait to be logged; more are dropped
 PRINT_SECONDS = 10  # between printed lines if there is no terminal, and so no progress bar
 
 
@@ -83,26 +92,11 @@ class RunLog:
     def __init__(self, config: TrainConfig, start: int, iters: int) -> None:
         self.start, self.iters, self.began, self.printed_at = start, iters, time.monotonic(), -math.inf
         self.poster = MetricsPoster(config.post_metrics) if config.post_metrics else None
-        self.warned = False  # that metrics.jsonl cannot be written
-        self.tensorboard: Any = None
-        self.metrics_file: Any = None
+        self.files: Background | None = None
         if config.logdir:
-            self.open_logs(Path(config.logdir))
+            files = LogFiles(config.logdir, new=not start)
+            self.files = Background(files.write, f"--logdir {config.logdir}", files.close)
         self.bar: Any = progress_bar(start, iters) if sys.stdout.isatty() else None
-
-    def open_logs(self, folder: Path) -> None:
-        from tensorboardX import SummaryWriter
-
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "metrics.jsonl"
-            if not self.start and path.exists():  # a new run keeps the log of another
-                number = next(n for n in itertools.count(1) if not (folder / f"metrics.{n}.jsonl").exists())
-                path.rename(folder / f"metrics.{number}.jsonl")
-            self.metrics_file = path.open("a", buffering=1)
-        except OSError as error:
-            raise OdtkError(f"Cannot write in --logdir {folder}: {error.strerror}.") from error
-        self.tensorboard = SummaryWriter(str(folder))
 
     def __enter__(self) -> RunLog:
         if self.bar is not None:
@@ -111,12 +105,11 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
-            self.bar.stop()
-        if self.poster is not None:
-            self.poster.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-            self.metrics_file.close()
+            with suppress(OSError):  # the terminal is gone
+                self.bar.stop()
+        for logger in (self.poster, self.files):
+            if logger is not None:
+                logger.close()
 
     def training(self, iteration: int, losses: dict[str, float], rate: float, speed: float) -> None:
         """Logs the mean losses since the last call, the learning rate, and the speed in images per second."""
@@ -135,29 +128,89 @@ class RunLog:
         """Logs metrics, and RGB pictures, uint8 [H, W, 3]."""
         text = f"[{iteration}/{self.iters}]  validation: AP {metrics.ap:.3f}  AP50 {metrics.ap50:.3f}"
         if self.bar is not None:
-            self.bar.console.print(text)
+            with suppress(OSError):  # the terminal is gone
+                self.bar.console.print(text)
         else:
             print_line(text)
-        self.record(iteration, dict(zip(STATS, metrics.stats, strict=True)))
-        if self.tensorboard is not None:
-            for number, picture in enumerate(pictures):
-                self.tensorboard.add_image(f"validation/{number}", picture, iteration, dataformats="HWC")
+        self.record(iteration, dict(zip(STATS, metrics.stats, strict=True)), pictures)
 
-    def record(self, iteration: int, values: dict[str, float]) -> None:
-        """Writes values to metrics.jsonl and TensorBoard, and posts them."""
+    def record(self, iteration: int, values: dict[str, float], pictures: Sequence[np.ndarray] = ()) -> None:
+        """Hands values to metrics.jsonl, TensorBoard and the server, and pictures to TensorBoard; waits for nothing."""
         entry = {"iteration": iteration, "time": round(time.time(), 3), **values}
-        if self.metrics_file is not None:
-            try:
-                self.metrics_file.write(json.dumps(entry) + "\n")
-            except OSError as error:  # a full disk, say: training goes on until it has to save
-                if not self.warned:
-                    warning = f"Warning: cannot write {self.metrics_file.name}: {error.strerror}; training goes on."
-                    print(warning, file=sys.stderr)
-                self.warned = True
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name.replace(" ", "_"), value, iteration)
+        if self.files is not None:
+            self.files.send((entry, pictures))
         if self.poster is not None:
             self.poster.send(entry)
+
+
+class LogFiles:
+    """LOGDIR/metrics.jsonl, and the events file that TensorBoard reads.
+
+    Each entry is written whole or not at all, so that the files stay readable when the disk was full for a while.
+    tensorboardX makes the events, but does not write them: its writer stops for good at the first error, and its queue
+    then blocks whoever logs, also at exit. The files have no buffer, as the interpreter would wait at exit for the lock
+    of one whose disk does not answer.
+
+    Args:
+        folder: LOGDIR, made if it is missing.
+        new: the run is not resumed, so the metrics.jsonl of another is kept under another name.
+
+    Raises:
+        OdtkError: it cannot be written.
+    """
+
+    def __init__(self, folder: str, *, new: bool) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            path = Path(folder, "metrics.jsonl")
+            if new and path.exists():
+                number = next(n for n in itertools.count(1) if not Path(folder, f"metrics.{n}.jsonl").exists())
+                path.rename(Path(folder, f"metrics.{number}.jsonl"))
+            self.metrics = open_to_append(path)
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+            self.events = open_to_append(Path(folder, name))
+            append(self.events, tensorboard_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+        except OSError as error:
+            raise OdtkError(f"Cannot write in --logdir {folder}: {error.strerror}.") from error
+
+    def write(self, item: tuple[dict[str, float], Sequence[np.ndarray]]) -> None:
+        """Writes an entry, and RGB pictures, uint8 [H, W, 3].
+
+        Raises:
+            OSError: neither file is damaged by it.
+        """
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event
+
+        entry, pictures = item
+        append(self.metrics, json.dumps(entry).encode() + b"\n")
+        values = {name.replace(" ", "_"): value for name, value in entry.items() if name not in ("iteration", "time")}
+        summaries = [summary.scalar(name, value) for name, value in values.items()]
+        summaries += [summary.image(f"validation/{i}", p, dataformats="HWC") for i, p in enumerate(pictures)]
+        stamp = {"wall_time": entry["time"], "step": int(entry["iteration"])}
+        records = [tensorboard_record(Event(summary=one, **stamp)) for one in summaries]
+        append(self.events, b"".join(records))
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.events.close()
+
+
+def open_to_append(path: Path) -> io.FileIO:
+    return open(path, "ab", buffering=0)
+
+
+def tensorboard_record(event: Any) -> bytes:
+    """An event as a TFRecord: length, its checksum, content, its checksum (TensorFlow's tfrecord.md)."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    content = event.SerializeToString()
+    length = struct.pack("<Q", len(content))
+    return b"".join(
+        [length, struct.pack("<I", masked_crc32c(length)), content, struct.pack("<I", masked_crc32c(content))]
+    )
 
 
 def print_line(text: str) -> None:
@@ -179,35 +232,80 @@ def progress_bar(start: int, iters: int) -> Any:
     return bar
 
 
-class MetricsPoster:
-    """Sends metrics as JSON by HTTP POST, from its own thread, so that no server can delay or stop the training."""
+class Background:
+    """Hands entries to a function in a thread of its own, so that no disk or server can delay or stop the training.
+
+    What fails is lost; the first failure, and the first entry that is dropped, is said on stderr.
+
+    Args:
+        handle: writes one entry; it may raise anything, and may never return.
+        label: what fails then, for the warning.
+        finish: called in the thread after the last entry.
+    """
+
+    def __init__(self, handle: Callable[[Any], None], label: str, finish: Callable[[], None] = lambda: None) -> None:
+        self.handle, self.label, self.finish = handle, printable(label), finish
+        self.warned: set[str] = set()
+        self.waiting: queue.Queue[Any] = queue.Queue(maxsize=WAITING)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def send(self, entry: Any) -> None:
+        """Queues an entry; drops it if WAITING others wait."""
+        try:
+            self.waiting.put_nowait(entry)
+        except queue.Full:
+            self.warn("slow", "takes no more entries, which are lost until it does again; training goes on")
+
+    def run(self) -> None:
+        """The thread: until close()."""
+        while (entry := self.waiting.get()) is not None:
+            try:
+                self.handle(entry)
+            except Exception as error:  # whatever it is, the next entry may succeed
+                self.warn("fails", f"fails ({describe(error)}); training goes on")
+        self.finish()
+
+    def warn(self, kind: str, text: str) -> None:
+        """Says something on stderr, the first time only."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            with suppress(OSError, ValueError):  # stderr is gone
+                print(f"Warning: {self.label} {text}.", file=sys.stderr)
+
+    def close(self) -> None:
+        """Waits at most CLOSE_SECONDS for the last entries."""
+        with suppress(queue.Full):
+            self.waiting.put(None, timeout=CLOSE_SECONDS / 2)
+        self.thread.join(CLOSE_SECONDS / 2)
+
+
+def describe(error: Exception) -> str:
+    """The operating system's reason for an error, or else its type."""
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+class MetricsPoster(Background):
+    """Sends metrics as JSON by HTTP POST."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=100)
-        self.thread = threading.Thread(target=self.post_all, daemon=True)
-        self.thread.start()
+        super().__init__(self.post, f"--post-metrics {url}")
 
-    def send(self, entry: dict[str, Any]) -> None:
-        """Queues metrics to be posted; drops them if a hundred are waiting."""
-        with suppress(queue.Full):
-            self.waiting.put_nowait(entry)
-
-    def post_all(self) -> None:
-        """The thread: posts until close(); warns of the first failure only."""
+    def post(self, entry: dict[str, Any]) -> None:
         import requests
 
-        warned = False
-        while (entry := self.waiting.get()) is not None:
-            try:
-                requests.post(self.url, json=entry, timeout=POST_TIMEOUT).raise_for_status()
-            except requests.RequestException as error:
-                if not warned:
-                    print(f"Warning: --post-metrics {self.url} fails ({type(error).__name__}).", file=sys.stderr)
-                warned = True
+        requests.post(self.url, json=entry, timeout=POST_TIMEOUT).raise_for_status()
 
-    def close(self) -> None:
-        """Waits at most POST_TIMEOUT seconds for the last metrics to be posted."""
-        with suppress(queue.Full):
-            self.waiting.put_nowait(None)
-        self.thread.join(POST_TIMEOUT)
+
+def closing_line(path: str, best: str | None, ap: float) -> str:
+    """What to do with a trained model, in one line.
+
+    Args:
+        path: of the newest weights.
+        best: of those with the highest validation AP; None without validation.
+        ap: that AP, 0…1.
+    """
+    chosen, output = best or path, os.path.splitext(path)[0] + ".onnx"
+    said = f"{best} is the best: AP {ap:.3f}" if best else f"{path} is trained; --val-annotations would say its AP"
+    return f"{said}. Next: odtk export {shlex.quote(chosen)} {shlex.quote(output)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 import warnings
@@ -23,7 +24,7 @@ from ..model.detector import Detector
 from ..model.weights import initialize_weights
 from ..ranks import CpuGroup
 from ..text import plural
-from .log import Meter, RunLog, print_line
+from .log import Meter, RunLog, closing_line, print_line
 from .loss import detection_loss, normalize
 from .optimizer import EMA, autocast_type, create_optimizer, create_scaler, learning_rate
 from .run import Run, best_path, find_run, trained_weights
@@ -91,6 +92,9 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
             scheduled = run.iteration == run.iters or run.iteration % config.val_iters == 0
             if stop or save_now or scheduled or run.iteration % READ_EVERY[run.device.type] == 0:
                 finish_interval(run, meter, log, list(terms), stop=stop, save_now=bool(save_now), scheduled=scheduled)
+    if rank == 0:
+        best = best_path(config.path)
+        print_line(closing_line(config.path, best if run.best_ap >= 0 and os.path.exists(best) else None, run.best_ap))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +105,13 @@ def set_up(config: TrainConfig, rank: int, world: int) -> Run:
     """Everything that the loop needs, new or as config.path has it; rank 0 prints what is about to happen."""
     device = torch.device(config.data.device)
     torch.manual_seed(config.seed)
-    dataset = Dataset.load(config.data.annotations, config.data.images, rotated=config.model.rotated, training=True)
+    dataset = Dataset.load(
+        config.data.annotations,
+        config.data.images,
+        rotated=config.model.rotated,
+        training=True,
+        skip_damaged=config.data.skip_damaged,
+    )
     check_classes(config, dataset.categories)
     resumed = find_run(config, dataset.categories)
     ranks = CpuGroup(world)

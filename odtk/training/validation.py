@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,14 @@ from torch import Tensor
 
 from ..categories import Category
 from ..config import OdtkError, TrainConfig
-from ..data.coco import load_json, prepare_ground_truth
+from ..data.coco import prepare_ground_truth
 from ..data.dataset import Dataset
 from ..data.images import ImageError, decode
+from ..data.layouts import load_annotations
 from ..data.loader import create_loader
-from ..evaluation.drawing import annotate, coco_to_shapes
 from ..evaluation.evaluate import Metrics, evaluate
 from ..inference.detect import detect
+from ..inference.drawing import LEGIBLE, annotate, coco_to_shapes
 from ..model.detector import Detector
 from ..postprocess import Detections, postprocess
 from ..ranks import CpuGroup
@@ -46,7 +46,9 @@ class Validation:
             world=train_data.world,
             device=train_data.device,
         )
-        self.dataset = Dataset.load(data.annotations, data.images, rotated=config.model.rotated)
+        self.dataset = Dataset.load(
+            data.annotations, data.images, rotated=config.model.rotated, skip_damaged=data.skip_damaged
+        )
         if not set(categories) <= set(self.dataset.categories):
             raise OdtkError(
                 f"{data.annotations} has other categories than {train_data.annotations}: validation needs the same "
@@ -54,7 +56,8 @@ class Validation:
             )
         path = str(data.annotations)
         # Faulty annotations are refused now, not at the first validation an hour later.
-        self.ground_truth = prepare_ground_truth(load_json(Path(path)), path)
+        truth = load_annotations(path, data.images, rotated=config.model.rotated).content
+        self.ground_truth = prepare_ground_truth(truth, path)
         self.loader = create_loader(self.dataset, data)
 
     def run(self, detector: Detector, autocast: torch.autocast) -> tuple[Metrics, list[np.ndarray]] | None:
@@ -93,5 +96,5 @@ class Validation:
             except ImageError:
                 continue
             shown = [d for d in detections if d["image_id"] == image.id and d["score"] > PICTURE_SCORE]
-            drawn.append(np.asarray(annotate(picture, coco_to_shapes(shown))))  # [H, W, 3]
+            drawn.append(np.asarray(annotate(picture, coco_to_shapes(shown), min_side=LEGIBLE)))  # [H, W, 3]
         return drawn

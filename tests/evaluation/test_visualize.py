@@ -16,8 +16,9 @@ from odtk.categories import Category
 from odtk.cli import build_parser
 from odtk.config import LoaderConfig, ModelConfig, OdtkError
 from odtk.data.dataset import Dataset
-from odtk.evaluation import anchor_matches, curves, drawing, features, pictures, visualize
+from odtk.evaluation import anchor_matches, curves, features, pictures, visualize
 from odtk.evaluation.evaluate import STATS
+from odtk.inference import drawing
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
 from odtk.training.assign import assign
@@ -92,7 +93,7 @@ def test_an_annotation_without_a_box_is_named(images: Path, tmp_path: Path) -> N
 
 def test_detections_get_a_picture_each_even_where_there_are_none(images: Path, tmp_path: Path) -> None:
     entry = {"category_id": 3, "category": "cell", "bbox": [10, 300, 50, 50]}
-    found = [{"image_id": 1, "score": 0.2, **entry}, {"image_id": 2, "score": 0.9, **entry}]  # 0.2 is not drawn
+    found = [{"image_id": 2, "score": 0.1, **entry}]
     first, second = visualize.draw_detections(found, pictures.open_pictures(data(images), str(tmp_path)))
     assert (np.abs(np.asarray(Image.open(first)).astype(int) - 128) < 10).all()
     assert changed(second)[3] == pytest.approx(350, abs=3)
@@ -133,16 +134,44 @@ def test_labels_stay_inside_and_apart() -> None:
     assert (np.asarray(image) == 128).all()  # a copy was drawn on
 
 
-def test_small_images_are_enlarged() -> None:
-    assert drawing.annotate(Image.new("RGB", (60, 50)), []).size == (480, 400)
+def test_a_picture_keeps_the_size_of_its_image_unless_a_side_is_asked_for() -> None:
+    assert drawing.annotate(Image.new("RGB", (60, 50)), []).size == (60, 50)
+    assert drawing.annotate(Image.new("RGB", (60, 50)), [], min_side=400).size == (480, 400)
 
 
-def test_a_picture_that_no_jpeg_would_hold_is_enlarged_less(images: Path, tmp_path: Path) -> None:
+def square(x: float, y: float, side: float, label: str = "") -> drawing.Shape:
+    return drawing.Shape([(x, y), (x + side, y), (x + side, y + side), (x, y + side)], drawing.RED, label)
+
+
+def test_a_label_does_not_cover_a_neighbor() -> None:
+    """Above the second box, where its label would go, lies the first; there is room inside it."""
+    points = square(100, 100, 80).outline
+    neighbor = np.array([[100.0, 20.0, 180.0, 98.0]])
+    assert drawing.place_label((60, 12), points, (400, 400), [], neighbor) == (100, 100, 160, 112)
+    assert drawing.place_label((60, 12), points, (400, 400), [], np.zeros((0, 4))) == (100, 88, 160, 100)
+    # Where every place covers something, the least; never another label, rather none.
+    around = np.array([[90.0, 20.0, 300.0, 300.0], [100.0, 20.0, 180.0, 150.0]])
+    x, y, *_ = drawing.place_label((60, 12), points, (400, 400), [], around) or (0, 0)
+    assert (x, y) == (40, 100)  # beside it on the left
+    assert drawing.place_label((60, 12), points, (400, 400), [(0, 0, 400, 400)], neighbor) is None
+
+
+def test_labels_of_a_wall_of_boxes_never_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[drawing.Rectangle] = []
+    monkeypatch.setattr(drawing, "draw_label", lambda draw, shape, place, font: written.append(place))
+    image = Image.new("RGB", (320, 240), GRAY)
+    drawing.annotate(image, [square(18.0 * (i % 10) + 20, 20.0 * (i // 10) + 20, 16, "cell 0.97") for i in range(90)])
+    assert 10 < len(written) < 90
+    assert not any(drawing.intersect(a, b) for i, a in enumerate(written) for b in written[:i])
+
+
+def test_a_picture_is_not_larger_than_a_jpeg_can_hold(images: Path, tmp_path: Path) -> None:
     Image.new("RGB", (2000, 5), GRAY).save(images / "1.png")
     (images / "truth.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "1.png"}]}))
     (tmp_path / "found.json").write_text("[]")
     [path] = visualize.draw_results(str(tmp_path / "found.json"), data(images), str(tmp_path), score_threshold=0.5)
-    assert Image.open(path).width == 2 * 32000 + 8  # the truth beside the detections
+    assert Image.open(path).width == 2 * 2000 + 8  # the truth beside the detections
+    assert drawing.annotate(Image.new("RGB", (2000, 5)), [], min_side=400).width == 32000
     assert drawing.annotate(Image.new("RGB", (1, 70000)), []).size == (1, 32000)
 
 

@@ -91,9 +91,34 @@ def test_bf16_is_close(paths: tuple[str, str]) -> None:
 
 def test_an_expressly_given_threshold_is_refused_even_if_it_is_the_default() -> None:
     asked = PostprocessConfig()
-    with pytest.raises(OdtkError, match=r"--score-threshold 0\.05 contradicts the 0\.3"):
-        backends.check_thresholds("m.onnx", LIMITS, asked, explicit=("score_threshold",))
-    backends.check_thresholds("m.onnx", LIMITS, asked, explicit=("nms_threshold",))
+    with pytest.raises(OdtkError, match=r"--score-threshold 0\.05 is below the 0\.3"):
+        backends.narrowed_thresholds("m.onnx", LIMITS, asked, explicit=("score_threshold",))
+    with pytest.raises(OdtkError, match=r"--detections 100 is above the 20"):
+        backends.narrowed_thresholds("m.onnx", LIMITS, asked, explicit=("detections",))
+    assert backends.narrowed_thresholds("m.onnx", LIMITS, asked, explicit=("nms_threshold",)) == LIMITS
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_higher_score_threshold_and_fewer_detections_are_applied_to_what_the_file_gives(
+    tmp_path: Path, rotated: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exactly what a checkpoint with these thresholds gives."""
+    pth, path = make(tmp_path, dataclasses.replace(CONFIG, angles=ROTATED_ANGLES if rotated else ()))
+    scores = open_cpu(path)(images()).scores
+    ordered = scores[scores > 0].sort().values
+    middle = float(ordered[len(ordered) // 2 - 1] + ordered[len(ordered) // 2]) / 2
+    for asked, rows in (
+        (dataclasses.replace(LIMITS, score_threshold=middle), 20),
+        (dataclasses.replace(LIMITS, detections=2), 2),
+        (dataclasses.replace(LIMITS, score_threshold=middle, detections=7), 7),
+    ):
+        narrowed, expected = open_cpu(path, asked), open_cpu(pth, asked)(images())
+        found = narrowed(images())
+        assert narrowed.thresholds == asked and "Of these, kept are scores above" in capsys.readouterr().out
+        assert found.scores.shape == (3, rows) and (found.scores > 0).sum() == (expected.scores > 0).sum() > 0
+        torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found.boxes, expected.boxes, atol=0.1, rtol=0)
+        torch.testing.assert_close(found.classes, expected.classes)
 
 
 def test_a_contradicting_threshold_is_refused(paths: tuple[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Inference on a dataset: files, sizes, thresholds and categories, and no image lost over processes."""
 
 import json
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -130,6 +131,53 @@ def test_what_a_run_prints_and_writes(model: str, images: Path, tmp_path: Path, 
     assert "--size 60 96 becomes 64 96" in shown and "5/5 images" in shown and "20 detections in 5 of 5" in shown
 
 
+def damaged_copy(images: Path, folder: Path) -> Path:
+    """A copy of the images in which 0.png has lost its end, and 2.png is damaged where only decoding finds it."""
+    shutil.copytree(images, folder)
+    end = (folder / "0.png").read_bytes()[:-100]
+    (folder / "0.png").write_bytes(end)
+    inside = bytearray((folder / "2.png").read_bytes())
+    inside[3000:3060] = bytes(60)
+    (folder / "2.png").write_bytes(inside)
+    return folder
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_damaged_images_are_skipped_counted_and_named(model, images, tmp_path, capsys, annotated: bool) -> None:
+    folder = damaged_copy(images, tmp_path / "copy")
+    annotations = str(folder / "truth.json") if annotated else None
+    output = (str(tmp_path / "found.json"),)
+    asked = config(model, folder, annotations=annotations, output=output, postprocess=few(), skip_damaged=True)
+    found = infer.infer(asked)
+    assert {d["image_id"] for d in found} == ({13, 17, 19} if annotated else {2, 4, 5})
+    shown = capsys.readouterr()
+    assert "12 detections in 3 of 5 images (2 damaged ones without detections)" in shown.out
+    assert "1 damaged image: " in shown.err and "0.png (the file is truncated" in shown.err
+    assert "2.png (image " in shown.err and "gets no detections" in shown.err
+
+
+@pytest.mark.parametrize("repaired", ["0.png", "2.png"])
+def test_strict_inference_fails_on_a_damaged_image_and_writes_nothing(model, images, tmp_path, repaired: str) -> None:
+    folder = damaged_copy(images, tmp_path / "copy")
+    shutil.copy(images / repaired, folder / repaired)
+    with pytest.raises(OdtkError, match="2.png is damaged|1 damaged image: .*0.png") as caught:
+        infer.infer(config(model, folder, output=(str(tmp_path / "found.json"),), postprocess=few()))
+    assert "--strict" in str(caught.value) and not (tmp_path / "found.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_count_the_damage_of_both(model, images, tmp_path, capfd) -> None:
+    folder = damaged_copy(images, tmp_path / "copy")
+    shutil.copy(images / "0.png", folder / "0.png")
+    inside = bytearray((folder / "3.png").read_bytes())
+    inside[3000:3060] = bytes(60)
+    (folder / "3.png").write_bytes(inside)  # rank 0 has 2.png, rank 1 has 3.png
+    output = (str(tmp_path / "found.json"),)
+    launch(infer.infer, config(model, folder, output=output, postprocess=few(), skip_damaged=True), devices="cpu:2")
+    assert {d["image_id"] for d in json.loads((tmp_path / "found.json").read_text())} == {11, 13, 19}
+    assert "(2 damaged ones without detections)" in capfd.readouterr().out
+
+
 def test_a_rotated_model_gives_rotated_boxes(images: Path, tmp_path: Path) -> None:
     found = infer.infer(config(make_model(tmp_path, angles=ROTATED_ANGLES), images, postprocess=few()))
     assert found and all(len(d["bbox"]) == 5 and len(d["segmentation"][0]) == 8 for d in found)
@@ -169,7 +217,7 @@ def test_an_expressly_given_threshold_reaches_the_backend(model: str, images: Pa
     path = str(tmp_path / "model.onnx")
     limits = PostprocessConfig(score_threshold=0.3)
     export.export(ExportConfig(path=model, output=path, size=(64, 96), precision="fp32", postprocess=limits))
-    with pytest.raises(OdtkError, match=r"--score-threshold 0\.05 contradicts the 0\.3"):
+    with pytest.raises(OdtkError, match=r"--score-threshold 0\.05 is below the 0\.3"):
         infer.infer(config(path, images, explicit=("score_threshold",)))
 
 

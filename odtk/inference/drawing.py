@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..boxes import coco_to_corners, corners
 
-SHOWN_SCORE = 0.3  # the COCO metrics need detections from 0.05 on, but those would cover the image
-MIN_SHORT_SIDE = 400  # pixels: a smaller picture is enlarged, so that its labels can be read
+LEGIBLE = 400  # pixels of the shorter side from which the labels of many boxes can be read
+MIN_FONT, MAX_FONT = 10, 40  # pixels
 MAX_LONG_SIDE = 32000  # pixels: two pictures fit side by side into a JPEG, which holds 65500
 RED = (255, 0, 0)  # of something that is wrong
 PLASMA = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]])  # low to high values
@@ -81,60 +81,98 @@ def category_color(category: int) -> Color:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def annotate(image: PILImage.Image, shapes: Sequence[Shape]) -> PILImage.Image:
+def annotate(image: PILImage.Image, shapes: Sequence[Shape], *, min_side: int = 0) -> PILImage.Image:
     """A copy of an RGB image with shapes and their labels drawn on it; the last shape is on top.
 
-    Outlines are in pixels of ``image``. The copy is enlarged by a whole number if its shorter side is below
-    MIN_SHORT_SIDE, and reduced if its longer side would exceed MAX_LONG_SIDE.
+    A label lies where it covers least of the other shapes. Where every place would cover another label, it is left out.
+
+    Args:
+        shapes: their outlines are in pixels of ``image``.
+        min_side: the copy is enlarged by a whole number until its shorter side has so many pixels; 0: it keeps the
+            size of the image, unless its longer side would exceed MAX_LONG_SIDE.
     """
-    factor = min(max(1, math.ceil(MIN_SHORT_SIDE / min(image.size))), MAX_LONG_SIDE / max(image.size))
+    factor = min(max(1, math.ceil(min_side / min(image.size))), MAX_LONG_SIDE / max(image.size))
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    picture = image.resize(size, PILImage.Resampling.BICUBIC)
+    picture = image.copy() if size == image.size else image.resize(size, PILImage.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     side = min(picture.size)
-    font = ImageFont.load_default(max(12, side // 36))
+    font = ImageFont.load_default(min(max(MIN_FONT, side // 36), MAX_FONT))
     line = max(2, side // 240)
     scaled = [(shape, [(x * factor, y * factor) for x, y in shape.outline]) for shape in shapes]
     for shape, points in scaled:
         draw.line([*points, points[0], points[1]], fill=shape.color, width=line * shape.thickness or 1, joint="curve")
+    extents = np.array([extent(points) for _, points in scaled]).reshape(-1, 4)  # [n, 4]
     taken: list[Rectangle] = []
-    for shape, points in reversed(scaled):  # the shape on top chooses first where its label goes
+    for index in range(len(scaled) - 1, -1, -1):  # the shape on top chooses first where its label goes
+        shape, points = scaled[index]
         if shape.label:
-            taken.append(draw_label(draw, shape, points, font, picture.size, taken))
+            left, top, right, bottom = font.getbbox(shape.label)
+            others = np.delete(extents, index, axis=0)
+            place = place_label((right - left + 6, bottom - top + 6), points, picture.size, taken, others)
+            if place is not None:
+                draw_label(draw, shape, place, font)
+                taken.append(place)
     return picture
 
 
-def draw_label(
-    draw: ImageDraw.ImageDraw, shape: Shape, points: Outline, font: Any, size: tuple[int, int], taken: list[Rectangle]
-) -> Rectangle:
-    """Writes a shape's label beside its outline ``points`` and returns the rectangle that it covers."""
-    left, top, right, bottom = font.getbbox(shape.label)
-    place = place_label((right - left + 6, bottom - top + 6), points, size, taken)
+def draw_label(draw: ImageDraw.ImageDraw, shape: Shape, place: Rectangle, font: Any) -> None:
+    """Writes a shape's label into a rectangle of the shape's color."""
+    left, top, _, _ = font.getbbox(shape.label)
     draw.rectangle(place, fill=shape.color)
     red, green, blue = shape.color
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140  # luma of BT.601
     draw.text((place[0] + 3 - left, place[1] + 3 - top), shape.label, fill="white" if dark else "black", font=font)
-    return place
+
+
+def extent(points: Outline) -> Rectangle:
+    """The smallest rectangle around an outline."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 def place_label(
-    label: tuple[float, float], points: Outline, size: tuple[int, int], taken: list[Rectangle]
-) -> Rectangle:
-    """Where a label of a width and a height goes: around the outline, inside the picture, on no label if possible."""
+    label: tuple[float, float],
+    points: Outline,
+    size: tuple[int, int],
+    taken: Sequence[Rectangle],
+    others: np.ndarray,
+) -> Rectangle | None:
+    """Where a label goes: at a corner of its outline, inside the picture, where it covers least of its neighbors.
+
+    Args:
+        label: its width and height in pixels.
+        points: the outline that it belongs to.
+        size: (width, height) of the picture in pixels.
+        taken: places of other labels, none of which may be covered.
+        others: extents [n, 4] of the other shapes.
+
+    Returns:
+        The place, or None if each one would cover a label.
+    """
     w, h = label
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    places = []
+    left, top, right, bottom = extent(points)
+    places: list[tuple[float, Rectangle]] = []
     for x, y in (
-        (min(xs), min(ys) - h),
-        (min(xs), min(ys)),
-        (min(xs), max(ys)),
-        (max(xs) - w, min(ys) - h),
-        (max(xs) - w, max(ys) - h),
-        (max(xs), min(ys)),
+        (left, top - h),
+        (left, top),
+        (left, bottom),
+        (right - w, top - h),
+        (right - w, bottom - h),
+        (right - w, bottom),
+        (right, top),
+        (left - w, top),
     ):
         x, y = min(max(x, 0), max(0, size[0] - w)), min(max(y, 0), max(0, size[1] - h))
-        places.append((x, y, x + w, y + h))
-    return next((place for place in places if not any(intersect(place, other) for other in taken)), places[0])
+        place = (x, y, x + w, y + h)
+        if not any(intersect(place, other) for other in taken):
+            places.append((covered(place, others), place))
+    return min(places, key=lambda entry: entry[0])[1] if places else None  # of equals, the first
+
+
+def covered(place: Rectangle, others: np.ndarray) -> float:
+    """Pixels of a rectangle that lie on others [n, 4]; those on several count several times."""
+    low, high = np.maximum(others[:, :2], place[:2]), np.minimum(others[:, 2:], place[2:])
+    return float(np.prod(np.clip(high - low, 0, None), axis=1).sum())
 
 
 def intersect(a: Rectangle, b: Rectangle) -> bool:

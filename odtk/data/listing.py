@@ -1,0 +1,45 @@
+"""The image files that a user names: folders, files, and patterns such as ``scans/*.jpg``."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config import OdtkError
+from .images import EXTENSIONS
+
+Source = str | os.PathLike[str]
+
+
+def list_images(sources: Source | Sequence[Source]) -> list[Path]:
+    """The image files of folders (with their subfolders, sorted), files (whatever their suffix) and patterns (sorted).
+
+    In the order in which they are named; a file that is named twice comes once.
+
+    Raises:
+        OdtkError: something named does not exist, or holds no images.
+    """
+    found: dict[Path, None] = {}
+    for source in [sources] if isinstance(sources, (str, os.PathLike)) else sources:
+        found |= dict.fromkeys(_list_one(os.fspath(source)))
+    return list(found)
+
+
+def _list_one(source: str) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+        if not paths:
+            raise OdtkError(f"The folder {path} has no images ({', '.join(sorted(EXTENSIONS))}).")
+        return paths
+    if not glob.has_magic(source):
+        raise OdtkError(f"The image or folder {path} does not exist: give the right one with --images.")
+    matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    paths = [match for match in matches if match.is_file() and match.suffix.lower() in EXTENSIONS]
+    if not paths:
+        raise OdtkError(f"No image matches {source}: give a folder, files, or another pattern with --images.")
+    return paths

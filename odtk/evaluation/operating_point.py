@@ -1,0 +1,109 @@
+"""Which detections are worth showing: the score threshold with the best F1, or the best few of each image.
+
+The COCO figures need detections with scores from 0.05 on, nearly all of them wrong. Who looks at pictures, or uses a
+model, wants one threshold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools.cocoeval import COCOeval
+
+from ..data.coco import prepare_ground_truth
+from .evaluate import RotatedCOCOeval, check_detections, coco_index, filter_categories
+
+MATCH_IOU = 0.5  # a detection is right if it overlaps an object of its category by so much
+BEST_PER_IMAGE = 20  # detections shown of an image for which no threshold is known
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A score threshold and what it gives.
+
+    Attributes:
+        threshold: detections count that score above it.
+        f1: 2 · precision · recall / (precision + recall), 0…1, over the objects of all categories.
+    """
+
+    threshold: float
+    f1: float
+
+
+def best_f1(detections: list[dict[str, Any]], truth: dict[str, Any]) -> OperatingPoint | None:
+    """The threshold with the best F1, matching as COCO does at MATCH_IOU: one detection per object, crowds ignored.
+
+    It lies halfway between the last score that is counted and the next one.
+
+    Args:
+        detections: COCO results; those of categories that the annotations lack do not count.
+        truth: COCO annotations, as data.coco.load_json returns them.
+
+    Returns:
+        None where no detection is right, as without objects.
+
+    Raises:
+        OdtkError: as evaluate.
+    """
+    truth = prepare_ground_truth(truth)
+    detections = filter_categories(detections, truth)
+    check_detections(detections, truth)
+    scores, right, objects = match(detections, truth)
+    if not right.any():
+        return None
+    order = np.argsort(-scores, kind="stable")
+    scores, right = scores[order], right[order]
+    f1 = 2 * np.cumsum(right) / (np.arange(1, len(right) + 1) + objects)  # 2 TP / (TP + FP + TP + FN)
+    last = np.append(scores[1:] < scores[:-1], True)  # equal scores are above a threshold together or not at all
+    best = int(np.argmax(np.where(last, f1, -1.0)))
+    following = scores[best + 1] if best + 1 < len(scores) else 0.0
+    return OperatingPoint(float(scores[best] + following) / 2, float(f1[best]))
+
+
+def match(detections: list[dict[str, Any]], truth: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Scores [n] of the detections that count, whether each is right [n], and the number of objects."""
+    rotated = any(len(entry["bbox"]) == 5 for entry in (*truth["annotations"], *detections))
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints each step
+        gt, dt = (coco_index(truth, entries, 5 if rotated else 4) for entries in (truth["annotations"], detections))
+        coco_eval = (RotatedCOCOeval if rotated else COCOeval)(gt, dt, "bbox")
+        coco_eval.params.iouThrs = np.array([MATCH_IOU])
+        coco_eval.params.areaRng, coco_eval.params.areaRngLbl = coco_eval.params.areaRng[:1], ["all"]
+        coco_eval.evaluate()
+    scores, right, objects = [np.zeros(0)], [np.zeros(0, dtype=bool)], 0
+    for entry in coco_eval.evalImgs:  # one per category and image
+        if entry is None:
+            continue
+        counts = ~entry["dtIgnore"][0].astype(bool)
+        scores.append(np.asarray(entry["dtScores"], dtype=float)[counts])
+        right.append(entry["dtMatches"][0][counts] > 0)
+        objects += int((np.asarray(entry["gtIgnore"]) == 0).sum())
+    return np.concatenate(scores), np.concatenate(right), objects
+
+
+def choose(
+    detections: list[dict[str, Any]], truth: dict[str, Any] | None, threshold: float | None
+) -> tuple[list[dict[str, Any]], str]:
+    """The detections to draw, and the words that say which these are.
+
+    Args:
+        detections: COCO results.
+        truth: the annotations, as data.coco.load_json returns them, if there are any.
+        threshold: draw what scores above it; None: above the one with the best F1, and where it is not known, the
+            best BEST_PER_IMAGE of each image.
+    """
+    if threshold is not None:
+        return [d for d in detections if d["score"] > threshold], f"detections that score above {threshold:g}"
+    point = best_f1(detections, truth) if truth is not None else None
+    if point is not None:
+        words = f"detections that score above {point.threshold:.3f}, which gives the best F1 ({point.f1:.3f})"
+        return [d for d in detections if d["score"] > point.threshold], words
+    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for detection in detections:
+        by_image[detection["image_id"]].append(detection)
+    best = [d for of in by_image.values() for d in sorted(of, key=lambda d: -d["score"])[:BEST_PER_IMAGE]]
+    return best, f"the best {BEST_PER_IMAGE} detections of each image"

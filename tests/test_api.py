@@ -1,0 +1,83 @@
+"""The Python API: a light import, commands as functions, one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import odtk
+from odtk.config import ModelConfig, OdtkError
+from tests.random_models import detector_of, save
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2), bias=0.0), tmp_path_factory.mktemp("m"))
+
+
+def test_importing_odtk_imports_the_standard_library_only() -> None:
+    code = (
+        "import sys; before = set(sys.modules)\n"
+        "import odtk; odtk.__version__; dir(odtk)\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "foreign = new - set(sys.stdlib_module_names) - {'odtk'}\n"
+        "assert not foreign, foreign\n"
+        "modules = [name for name in sys.modules if name.startswith('odtk.')]\n"
+        "assert not modules, modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_has_a_home() -> None:
+    assert {"Detections", "Model", "OdtkError", "evaluate", "export", "infer", "load", "train"} == set(odtk.__all__)
+    for name in odtk.__all__:
+        assert callable(getattr(odtk, name)) and name in dir(odtk)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        odtk.lod  # noqa: B018
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (Path(odtk.__file__).parent / "py.typed").is_file()
+    text = (Path(odtk.__file__).parents[1] / "pyproject.toml").read_text()
+    assert 'odtk = ["py.typed"]' in text  # a wheel holds it
+
+
+def test_an_unknown_keyword_is_offered_the_nearest_setting(model: str) -> None:
+    with pytest.raises(OdtkError, match="There is no setting 'treshold'|no setting 'score_treshold'"):
+        odtk.infer(model, score_treshold=0.5)
+    with pytest.raises(OdtkError, match="did you mean 'iters'"):
+        odtk.train("m.pth", annotations="a.json", iter=5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"device": "tpu"}, "device: 'tpu' is not cpu, cuda or cuda:N"),
+        ({"device": "meta"}, "device: 'meta' is not"),
+        ({"precision": "fp8"}, "precision: 'fp8' is not one of mixed, fp16, bf16, fp32"),
+        ({"threshold": 2}, "--score-threshold: 2 is not a number from 0 to 1"),
+        ({"size": (0, 4)}, "--size: 0 is not a positive whole number"),
+        ({"loader": "pil"}, "--loader: 'pil' is not one of dali, torch"),
+    ],
+)
+def test_load_refuses_what_it_cannot_do(model: str, settings: dict, words: str) -> None:
+    with pytest.raises(OdtkError, match=words):
+        odtk.load(model, **settings)
+
+
+def test_load_needs_a_model(tmp_path: Path) -> None:
+    with pytest.raises(OdtkError, match="There is no model .*m.pth"):
+        odtk.load(tmp_path / "m.pth")
+    (tmp_path / "m.txt").write_text("")
+    with pytest.raises(OdtkError, match="must end in .pth, .onnx, .plan or .engine"):
+        odtk.load(tmp_path / "m.txt")
+
+
+def test_the_threshold_is_applied_and_nothing_is_printed(model: str, coco: Path, capfd) -> None:
+    low, high = (odtk.load(model, resize=48, max_size=64, threshold=t).predict(coco / "1.jpg") for t in (0.05, 0.6))
+    assert 0 < len(high) < len(low) and high.scores.min() > 0.6 > low.scores.min()
+    assert odtk.load(model, size=(48, 64)).data.size == (48, 64)
+    assert capfd.readouterr().out == ""
