@@ -258,11 +258,8 @@ void set_logger(const py::object& callable) {
   });
 }
 
-py::bytes engine_build(const py::bytes& onnx, std::array<std::int32_t, 3> batch, std::size_t workspace, bool fp16,
-                       bool int8, const std::vector<std::string>& float_layers, const std::string& timing_cache,
-                       const std::string& metadata, const py::object& progress) {
+py::bytes engine_build(const py::bytes& onnx, odtk::BuildOptions options, const py::object& progress) {
   find_pip_tensorrt();
-  odtk::BuildOptions options{batch, workspace, fp16, int8, float_layers, timing_cache, metadata, {}};
   std::exception_ptr raised;  // by progress, e.g. KeyboardInterrupt: it stops the build and is raised again below
   if (!progress.is_none()) {
     options.progress = [&](const std::string& phase, int step, int steps) {
@@ -308,11 +305,31 @@ void bind_engine(py::module_& m) {
         return odtk::tensorrt_version();
       },
       "The version of the TensorRT library. RuntimeError, which says what to do, if there is none.");
-  m.def("engine_build", &engine_build, "onnx"_a, py::kw_only(), "batch"_a, "workspace"_a, "fp16"_a = false,
-        "int8"_a = false, "float_layers"_a = std::vector<std::string>{}, "timing_cache"_a = "", "metadata"_a = "",
-        "progress"_a = py::none(),
-        "Builds a plan (bytes) from ONNX (bytes); see BuildOptions in csrc/engine/engine.h. The build stops if "
-        "progress(phase, step, steps) returns False.");
+  m.attr("CAN_BUILD") = odtk::can_build();
+  m.attr("LONGEST_METADATA") = odtk::kLongestMetadata;
+  m.def(
+      "engine_build",
+      [](const py::bytes& onnx, std::array<std::int32_t, 3> batch, std::size_t workspace, bool fp16, bool int8, bool tf32,
+         bool hardware_compatible, bool version_compatible, const std::vector<std::string>& float_layers,
+         const std::string& timing_cache, const std::string& metadata, const py::object& progress) {
+        odtk::BuildOptions options;
+        options.batch = batch;
+        options.workspace = workspace;
+        options.fp16 = fp16;
+        options.int8 = int8;
+        options.tf32 = tf32;
+        options.hardware_compatible = hardware_compatible;
+        options.version_compatible = version_compatible;
+        options.float_layers = float_layers;
+        options.timing_cache = timing_cache;
+        options.metadata = metadata;
+        return engine_build(onnx, std::move(options), progress);
+      },
+      "onnx"_a, py::kw_only(), "batch"_a, "workspace"_a, "fp16"_a = false, "int8"_a = false, "tf32"_a = true,
+      "hardware_compatible"_a = false, "version_compatible"_a = false, "float_layers"_a = std::vector<std::string>{},
+      "timing_cache"_a = "", "metadata"_a = "", "progress"_a = py::none(),
+      "Builds a plan (bytes) from ONNX (bytes); see BuildOptions in csrc/engine/engine.h. The build stops if "
+      "progress(phase, step, steps) returns False.");
   m.def(
       "split_plan",
       [](const py::bytes& file) {
@@ -330,7 +347,9 @@ void bind_engine(py::module_& m) {
              return std::make_unique<odtk::Engine>(bytes.data(), bytes.size());
            }),
            "plan"_a)
-      .def_property_readonly("metadata", &odtk::Engine::metadata, "The metadata that engine_build was given.")
+      .def_property_readonly(
+          "metadata", [](const odtk::Engine& engine) { return py::bytes(engine.metadata()); },
+          "The bytes of metadata that engine_build was given, or that the plan's OdtkNms carries.")
       .def_property_readonly("tensors", &engine_tensors, "For each a dict of name, input, dtype, shape (-1: the batch).")
       .def_property_readonly("batch", &odtk::Engine::batch, "The smallest and the largest batch.")
       .def(

@@ -246,6 +246,57 @@ nvinfer1::IOptimizationProfile* profile(nvinfer1::IBuilder& builder, const nvinf
   return made;
 }
 
+/// Whether some input's batch is dynamic.
+bool dynamic(const nvinfer1::INetworkDefinition& network) {
+  for (int i = 0; i < network.getNbInputs(); ++i) {
+    const nvinfer1::Dims dims = network.getInput(i)->getDimensions();
+    if (dims.nbDims > 0 && dims.d[0] < 0) return true;
+  }
+  return false;
+}
+
+void add_profiles(nvinfer1::IBuilder& builder, const nvinfer1::INetworkDefinition& network,
+                  nvinfer1::IBuilderConfig& config, const std::array<std::int32_t, 3>& batch) {
+  std::vector<std::array<std::int32_t, 3>> profiles = {batch};
+  if (dynamic(network) && batch[0] == 1 && batch[1] > 1) profiles.push_back({1, 1, 1});
+  for (const auto& sizes : profiles)
+    if (config.addOptimizationProfile(profile(builder, network, sizes)) < 0)
+      fail("TensorRT refused the optimization profile of batch " + std::to_string(sizes[1]));
+}
+
+/// The plan's compatibility with other GPUs and other versions of TensorRT.
+void set_compatibility(nvinfer1::IBuilderConfig& config, const BuildOptions& options) {
+#if NV_TENSORRT_MAJOR >= 10 || (NV_TENSORRT_MAJOR == 8 && NV_TENSORRT_MINOR >= 6)
+  if (options.hardware_compatible)
+    config.setHardwareCompatibilityLevel(nvinfer1::HardwareCompatibilityLevel::kAMPERE_PLUS);
+  if (options.version_compatible) config.setFlag(nvinfer1::BuilderFlag::kVERSION_COMPATIBLE);
+#else
+  static_cast<void>(config);
+  if (options.hardware_compatible) throw std::invalid_argument("--hardware-compatible needs TensorRT 8.6 or newer");
+  if (options.version_compatible) throw std::invalid_argument("--version-compatible needs TensorRT 8.6 or newer");
+#endif
+}
+
+#if NV_TENSORRT_MAJOR < 10
+/// What TensorRT 8 must be told and newer versions do by themselves.
+void configure_tensorrt8(nvinfer1::INetworkDefinition& network, nvinfer1::IBuilderConfig& config,
+                         const BuildOptions& options) {
+  if (options.fp16) config.setFlag(nvinfer1::BuilderFlag::kFP16);
+  if (options.int8) config.setFlag(nvinfer1::BuilderFlag::kINT8);
+  keep_in_float(network, options.float_layers);
+  if (!options.float_layers.empty()) config.setFlag(nvinfer1::BuilderFlag::kPREFER_PRECISION_CONSTRAINTS);
+  // On by default, they make an engine load cuBLAS and cuDNN and hand them to its plugins; nothing of ours uses them.
+  nvinfer1::TacticSources sources = config.getTacticSources();
+  for (const auto source :
+       {nvinfer1::TacticSource::kCUBLAS, nvinfer1::TacticSource::kCUBLAS_LT, nvinfer1::TacticSource::kCUDNN})
+    sources &= ~(1U << static_cast<std::uint32_t>(source));
+  if (!config.setTacticSources(sources)) fail("TensorRT could not be told to do without cuBLAS and cuDNN");
+#if NV_TENSORRT_MINOR >= 6
+  config.setPreviewFeature(nvinfer1::PreviewFeature::kPROFILE_SHARING_0806, true);  // for Engine's contexts
+#endif
+}
+#endif
+
 std::vector<char> read_file(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
@@ -267,19 +318,6 @@ void write_file(const std::string& path, const void* data, std::size_t size) {
 constexpr char kNamePrefix[] = "odtk:";
 constexpr char kTrailer[] = "ODTKMETA";
 constexpr std::size_t kTrailerSize = sizeof(kTrailer) - 1;
-constexpr std::size_t kLongestName = 4095;
-
-[[maybe_unused]] std::string network_name(const std::string& metadata) {
-  const std::string name = kNamePrefix + metadata;
-  return metadata.empty() || name.size() > kLongestName ? "" : name;
-}
-
-[[maybe_unused]] void append_trailer(std::vector<char>& file, const std::string& metadata) {
-  file.insert(file.end(), metadata.begin(), metadata.end());
-  for (int byte = 0; byte < 8; ++byte)
-    file.push_back(static_cast<char>(static_cast<std::uint64_t>(metadata.size()) >> (8 * byte) & 0xFF));
-  file.insert(file.end(), kTrailer, kTrailer + kTrailerSize);
-}
 
 // -------------------------------------------------------------------------------------------------------------- engine
 
@@ -330,11 +368,49 @@ struct StreamDeleter {
   void operator()(CUstream_st* stream) const { cudaStreamDestroy(stream); }
 };
 
-/// A captured inference. It is valid for these addresses only.
-struct Replay {
+struct EventDeleter {
+  void operator()(CUevent_st* event) const { cudaEventDestroy(event); }
+};
+struct MemoryDeleter {
+  void operator()(void* memory) const { cudaFree(memory); }
+};
+
+/// An execution context, and the inference that was captured from it: for this batch size and these addresses. It is
+/// dropped when the context runs anything else, because a new shape changes what the graph reads.
+struct Run {
+  std::unique_ptr<nvinfer1::IExecutionContext> context;
+  std::int64_t batch = 0;
   std::vector<void*> addresses;
   std::unique_ptr<CUgraphExec_st, GraphDeleter> graph;
 };
+
+#if NV_TENSORRT_MAJOR >= 10 || (NV_TENSORRT_MAJOR == 8 && NV_TENSORRT_MINOR >= 6)
+constexpr bool kSharedProfiles = true;
+#else
+constexpr bool kSharedProfiles = false;  // TensorRT 8.5: an optimization profile is for one context
+#endif
+
+/// A context whose device memory is provided by give_memory().
+nvinfer1::IExecutionContext* create_context(nvinfer1::ICudaEngine& engine) {
+#if NV_TENSORRT_MAJOR >= 10
+  return engine.createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED);
+#else
+  return engine.createExecutionContextWithoutDeviceMemory();
+#endif
+}
+
+// TensorRT 10.1 replaced these two.
+#if NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR >= 1001
+std::size_t memory_size(const nvinfer1::ICudaEngine& engine) {
+  return static_cast<std::size_t>(engine.getDeviceMemorySizeV2());
+}
+void give_memory(nvinfer1::IExecutionContext& context, void* memory, std::size_t size) {
+  context.setDeviceMemoryV2(memory, static_cast<std::int64_t>(size));
+}
+#else
+std::size_t memory_size(const nvinfer1::ICudaEngine& engine) { return engine.getDeviceMemorySize(); }
+void give_memory(nvinfer1::IExecutionContext& context, void* memory, std::size_t) { context.setDeviceMemory(memory); }
+#endif
 
 }  // namespace
 
@@ -362,6 +438,14 @@ std::pair<std::size_t, std::string> split_plan(const void* file, std::size_t siz
   return {rest - length, std::string(begin + (rest - length), length)};
 }
 
+bool can_build() {
+#ifdef ODTK_ONNX_PARSER
+  return true;
+#else
+  return false;
+#endif
+}
+
 std::vector<char> build(const void* onnx, std::size_t size, const BuildOptions& options) {
 #ifndef ODTK_ONNX_PARSER
   static_cast<void>(onnx), static_cast<void>(size), static_cast<void>(options);
@@ -370,6 +454,14 @@ std::vector<char> build(const void* onnx, std::size_t size, const BuildOptions& 
   const Nvinfer& nvinfer = Nvinfer::get();
   Logger& logger = Logger::get();
   logger.forget_errors();
+  if (options.metadata.size() > kLongestMetadata)
+    throw std::invalid_argument("metadata of " + std::to_string(options.metadata.size()) +
+                                " bytes does not fit into an engine's name: put it into the field metadata of OdtkNms");
+  // Both must outlive the builder.
+  std::unique_ptr<nvinfer1::ITimingCache> cache;
+#if NV_TENSORRT_MAJOR >= 10
+  std::unique_ptr<Progress> progress;
+#endif
   const std::unique_ptr<nvinfer1::IBuilder> builder(static_cast<nvinfer1::IBuilder*>(
       checked(nvinfer.create_builder(&logger, NV_TENSORRT_VERSION), "create a builder (it needs a GPU)")));
 #if NV_TENSORRT_MAJOR >= 11
@@ -384,29 +476,28 @@ std::vector<char> build(const void* onnx, std::size_t size, const BuildOptions& 
   const std::unique_ptr<nvinfer1::INetworkDefinition> network(
       checked(builder->createNetworkV2(flags), "create a network"));
   const std::unique_ptr<nvonnxparser::IParser> parser = parse(onnx, size, *network);  // owns the weights
-  if (const std::string name = network_name(options.metadata); !name.empty()) network->setName(name.c_str());
+  if (!options.metadata.empty()) network->setName((kNamePrefix + options.metadata).c_str());
 
   const std::unique_ptr<nvinfer1::IBuilderConfig> config(
       checked(builder->createBuilderConfig(), "create a configuration"));
   config->setMemoryPoolLimit(nvinfer1::MemoryPoolType::kWORKSPACE, options.workspace);
-  config->addOptimizationProfile(profile(*builder, *network, options.batch));
+  if (!options.tf32) config->clearFlag(nvinfer1::BuilderFlag::kTF32);
+  set_compatibility(*config, options);
+  add_profiles(*builder, *network, *config, options.batch);
 #if NV_TENSORRT_MAJOR >= 10
-  std::unique_ptr<Progress> progress;
   if (options.progress) {
     progress = std::make_unique<Progress>(options.progress);
     config->setProgressMonitor(progress.get());
   }
 #else
-  if (options.fp16) config->setFlag(nvinfer1::BuilderFlag::kFP16);
-  if (options.int8) config->setFlag(nvinfer1::BuilderFlag::kINT8);
-  keep_in_float(*network, options.float_layers);
-  if (!options.float_layers.empty()) config->setFlag(nvinfer1::BuilderFlag::kPREFER_PRECISION_CONSTRAINTS);
+  configure_tensorrt8(*network, *config, options);
 #endif
-  std::unique_ptr<nvinfer1::ITimingCache> cache;
   if (!options.timing_cache.empty()) {
     const std::vector<char> bytes = read_file(options.timing_cache);
-    cache.reset(checked(config->createTimingCache(bytes.data(), bytes.size()), "read the timing cache"));
-    config->setTimingCache(*cache, false);
+    cache.reset(config->createTimingCache(bytes.data(), bytes.size()));
+    if (!cache || !config->setTimingCache(*cache, false))
+      fail("the timing cache " + options.timing_cache +
+           " is not one of this TensorRT and GPU: delete it, or name another file");
   }
 
   const std::unique_ptr<nvinfer1::IHostMemory> plan(
@@ -416,24 +507,27 @@ std::vector<char> build(const void* onnx, std::size_t size, const BuildOptions& 
     write_file(options.timing_cache, bytes->data(), bytes->size());
   }
   const char* data = static_cast<const char*>(plan->data());
-  std::vector<char> file(data, data + plan->size());
-  if (!options.metadata.empty() && network_name(options.metadata).empty()) append_trailer(file, options.metadata);
-  return file;
+  return {data, data + plan->size()};
 #endif
 }
 
-// Members are destroyed from last to first: graphs and context before the engine, the engine before its runtime.
+// Members are destroyed from last to first: graphs and contexts before their memory, then the engine and its runtime.
 struct Engine::State {
   int device = 0;
   std::unique_ptr<nvinfer1::IRuntime> runtime;
   std::unique_ptr<nvinfer1::ICudaEngine> engine;
-  std::unique_ptr<nvinfer1::IExecutionContext> context;
+  std::unique_ptr<void, MemoryDeleter> memory;          // of all contexts: their runs never overlap
+  std::unique_ptr<CUevent_st, EventDeleter> done;       // the end of the latest run
   std::unique_ptr<CUstream_st, StreamDeleter> capture;  // graphs are captured on it; nothing ever runs on it
-  std::map<std::int64_t, Replay> replays;               // by batch size
+  std::map<std::pair<int, std::int64_t>, Run> runs;     // by profile and batch size, 0 for those without a graph
   std::string metadata;
   std::vector<TensorInfo> tensors;
-  std::pair<std::int64_t, std::int64_t> batch = {1, 1};
+  std::vector<std::pair<std::int64_t, std::int64_t>> batches = {{1, 1}};  // the least and the largest of each profile
   std::mutex mutex;
+
+  ~State() {
+    if (done) cudaEventSynchronize(done.get());
+  }
 
   void describe() {
     using Select = nvinfer1::OptProfileSelector;
@@ -444,11 +538,40 @@ struct Engine::State {
       info.input = engine->getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT;
       info.type = type_name(engine->getTensorDataType(name));
       info.shape = shape_of(engine->getTensorShape(name));
-      if (info.input && !info.shape.empty())
-        batch = {engine->getProfileShape(name, 0, Select::kMIN).d[0],
-                 engine->getProfileShape(name, 0, Select::kMAX).d[0]};
+      if (info.input && !info.shape.empty()) {
+        batches.clear();
+        for (int profile = 0; profile < std::max(engine->getNbOptimizationProfiles(), 1); ++profile)
+          batches.emplace_back(engine->getProfileShape(name, profile, Select::kMIN).d[0],
+                               engine->getProfileShape(name, profile, Select::kMAX).d[0]);
+      }
       tensors.push_back(std::move(info));
     }
+  }
+
+  /// The narrowest profile that holds a batch size.
+  int profile_of(std::int64_t batch) const {
+    std::size_t best = 0;
+    for (std::size_t i = 1; i < batches.size(); ++i)
+      if (batches[i].first <= batch && batch <= batches[i].second && batches[i].second < batches[best].second) best = i;
+    return static_cast<int>(best);
+  }
+
+  /// The context for a profile and, if it is to be captured, a batch size; made at the first call.
+  Run& run_of(int profile, std::int64_t batch, cudaStream_t stream) {
+    Run& run = runs[{profile, batch}];
+    if (run.context) return run;
+    std::unique_ptr<nvinfer1::IExecutionContext> made(checked(create_context(*engine), "create an execution context"));
+    const std::size_t size = memory_size(*engine);
+    if (!memory && size > 0) {
+      void* block = nullptr;
+      ODTK_CHECK(cudaMalloc(&block, size));
+      memory.reset(block);
+    }
+    give_memory(*made, memory.get(), size);
+    if (!made->setOptimizationProfileAsync(profile, stream))
+      fail("TensorRT refused optimization profile " + std::to_string(profile));
+    run.context = std::move(made);
+    return run;
   }
 
   /// The address of each tensor, in the order of `tensors`, and the batch size; refuses bindings that do not fit.
@@ -459,6 +582,9 @@ struct Engine::State {
       const auto found = bindings.find(tensor.name);
       if (found == bindings.end() || !found->second.data)
         throw std::invalid_argument("the engine's tensor '" + tensor.name + "' was not given");
+      if (reinterpret_cast<std::uintptr_t>(found->second.data) % kAlignment != 0)
+        throw std::invalid_argument("the address of '" + tensor.name + "' must be aligned to " +
+                                    std::to_string(kAlignment) + " bytes, as TensorRT requires: copy the tensor");
       if (tensor.input) {
         check_shape(tensor, found->second.shape);
         size = found->second.shape.empty() ? size : found->second.shape[0];
@@ -472,12 +598,12 @@ struct Engine::State {
   }
 
   /// Passes shapes and addresses to the context.
-  void bind(const std::map<std::string, Binding>& bindings) {
+  void bind(nvinfer1::IExecutionContext& context, const std::map<std::string, Binding>& bindings) {
     for (const TensorInfo& tensor : tensors) {
       const Binding& binding = bindings.at(tensor.name);
-      if (tensor.input && !context->setInputShape(tensor.name.c_str(), dims_of(binding.shape)))
+      if (tensor.input && !context.setInputShape(tensor.name.c_str(), dims_of(binding.shape)))
         fail("TensorRT refused the shape of '" + tensor.name + "'");
-      if (!context->setTensorAddress(tensor.name.c_str(), binding.data))
+      if (!context.setTensorAddress(tensor.name.c_str(), binding.data))
         fail("TensorRT refused the address of '" + tensor.name + "'");
     }
   }
@@ -485,7 +611,7 @@ struct Engine::State {
   void check_shape(const TensorInfo& tensor, const std::vector<std::int64_t>& shape) const {
     bool fits = shape.size() == tensor.shape.size();
     for (std::size_t axis = 0; fits && axis < shape.size(); ++axis)
-      fits = tensor.shape[axis] < 0 ? batch.first <= shape[axis] && shape[axis] <= batch.second
+      fits = tensor.shape[axis] < 0 ? batches[0].first <= shape[axis] && shape[axis] <= batches[0].second
                                     : shape[axis] == tensor.shape[axis];
     if (fits) return;
     const auto text = [](const std::vector<std::int64_t>& sizes) {
@@ -494,16 +620,15 @@ struct Engine::State {
       return "[" + line + "]";
     };
     throw std::invalid_argument("input '" + tensor.name + "' has the shape " + text(shape) + ", but the engine takes " +
-                                text(tensor.shape) + " with a batch of " + std::to_string(batch.first) + " to " +
-                                std::to_string(batch.second));
+                                text(tensor.shape) + " with a batch of " + std::to_string(batches[0].first) +
+                                " to " + std::to_string(batches[0].second));
   }
 
-  void enqueue(cudaStream_t stream) {
-    if (!context->enqueueV3(stream)) fail("TensorRT could not run the engine");
-  }
+  /// Records the end of what was enqueued, for the next run to wait for.
+  void finish(cudaStream_t stream) { ODTK_CHECK(cudaEventRecord(done.get(), stream)); }
 
-  /// Captures what enqueue() does with the shapes and addresses that are bound now.
-  Replay capture_graph(std::vector<void*> addresses) {
+  /// Captures what the context does with the shapes and addresses that are bound now.
+  decltype(Run::graph) capture_graph(nvinfer1::IExecutionContext& context) {
     if (!capture) {
       cudaStream_t stream = nullptr;
       ODTK_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -511,7 +636,7 @@ struct Engine::State {
     }
     cudaGraph_t graph = nullptr;
     ODTK_CHECK(cudaStreamBeginCapture(capture.get(), cudaStreamCaptureModeThreadLocal));
-    const bool enqueued = context->enqueueV3(capture.get());
+    const bool enqueued = context.enqueueV3(capture.get());
     const cudaError_t ended = cudaStreamEndCapture(capture.get(), &graph);
     if (!enqueued || ended != cudaSuccess) {
       cudaGetLastError();
@@ -521,7 +646,7 @@ struct Engine::State {
     const cudaError_t instantiated = cudaGraphInstantiateWithFlags(&executable, graph, 0);
     cudaGraphDestroy(graph);
     ODTK_CHECK(instantiated);
-    return {std::move(addresses), decltype(Replay::graph)(executable)};
+    return decltype(Run::graph)(executable);
   }
 };
 
@@ -533,13 +658,29 @@ Engine::Engine(const void* file, std::size_t size) : state_(std::make_unique<Sta
   const auto [plan_size, trailer] = split_plan(file, size);
   state_->runtime.reset(static_cast<nvinfer1::IRuntime*>(
       checked(nvinfer.create_runtime(&Logger::get(), NV_TENSORRT_VERSION), "create a runtime")));
-  state_->engine.reset(checked(state_->runtime->deserializeCudaEngine(file, plan_size),
-                               "load the plan (it runs only with the TensorRT version and GPU that it was built for)"));
-  state_->context.reset(checked(state_->engine->createExecutionContext(), "create an execution context"));
+#if NV_TENSORRT_MAJOR >= 10 || (NV_TENSORRT_MAJOR == 8 && NV_TENSORRT_MINOR >= 6)
+  if (const char* allowed = std::getenv("ODTK_ALLOW_HOST_CODE"); allowed && std::strcmp(allowed, "1") == 0)
+    state_->runtime->setEngineHostCodeAllowed(true);
+#endif
+  std::string carried;
+  {
+    static std::mutex loading;  // one plan at a time, so that the metadata that its plugin hands over is its own
+    const std::lock_guard<std::mutex> lock(loading);
+    take_metadata();
+    state_->engine.reset(checked(state_->runtime->deserializeCudaEngine(file, plan_size),
+                                 "load the plan (it runs only with the TensorRT version and GPU that it was built for; "
+                                 "one of a version-compatible build needs ODTK_ALLOW_HOST_CODE=1)"));
+    carried = take_metadata();
+  }
   const std::string name = state_->engine->getName();
-  const bool ours = name.rfind(kNamePrefix, 0) == 0;
-  state_->metadata = !trailer.empty() ? trailer : ours ? name.substr(sizeof(kNamePrefix) - 1) : "";
+  const bool named = name.rfind(kNamePrefix, 0) == 0;
+  state_->metadata = !trailer.empty() ? trailer : named ? name.substr(sizeof(kNamePrefix) - 1) : carried;
+  cudaEvent_t event = nullptr;
+  ODTK_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  state_->done.reset(event);
   state_->describe();
+  state_->run_of(0, 0, nullptr);  // a GPU without the memory for it is refused here
+  state_->finish(nullptr);        // TensorRT may have enqueued copies for the profile
 }
 
 Engine::~Engine() = default;
@@ -548,7 +689,7 @@ Engine& Engine::operator=(Engine&&) noexcept = default;
 
 const std::string& Engine::metadata() const { return state_->metadata; }
 const std::vector<TensorInfo>& Engine::tensors() const { return state_->tensors; }
-std::pair<std::int64_t, std::int64_t> Engine::batch() const { return state_->batch; }
+std::pair<std::int64_t, std::int64_t> Engine::batch() const { return state_->batches[0]; }
 
 void Engine::infer(const std::map<std::string, Binding>& bindings, cudaStream_t stream, bool graph) {
   State& state = *state_;
@@ -556,14 +697,26 @@ void Engine::infer(const std::map<std::string, Binding>& bindings, cudaStream_t 
   const DeviceGuard device(state.device);
   Logger::get().forget_errors();
   auto [addresses, batch] = state.check(bindings);
-  const auto found = graph ? state.replays.find(batch) : state.replays.end();
-  if (found != state.replays.end() && found->second.addresses == addresses) {
-    ODTK_CHECK(cudaGraphLaunch(found->second.graph.get(), stream));
-    return;
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  ODTK_CHECK(cudaStreamIsCapturing(stream, &capturing));
+  if (capturing != cudaStreamCaptureStatusNone)
+    throw std::invalid_argument("an engine cannot run on a stream that is being captured: let it capture by itself");
+
+  ODTK_CHECK(cudaStreamWaitEvent(stream, state.done.get(), 0));
+  Run& run = state.run_of(state.profile_of(batch), graph && kSharedProfiles ? batch : 0, stream);
+  if (graph && run.graph && run.batch == batch && run.addresses == addresses) {
+    ODTK_CHECK(cudaGraphLaunch(run.graph.get(), stream));
+    return state.finish(stream);
   }
-  state.bind(bindings);
-  state.enqueue(stream);  // before a capture too, because TensorRT prepares for a new shape in a plain run
-  if (graph) state.replays[batch] = state.capture_graph(std::move(addresses));
+  run.graph.reset();
+  state.bind(*run.context, bindings);
+  // Before a capture too, because TensorRT prepares for a new shape in a plain run.
+  if (!run.context->enqueueV3(stream)) fail("TensorRT could not run the engine");
+  state.finish(stream);
+  if (!graph) return;
+  run.graph = state.capture_graph(*run.context);
+  run.batch = batch;
+  run.addresses = std::move(addresses);
 }
 
 }  // namespace odtk

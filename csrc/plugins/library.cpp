@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdio>
+#include <mutex>
 #include <utility>
 
 #include "plugin.h"
@@ -76,6 +77,28 @@ void log_error(const std::string& message) noexcept {
     logger->log(nvinfer1::ILogger::Severity::kERROR, message.c_str());
   else
     std::fprintf(stderr, "%s\n", message.c_str());
+}
+
+namespace {
+
+std::mutex metadata_mutex;
+std::string kept_metadata;
+
+}  // namespace
+
+void keep_metadata(const std::vector<std::int32_t>& numbers) {
+  if (numbers.empty()) return;
+  std::string bytes;
+  for (const std::int32_t number : numbers)
+    for (int shift = 0; shift < 32; shift += 8)
+      bytes += static_cast<char>(static_cast<std::uint32_t>(number) >> shift & 0xFF);
+  const std::lock_guard<std::mutex> lock(metadata_mutex);
+  kept_metadata = std::move(bytes);
+}
+
+std::string take_metadata() {
+  const std::lock_guard<std::mutex> lock(metadata_mutex);
+  return std::exchange(kept_metadata, {});
 }
 
 void register_plugins(nvinfer1::IPluginRegistry& registry) {

@@ -5,6 +5,8 @@
 // Inputs: scores [N, M] fp32, boxes [N, M, box_values] fp32, classes [N, M] int32; box_values is 4, or 6 for rotated
 // boxes (then the IoU is that of the polygons). Outputs, by descending score, unused rows zero: scores [N, D] fp32,
 // boxes [N, D, box_values] fp32, classes [N, D] int32.
+//
+// Nothing is computed from the optional field "metadata": a plan keeps it for csrc/engine/engine.h.
 #include "../cuda/nms.h"
 #include "plugin.h"
 
@@ -23,6 +25,7 @@ class NmsPlugin final : public PluginBase<NmsPlugin> {
     visitor("box_values", plugin.box_values_, "values");
     visitor("threshold", plugin.threshold_);
     visitor("detections", plugin.detections_);
+    visitor.optional("metadata", plugin.metadata_);
   }
 
   void check() const {
@@ -32,6 +35,7 @@ class NmsPlugin final : public PluginBase<NmsPlugin> {
       throw std::invalid_argument("field 'threshold' must lie in [0, 1], not " + std::to_string(threshold_));
     if (detections_ < 1)
       throw std::invalid_argument("field 'detections' must be positive, not " + std::to_string(detections_));
+    keep_metadata(metadata_);  // an engine that is being loaded makes its plugins anew: this is how it is read
   }
 
   static DataType output_type(int output) { return output == 2 ? DataType::kINT32 : DataType::kFLOAT; }
@@ -81,6 +85,7 @@ class NmsPlugin final : public PluginBase<NmsPlugin> {
   std::int32_t box_values_ = 0;
   float threshold_ = 0.f;
   std::int32_t detections_ = 0;
+  std::vector<std::int32_t> metadata_;
 };
 
 }  // namespace

@@ -7,7 +7,8 @@
 // A Derived plugin has:
 //   static constexpr const char* kName;                     the op_type of its ONNX node
 //   static constexpr int kOutputs;
-//   template <Plugin, Visitor> static void visit(Plugin&, Visitor&&)   its fields: visitor("name", plugin.member), …
+//   template <Plugin, Visitor> static void visit(Plugin&, Visitor&&)   its fields: visitor("name", plugin.member), …,
+//                                                           last the ones that may be absent: visitor.optional(…)
 //   void check() const                                      throws std::invalid_argument for impossible field values
 //   static DataType output_type(int output)
 //   void output_shapes(inputs, count, outputs, builder) const          throws for inputs of a wrong count, rank or size
@@ -54,6 +55,11 @@ void register_plugins(nvinfer1::IPluginRegistry& registry);
 /// Writes a line to the logger that TensorRT gives its plugins, else to its global logger, else to stderr.
 void log_error(const std::string& message) noexcept;
 
+/// Keeps the metadata that an engine carries in a plugin for take_metadata(): little-endian bytes, 4 in each number.
+void keep_metadata(const std::vector<std::int32_t>& numbers);
+/// The bytes that were kept last, once: "" when nothing was kept since the last call.
+std::string take_metadata();
+
 PluginCreator& decode_creator();
 PluginCreator& nms_creator();
 
@@ -88,6 +94,9 @@ struct FieldType<float> {
 /// Visitor: the fields of a plugin as TensorRT's list. The data pointers point into the plugin that was visited.
 class FieldList {
  public:
+  /// absent: list optional fields without a value too, as a creator does.
+  explicit FieldList(bool absent = false) : absent_(absent) {}
+
   template <typename T>
   void operator()(const char* name, const T& value, const char* = nullptr) {
     fields_.emplace_back(name, &value, FieldType<T>::kType, 1);
@@ -95,6 +104,10 @@ class FieldList {
   template <typename T>
   void operator()(const char* name, const std::vector<T>& values) {
     fields_.emplace_back(name, values.data(), FieldType<T>::kType, static_cast<std::int32_t>(values.size()));
+  }
+  template <typename T>
+  void optional(const char* name, const std::vector<T>& values) {
+    if (absent_ || !values.empty()) (*this)(name, values);
   }
 
   std::vector<nvinfer1::PluginField>& fields() { return fields_; }
@@ -104,6 +117,7 @@ class FieldList {
   }
 
  private:
+  bool absent_;
   std::vector<nvinfer1::PluginField> fields_;
   nvinfer1::PluginFieldCollection collection_{};
 };
@@ -125,6 +139,10 @@ class FieldReader {
   template <typename T>
   void operator()(const char* name, std::vector<T>& values) {
     values = read<T>(name);
+  }
+  template <typename T>
+  void optional(const char* name, std::vector<T>& values) {
+    if (has(name)) values = read<T>(name);
   }
 
   /// To be called after the visit. Throws if a field was given that the plugin does not have.
@@ -177,7 +195,7 @@ class FieldReader {
   std::vector<std::string> read_;
 };
 
-/// Visitor: the fields as "name=1,2;name=3;…".
+/// Visitor: the fields as "name=1,2;name=3;…", without the optional ones, which change nothing that is timed.
 class FieldText {
  public:
   template <typename T>
@@ -190,6 +208,8 @@ class FieldText {
     for (const T& value : values) text_ << value << ',';
     text_ << ';';
   }
+  template <typename T>
+  void optional(const char*, const std::vector<T>&) {}
   std::string str() const { return text_.str(); }
 
  private:
@@ -377,11 +397,14 @@ class PluginBase : public nvinfer1::IPluginV2DynamicExt {
   /// The inverse of serialize(). Throws std::invalid_argument for bytes that this plugin did not write.
   static std::unique_ptr<Derived> from_bytes(const void* data, std::size_t size) {
     const Derived defaults;  // for the names and types of the fields
-    FieldList list;
+    FieldList required, list(true);
+    Derived::visit(defaults, required);
     Derived::visit(defaults, list);
+    std::int32_t count = 0;
     const char* at = static_cast<const char*>(data);
     const char* const end = at + size;
     for (nvinfer1::PluginField& field : list.fields()) {
+      if (at == end && count >= required.collection()->nbFields) break;  // optional fields come last
       if (end - at < kElement) throw std::invalid_argument("the serialized plugin is cut short");
       std::memcpy(&field.length, at, kElement);
       at += kElement;
@@ -389,9 +412,11 @@ class PluginBase : public nvinfer1::IPluginV2DynamicExt {
         throw std::invalid_argument("the serialized plugin is cut short");
       field.data = at;
       at += field.length * kElement;
+      ++count;
     }
     if (at != end) throw std::invalid_argument("the serialized plugin is too long");
-    return create_plugin<Derived>(list.collection());
+    const nvinfer1::PluginFieldCollection given{count, list.fields().data()};
+    return create_plugin<Derived>(&given);
   }
 
  private:
@@ -459,7 +484,7 @@ class Creator : public PluginCreatorBase {
 #endif
 
   Derived defaults_;  // the plugin whose fields are listed
-  FieldList fields_;
+  FieldList fields_{true};
 };
 
 }  // namespace odtk

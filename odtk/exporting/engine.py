@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import ExportConfig, OdtkError
-from .metadata import Metadata
+from .metadata import Metadata, pack
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("odtk.tensorrt")
 
 
-def require_tensorrt() -> Any:
-    """The compiled extension ``odtk._C``, on a machine where it can build and run engines.
+def require_tensorrt(*, build: bool = False) -> Any:
+    """The compiled extension ``odtk._C``, on a machine where it can run engines.
+
+    Args:
+        build: it must be able to build them too.
 
     Raises:
         OdtkError: names which of GPU, extension and TensorRT is missing, and how to get it.
@@ -34,6 +37,11 @@ def require_tensorrt() -> Any:
         missing.append("odtk's compiled extension (`pip install .` with CUDA's nvcc on the PATH)")
     elif not hasattr(extension, "Engine"):
         missing.append("TensorRT (set TENSORRT_ROOT to its folder and run `pip install .` again)")
+    elif build and not extension.CAN_BUILD:
+        missing.append(
+            "NvOnnxParser.h, the header of TensorRT's ONNX parser (put the one of onnx/onnx-tensorrt for this version "
+            "beside NvInfer.h and run `pip install .` again)"
+        )
     if missing:
         raise OdtkError(f"A .plan or .engine needs {' and '.join(missing)}; an .onnx needs none of this.")
     assert extension is not None
@@ -58,7 +66,7 @@ def build_engine(model: ModelProto, metadata: Metadata, config: ExportConfig) ->
     from .graph import serialize  # here, as both import onnx
     from .tensorrt8 import expand_instance_norm, float32_nodes
 
-    extension = require_tensorrt()
+    extension = require_tensorrt(build=True)
     if config.verbose:
         logging.basicConfig()
         logger.setLevel(logging.DEBUG)
@@ -68,6 +76,7 @@ def build_engine(model: ModelProto, metadata: Metadata, config: ExportConfig) ->
     if int(version.partition(".")[0]) < 10:
         expand_instance_norm(model)
         float_layers = float32_nodes(model)
+    name = name_or_field(model, metadata, extension.LONGEST_METADATA)
     print(f"TensorRT {version} is timing kernels on {gpu}, which takes minutes.", flush=True)
     try:
         return extension.engine_build(
@@ -76,9 +85,27 @@ def build_engine(model: ModelProto, metadata: Metadata, config: ExportConfig) ->
             workspace=config.workspace,
             fp16=config.precision != "fp32",
             int8=config.precision == "int8",
+            tf32=config.precision != "fp32",
+            hardware_compatible=config.hardware_compatible,
+            version_compatible=config.version_compatible,
             float_layers=float_layers,
             timing_cache=config.timing_cache or "",
-            metadata=metadata.to_json(),
+            metadata=name,
         )
     except (RuntimeError, ValueError) as error:
         raise OdtkError(f"TensorRT could not build {config.output}: {error}") from error
+
+
+def name_or_field(model: ModelProto, metadata: Metadata, longest: int) -> str:
+    """The metadata, to be the engine's name; or "", if it is longer and was put into the graph's OdtkNms instead.
+
+    Nothing may follow a plan in its file: TensorRT, trtexec and Triton would refuse it.
+    """
+    from onnx import helper
+
+    text = metadata.to_json()
+    if len(text.encode()) <= longest:
+        return text
+    (nms,) = [node for node in model.graph.node if node.op_type == "OdtkNms"]
+    nms.attribute.append(helper.make_attribute("metadata", pack(text)))
+    return ""

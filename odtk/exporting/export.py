@@ -54,7 +54,7 @@ def export(config: ExportConfig) -> ExportResult:
     if suffix != ".onnx" and suffix not in ENGINES:
         raise OdtkError(f"{config.output} must end in .onnx, .plan or .engine.")
     if suffix in ENGINES:
-        require_tensorrt()
+        require_tensorrt(build=True)
     checkpoint = load(config.path)
     detector = build_detector(checkpoint).fold()
     config = with_input_size(config, checkpoint, detector.stride)

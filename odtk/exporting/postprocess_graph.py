@@ -249,7 +249,7 @@ def append_plugin_postprocess(
         strides=[level.stride for level in levels],
         classes=config.classes,
         coder=BOX_CODERS[config.box_coder].number,
-        score_threshold=metadata.score_threshold,
+        score_threshold=float(metadata.score_threshold),  # of an int, onnx would make an integer attribute
         top_n=metadata.top_n,
         **plugin,
     )
@@ -258,7 +258,7 @@ def append_plugin_postprocess(
         *candidates,
         outputs=3,
         box_values=metadata.box_values,
-        threshold=metadata.nms_threshold,
+        threshold=float(metadata.nms_threshold),
         detections=metadata.detections,
         **plugin,
     )

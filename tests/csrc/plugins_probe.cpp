@@ -403,6 +403,22 @@ void probe_nms(Creator& creator) {
   print("nms.workspace.1", std::to_string(probe.workspace({{1, 136}, {1, 136, 6}, {1, 136}})));
   print("nms.workspace.16", std::to_string(probe.workspace({{16, 136}, {16, 136, 6}, {16, 136}})));
   print_round_trip("nms", creator, plugin);
+
+  std::vector<std::int32_t> numbers(5000);  // more than the metadata of 1,203 classes
+  for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<std::int32_t>(i * 2654435761u);
+  std::vector<PluginField> carrying = good;
+  carrying.emplace_back("metadata", numbers.data(), T::kINT32, static_cast<std::int32_t>(numbers.size()));
+  Plugin* carrier = create(creator, carrying);
+  Probe carrier_probe(creator, carrier);
+  const std::string state = carrier_probe.state();
+  const std::string data(reinterpret_cast<const char*>(numbers.data()), 4 * numbers.size());
+  print("nms.metadata.kept", state.find(hex(data)) != std::string::npos ? "yes" : "no");
+  print("nms.metadata.only_adds", state.rfind(Probe(creator, create(creator, good)).state(), 0) == 0 ? "yes" : "no");
+  print("nms.metadata.deserialized", Probe(creator, carrier_probe.deserialize()).state() == state ? "same" : "different");
+  print("nms.metadata.cloned", Probe(creator, carrier_probe.clone()).state() == state ? "same" : "different");
+  const float wrong = 1.f;
+  carrying.back() = PluginField("metadata", &wrong, T::kFLOAT32, 1);
+  print_creation("nms.metadata.float", creator, carrying);
 }
 
 /// Runs one plugin as FILE says, line by line: "plugin NAME"; "int NAME value…" and "float NAME value…", its fields;

@@ -47,3 +47,7 @@ def test_missing_tensorrt_or_gpu_is_named(module: ModuleType) -> None:
         module.Engine(b"plan")
     with pytest.raises(RuntimeError, match=expected):
         module.engine_build(b"onnx", batch=(1, 1, 1), workspace=1 << 20)
+
+
+def test_the_module_says_what_it_can_do(module: ModuleType) -> None:
+    assert isinstance(module.CAN_BUILD, bool) and module.LONGEST_METADATA == 4095 - len("odtk:")

@@ -143,7 +143,7 @@ def answers(host: Host, request: pytest.FixtureRequest) -> Answers:
 def test_creators_register_and_list_their_fields(answers: Answers) -> None:
     assert answers.values["loaded"] == "yes"
     assert answers.values["fields.OdtkDecode"] == "strides:5 classes:5 coder:5 score_threshold:1 top_n:5"
-    assert answers.values["fields.OdtkNms"] == "box_values:5 threshold:1 detections:5"
+    assert answers.values["fields.OdtkNms"] == "box_values:5 threshold:1 detections:5 metadata:5"
 
 
 def test_the_interface_is_that_of_the_version(answers: Answers) -> None:
@@ -178,6 +178,7 @@ def test_plugins_are_made_from_good_fields(answers: Answers) -> None:
         ("nms.bad_box_values", "'box_values' must be 4 or 6"),
         ("nms.bad_threshold", "'threshold' must lie in [0, 1]"),
         ("nms.zero_detections", "'detections' must be positive"),
+        ("nms.metadata.float", "'metadata' must be int32"),
     ],
 )
 def test_bad_fields_are_refused_with_the_reason(answers: Answers, key: str, reason: str) -> None:
@@ -234,6 +235,15 @@ def test_serialization_and_clones_keep_everything(answers: Answers) -> None:
         assert len(answers.values[f"{plugin}.state"]) > 40
         assert answers.values[f"{plugin}.deserialized"] == answers.values[f"{plugin}.cloned"] == "same"
         assert answers.values[f"{plugin}.cut"] == "refused"
+
+
+def test_a_plugin_carries_metadata_of_any_length(answers: Answers) -> None:
+    """Behind its other fields, so that plans with and without it are read by the same code."""
+    values = {
+        key.removeprefix("nms.metadata."): v for key, v in answers.values.items() if key.startswith("nms.metadata")
+    }
+    expected = {"kept": "yes", "only_adds": "yes", "deserialized": "same", "cloned": "same", "float": "refused"}
+    assert values == expected
 
 
 # ---- the plugins at work, on the emulated kernels ----
