@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from ..data.loader import create_loader
 from ..text import plural
 from .calibration_table import CalibrationTable, load_table, save_table, table_path
 from .graph import with_outputs
-from .precision import INT8_MAX, scale_groups
+from .precision import INT8_MAX, quantizable_activations
 from .session import open_session
 
 MAX_IMAGES = 500
@@ -40,8 +40,7 @@ def load_or_calibrate(model: ModelProto, config: ExportConfig, weights_hash: str
     path = table_path(config)
     if config.calibration_table and os.path.exists(path):
         table = load_table(path)
-        needed = {name for group in scale_groups(model.graph) for name in group}
-        if table.model != weights_hash or not needed <= table.scales.keys():
+        if table.model != weights_hash or not set(quantizable_activations(model.graph)) <= table.scales.keys():
             raise OdtkError(f"{path} is the calibration table of another model: calibrate this model with images.")
         if table.size != config.input_size:
             own, wanted = ("×".join(map(str, size)) for size in (table.size, config.input_size))
@@ -57,7 +56,7 @@ def load_or_calibrate(model: ModelProto, config: ExportConfig, weights_hash: str
     dataset = sample_images(config.calibration_images, limit, config.seed)
     images = calibration_images(dataset, config, stride)
     ranges = activation_ranges(model, images, config.calibration_method, len(dataset.images))
-    scales = scales_of(scale_groups(model.graph), ranges)
+    scales = scales_of(ranges)
     files = tuple(os.path.relpath(image.path, config.calibration_images) for image in dataset.images)
     table = CalibrationTable(
         weights_hash, config.input_size, config.calibration_method, files, scales, config.fp16_layers
@@ -67,13 +66,9 @@ def load_or_calibrate(model: ModelProto, config: ExportConfig, weights_hash: str
     return table
 
 
-def scales_of(groups: Iterable[Sequence[str]], ranges: Mapping[str, float]) -> dict[str, float]:
-    """Activation → its scale, from the widest range in its group (precision.scale_groups)."""
-    scales: dict[str, float] = {}
-    for group in groups:
-        widest = max(ranges[name] for name in group)
-        scales |= dict.fromkeys(group, float(np.float32(widest / INT8_MAX)))
-    return scales
+def scales_of(ranges: Mapping[str, float]) -> dict[str, float]:
+    """Activation → its scale, the value of one step of its int8, from its range."""
+    return {name: float(np.float32(value / INT8_MAX)) for name, value in ranges.items()}
 
 
 def sample_images(folder: str, limit: int, seed: int) -> Dataset:
@@ -185,7 +180,7 @@ def smoothed(counts: np.ndarray) -> np.ndarray:
 
 
 def activation_ranges(model: ModelProto, images: Iterable[np.ndarray], method: str, total: int) -> dict[str, float]:
-    """Activation → its range, for all that may be quantized (precision.scale_groups); memory does not grow with images.
+    """Activation → its range, for all of precision.quantizable_activations; memory does not grow with images.
 
     Args:
         model: the raw float32 graph.
@@ -198,7 +193,7 @@ def activation_ranges(model: ModelProto, images: Iterable[np.ndarray], method: s
     """
     if method not in METHODS:
         raise OdtkError(f"The calibration method {method!r} does not exist: use one of {', '.join(METHODS)}.")
-    names = [name for group in scale_groups(model.graph) for name in group]
+    names = quantizable_activations(model.graph)
     session = open_session(with_outputs(model, names))
     histograms = {name: Histogram() for name in names}
     for i, image in enumerate(images):

@@ -22,8 +22,8 @@ class CalibrationTable:
         images: files of the calibration images, in the order in which they were used.
         scales: activation → the value of one step of its int8.
         fp16_layers: convolution layers that stay in FP16.
-        sensitivity: layer → signal-to-noise ratio of the raw outputs in decibels when this layer alone is quantized
-            (evaluation/sensitivity.py), lowest first; empty until `odtk export --verify` has measured it.
+        layer_costs: layer → how much the detections change when this layer alone is quantized, in percent
+            (evaluation/sensitivity.py), highest first; empty until `odtk export --verify` has measured it.
     """
 
     model: str
@@ -32,14 +32,14 @@ class CalibrationTable:
     images: tuple[str, ...]
     scales: dict[str, float]
     fp16_layers: tuple[str, ...] = ()
-    sensitivity: dict[str, float] = dataclasses.field(default_factory=dict)
+    layer_costs: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
 def load_table(path: str) -> CalibrationTable:
-    """Reads a table.
+    """Reads a table. Decibels by layer, which tables had before ``layer_costs``, are dropped: they are measured anew.
 
     Raises:
         OdtkError: the file cannot be read, or is not a calibration table.
@@ -47,6 +47,7 @@ def load_table(path: str) -> CalibrationTable:
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
+        values.pop("sensitivity", None)
         for name in ("size", "images", "fp16_layers"):
             values[name] = tuple(values[name])
         return CalibrationTable(**values)

@@ -20,7 +20,7 @@ from .engine import build_engine, require_tensorrt
 from .graph import level_outputs, serialize, trace
 from .metadata import ENGINES, Metadata
 from .postprocess_graph import Level, append_plugin_postprocess, append_standard_postprocess
-from .precision import insert_qdq, to_fp16
+from .precision import FP16_QDQ_OPSET, FP16_QDQ_TENSORRT, insert_qdq, to_fp16
 
 DEFAULT_SIZE = (1280, 1280)  # for files that do not say at which size they were trained, as in ODTK 0.2
 
@@ -53,12 +53,11 @@ def export(config: ExportConfig) -> ExportResult:
     suffix = os.path.splitext(config.output)[1]
     if suffix != ".onnx" and suffix not in ENGINES:
         raise OdtkError(f"{config.output} must end in .onnx, .plan or .engine.")
-    if suffix in ENGINES:
-        require_tensorrt(build=True)
+    tensorrt = int(require_tensorrt(build=True).tensorrt_version().partition(".")[0]) if suffix in ENGINES else None
     checkpoint = load(config.path)
     detector = build_detector(checkpoint).fold()
     config = with_input_size(config, checkpoint, detector.stride)
-    graph, table = raw_graph(detector, checkpoint, config)
+    graph, table = raw_graph(detector, checkpoint, config, tensorrt)
     postprocessing = "plugins" if suffix in ENGINES else "candidates" if checkpoint.model.rotated else "detections"
     metadata = metadata_of(detector, checkpoint, config, postprocessing)
     model = append_postprocess(graph, detector, metadata)
@@ -94,16 +93,23 @@ def with_input_size(config: ExportConfig, checkpoint: Checkpoint, stride: int) -
 
 
 def raw_graph(
-    detector: Detector, checkpoint: Checkpoint, config: ExportConfig
+    detector: Detector, checkpoint: Checkpoint, config: ExportConfig, tensorrt: int | None = None
 ) -> tuple[ModelProto, CalibrationTable | None]:
-    """The graph of raw levels of a folded detector in ``config.precision``, and INT8's calibration table."""
-    model = trace(detector, config.input_size, config.opset)
+    """The graph of raw levels of a folded detector in ``config.precision``, and INT8's calibration table.
+
+    Args:
+        tensorrt: major version of the TensorRT that builds the graph, or None for ONNX Runtime (precision.py).
+    """
+    opset = config.opset
+    if config.precision == "int8" and tensorrt is not None and tensorrt >= FP16_QDQ_TENSORRT:
+        opset = max(opset, FP16_QDQ_OPSET)
+    model = trace(detector, config.input_size, opset)
     table = None
     if config.precision == "int8":
         table = load_or_calibrate(model, config, weights_hash(checkpoint.state_dict), detector.stride)
-        insert_qdq(model, table)
+        insert_qdq(model, table, tensorrt)
     if config.precision != "fp32":
-        to_fp16(model)
+        to_fp16(model, tensorrt)
     return model, table
 
 

@@ -1,12 +1,14 @@
 """Precision in the graph: FP16 types, and INT8 as Q/DQ nodes. Independent of TensorRT.
 
 INT8 here is the kind that TensorRT fuses into its kernels: symmetric, with one scale per output channel of a weight and
-one per activation tensor. Q/DQ pairs stand at the inputs of convolutions and of additions (those of residual blocks and
-of the feature pyramid), never between a convolution and its ReLU; the two inputs of an addition share one scale.
+one per activation tensor. Q/DQ pairs stand at the inputs of convolutions, and at one input of each addition (those of
+residual blocks and of the feature pyramid): the residual one. The convolution that feeds an addition stays plain, as
+does a convolution before its ReLU, so that one kernel computes convolution, addition and ReLU. These are NVIDIA's rules
+(TensorRT's guide, "Q/DQ Layer-Placement Recommendations"), and what nvidia-modelopt 0.47 does with our networks.
 
 Why not onnxruntime.quantization: its quantizer gives the Q/DQ pair of a tensor to all consumers, so a layer that stays
-in FP16 would still read rounded inputs, and it does not tie the scales of an addition. Its entropy calibrator keeps
-every activation of every image in memory, and tries as many ranges as the histogram has bins beyond 128: none with the
+in FP16 would still read rounded inputs, and it quantizes both inputs of an addition. Its entropy calibrator keeps every
+activation of every image in memory, and tries as many ranges as the histogram has bins beyond 128: none with the
 default number of bins.
 """
 
@@ -29,21 +31,27 @@ FLOAT32_INPUTS = {"Resize": (1, 2)}  # operator → inputs that ONNX defines in 
 
 INT8_MAX = 127  # symmetric INT8 leaves −128 unused
 MIN_SCALE = 1e-12  # the scale of a channel whose weights are all 0
+FP16_QDQ_OPSET = 19  # the first ONNX operator set whose DequantizeLinear can yield float16
+FP16_QDQ_TENSORRT = 10  # the first TensorRT (major version) that reads it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FP16
 
 
-def to_fp16(model: ModelProto) -> None:
+def to_fp16(model: ModelProto, tensorrt: int | None = None) -> None:
     """Converts a graph of raw levels to float16, in place; the images stay float32 and are cast.
+
+    Args:
+        tensorrt: as in insert_qdq, whose graph this may be.
 
     Three regions stay float32:
       - Sampling positions: GridSample of deformable convolutions, and the arithmetic that makes its positions. The 11
         significant bits of float16 are too few for a position in a feature map.
-      - INT8 islands: from DequantizeLinear over a convolution and its ReLU to QuantizeLinear. A fused INT8 kernel
-        computes so anyway and no float value leaves it, and ONNX Runtime 1.31 rewrites float16 Q/DQ nodes into wrong
-        ones (its WeightBiasQuantization; 4 points of AP on BCCD).
+      - INT8 islands: from DequantizeLinear over a convolution and its ReLU to QuantizeLinear. ONNX Runtime 1.31
+        rewrites float16 Q/DQ nodes into wrong ones (its WeightBiasQuantization; 4 points of AP on BCCD), and TensorRT 8
+        chooses its types itself. For TensorRT 10 and later, which takes the types of the graph, they are float16
+        (fp16_islands): otherwise what leaves an island would be written in float32 and cast.
       - The statistics of GroupNorm, as in torch.autocast. TensorRT 8's parser, besides, reads the bytes of their
         float16 constants as float32.
     onnxruntime's own converter (transformers.float16) silently clips constants and has no such regions.
@@ -56,7 +64,8 @@ def to_fp16(model: ModelProto) -> None:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     types |= {name: tensor.data_type for name, tensor in constants.items()}
     norms = [node for node in graph.node if node.op_type == "InstanceNormalization"]
-    float32_values = {node.output[0] for node in (*sampling_nodes(graph), *int8_island_nodes(graph), *norms)}
+    islands = quantized_weight_nodes(graph) if fp16_islands(model, tensorrt) else int8_island_nodes(graph)
+    float32_values = {node.output[0] for node in (*sampling_nodes(graph), *islands, *norms)}
     nodes: list[NodeProto] = []
     casts: dict[tuple[str, int], str] = {}  # (value, type) → the same value in that type
     fp16_constants: dict[str, TensorProto] = {}
@@ -166,31 +175,81 @@ def additions(graph: GraphProto) -> list[NodeProto]:
     ]
 
 
+def residual_input(addition: NodeProto, producers: dict[str, NodeProto]) -> int:
+    """Which input of an addition is quantized, 0 or 1; the other stays plain for the kernel that computes the sum.
+
+    Where a single input comes straight from a convolution, it is the other one: the skip of an identity block, the
+    upsampled input of the pyramid. Otherwise it is the input with fewer convolutions behind it that are not behind the
+    other too: the skip of a block whose own input is a convolution's output (MobileNetV2) or whose last layer is not a
+    convolution (GhostNet), and the shortcut of a downsampling block.
+    """
+    from_convolution = [name in producers and producers[name].op_type == "Conv" for name in addition.input]
+    if from_convolution[0] != from_convolution[1]:
+        return from_convolution.index(False)
+    first, second = (convolutions_behind(name, producers) for name in addition.input)
+    return 0 if len(first - second) < len(second - first) else 1
+
+
+def convolutions_behind(name: str, producers: dict[str, NodeProto]) -> set[str]:
+    """The outputs of the convolutions that a value is computed from; its own, if it is one."""
+    stack, seen, found = [name], {name}, set()
+    while stack:
+        value = stack.pop()
+        producer = producers.get(value)
+        if producer is None:
+            continue
+        if producer.op_type == "Conv":
+            found.add(value)
+        stack += (new := set(producer.input) - seen)
+        seen |= new
+    return found
+
+
 def before_resize(name: str, producers: dict[str, NodeProto]) -> str:
-    """The value to quantize for an input: the one before any nearest upsampling, which only repeats values."""
+    """The value before any nearest upsampling, which only repeats values: both have one scale."""
     producer = producers.get(name)
     if producer is not None and producer.op_type == "Resize":
         return before_resize(producer.input[0], producers)
     return name
 
 
-def scale_groups(graph: GraphProto) -> list[list[str]]:
-    """The activations that may be quantized, in order of use; those of one group share a scale."""
+def source_layers(name: str, producers: dict[str, NodeProto]) -> set[str]:
+    """The layers whose output a value is, directly, upsampled or concatenated."""
+    producer = producers.get(name)
+    if producer is None or producer.op_type not in ("Conv", "Resize", "Concat"):
+        return set()
+    if producer.op_type == "Conv":
+        return {layer_of(producer)}
+    inputs = producer.input if producer.op_type == "Concat" else producer.input[:1]
+    return {layer for value in inputs for layer in source_layers(value, producers)}
+
+
+def quantizable_activations(graph: GraphProto) -> list[str]:
+    """The activations that need a scale: the inputs of convolutions, and the residual inputs of additions."""
     producers = producers_of(graph)
-    groups: dict[str, list[str]] = {}
-    for node in graph.node:
-        if node.op_type == "Conv":
-            groups.setdefault(node.input[0], [node.input[0]])
-    for node in additions(graph):
-        joined: list[str] = []
-        for name in (before_resize(value, producers) for value in node.input):
-            joined += [member for member in groups.get(name, [name]) if member not in joined]
-        groups |= dict.fromkeys(joined, joined)
-    return list({id(group): group for group in groups.values()}.values())
+    names = [node.input[0] for node in graph.node if node.op_type == "Conv"]
+    residual = [node.input[residual_input(node, producers)] for node in additions(graph)]
+    return list(dict.fromkeys([*names, *(before_resize(name, producers) for name in residual)]))
 
 
-def insert_qdq(model: ModelProto, table: CalibrationTable) -> None:
+def fp16_islands(model: ModelProto, tensorrt: int | None) -> bool:
+    """Whether DequantizeLinear yields float16 for a TensorRT of this major version, or None for ONNX Runtime."""
+    opset = next(entry.version for entry in model.opset_import if not entry.domain)
+    return tensorrt is not None and tensorrt >= FP16_QDQ_TENSORRT and opset >= FP16_QDQ_OPSET
+
+
+def quantized_weight_nodes(graph: GraphProto) -> list[NodeProto]:
+    """QuantizeLinear nodes over constant weights, which are float32 in every graph."""
+    constants = {tensor.name for tensor in graph.initializer}
+    return [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] in constants]
+
+
+def insert_qdq(model: ModelProto, table: CalibrationTable, tensorrt: int | None = None) -> None:
     """Puts Q/DQ nodes into a raw float32 graph, in place, at every quantizable layer but ``table.fp16_layers``.
+
+    Args:
+        tensorrt: major version of the TensorRT that builds the graph, or None for ONNX Runtime. TensorRT gets weights
+            as float32 → Q → DQ, the only form that TensorRT 8 takes; ONNX Runtime gets int8 → DQ, a quarter the size.
 
     Raises:
         OdtkError: the model does not have one of ``table.fp16_layers``.
@@ -204,6 +263,8 @@ def insert_qdq(model: ModelProto, table: CalibrationTable) -> None:
     weights = {tensor.name: tensor for tensor in graph.initializer}
     constants: dict[str, TensorProto] = {}
     pairs: dict[str, list[NodeProto]] = {}  # activation → its Q and DQ nodes
+    # Q and DQ must have the same scale: where DQ's is float16, both have its value.
+    rounded = round_up_to_fp16 if fp16_islands(model, tensorrt) else np.asarray
 
     def constant(name: str, value: np.ndarray) -> str:
         constants.setdefault(name, numpy_helper.from_array(value, name))
@@ -212,7 +273,8 @@ def insert_qdq(model: ModelProto, table: CalibrationTable) -> None:
     def quantize_activation(name: str) -> str:
         """The name of the value after its Q/DQ pair, which is made on first use."""
         if name not in pairs:
-            scale = constant(f"{name}/scale", np.array(table.scales[name], np.float32))
+            source = before_resize(name, producers)
+            scale = constant(f"{source}/scale", rounded(np.array(table.scales[source], np.float32)))
             scale_and_zero = [scale, constant("zero", np.zeros((), np.int8))]
             pairs[name] = [
                 helper.make_node("QuantizeLinear", [name, *scale_and_zero], [f"{name}/q"], f"{name}/quantize"),
@@ -222,34 +284,38 @@ def insert_qdq(model: ModelProto, table: CalibrationTable) -> None:
             ]
         return f"{name}/dq"
 
-    def dequantized_weight(conv: NodeProto) -> NodeProto:
-        """Makes the weight of a convolution INT8: a DequantizeLinear of its own, as TensorRT's fusions need it."""
-        name = conv.input[1]
-        quantized, scale = quantize_weight(numpy_helper.to_array(weights[name]))
-        inputs = [
-            constant(f"{name}/int8", quantized),
+    def dequantized_weight(conv: NodeProto) -> list[NodeProto]:
+        """Makes the weight of a convolution INT8: by nodes of its own, as TensorRT's fusions need them."""
+        name, q = conv.input[1], f"{conv.name}/weight/q"
+        weight = numpy_helper.to_array(weights[name])
+        scale = rounded(weight_scale(weight))
+        scale_and_zero = [
             constant(f"{name}/scale", scale),
             constant(f"{name}/zero", np.zeros(len(scale), np.int8)),
         ]
         conv.input[1] = f"{conv.name}/weight"
-        return helper.make_node("DequantizeLinear", inputs, [conv.input[1]], f"{conv.name}/dequantize_weight", axis=0)
+        nodes = []
+        if tensorrt is None:
+            q = constant(f"{name}/int8", quantize_weight(weight, scale))
+        else:
+            inputs = [name, *scale_and_zero]
+            nodes.append(helper.make_node("QuantizeLinear", inputs, [q], f"{conv.name}/quantize_weight", axis=0))
+        inputs = [q, *scale_and_zero]
+        name = f"{conv.name}/dequantize_weight"
+        return [*nodes, helper.make_node("DequantizeLinear", inputs, [conv.input[1]], name, axis=0)]
 
     for node in additions(graph):
-        inputs = [before_resize(name, producers) for name in node.input]
-        made_by = [producers[name] for name in inputs if name in producers]
-        if any(producer.op_type == "Conv" and layer_of(producer) not in quantized_layers for producer in made_by):
-            continue
-        for i, name in enumerate(inputs):
-            above = producers.get(node.input[i])
-            if above is not None and above.op_type == "Resize":
-                above.input[0] = quantize_activation(name)
-            else:
-                node.input[i] = quantize_activation(name)
+        if not set.union(*(source_layers(name, producers) for name in node.input)) <= quantized_layers:
+            continue  # what a layer in FP16 writes is not rounded
+        i = residual_input(node, producers)
+        node.input[i] = quantize_activation(node.input[i])
     nodes: list[NodeProto] = []
     for node in graph.node:
+        if node.op_type == "Resize" and node.output[0] in pairs:
+            node.input[0] = quantize_activation(node.input[0])  # so that int8 is upsampled
         if node.op_type == "Conv" and layer_of(node) in quantized_layers:
             node.input[0] = quantize_activation(node.input[0])
-            nodes.append(dequantized_weight(node))
+            nodes += dequantized_weight(node)
         nodes.append(node)
     nodes = [new for node in nodes for new in (node, *(p for name in node.output for p in pairs.get(name, ())))]
     nodes = [p for value in graph.input for p in pairs.get(value.name, ())] + nodes
@@ -258,9 +324,19 @@ def insert_qdq(model: ModelProto, table: CalibrationTable) -> None:
     replace_graph(model, graph, nodes, [*kept, *constants.values()])
 
 
-def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A kernel [O, …] float32 → its int8 values, of the same shape, and the scale of each output channel [O]."""
+def round_up_to_fp16(scale: np.ndarray) -> np.ndarray:
+    """The nearest float16 that is not below each positive float32 scale, as float32; up, so that nothing is clipped."""
+    nearest = scale.astype(np.float16)
+    return np.where(nearest < scale, np.nextafter(nearest, np.float16(np.inf)), nearest).astype(np.float32)
+
+
+def weight_scale(weight: np.ndarray) -> np.ndarray:
+    """The scale of each output channel [O], float32, of a kernel [O, …] float32: its largest magnitude becomes 127."""
     largest = np.abs(weight.reshape(len(weight), -1)).max(1)  # [O, I, k, k] -> [O, I·k·k] -> [O]
-    scale = np.maximum(largest / INT8_MAX, MIN_SCALE).astype(np.float32)
+    return np.maximum(largest / INT8_MAX, MIN_SCALE).astype(np.float32)
+
+
+def quantize_weight(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The int8 values of a kernel [O, …] float32, of the same shape, by the scale of each output channel [O]."""
     shaped = scale.reshape(-1, *[1] * (weight.ndim - 1))  # [O] -> [O, 1, 1, 1]
-    return np.clip(np.rint(weight / shaped), -INT8_MAX, INT8_MAX).astype(np.int8), scale
+    return np.clip(np.rint(weight / shaped), -INT8_MAX, INT8_MAX).astype(np.int8)

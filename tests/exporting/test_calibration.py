@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -103,10 +104,36 @@ def test_a_table_gives_the_same_bytes_without_images(model_path: str, pictures: 
     assert table.images != tuple(sorted(table.images)) and table.method == "percentile"
     assert len(table.scales) > 15 and all(scale > 0 for scale in table.scales.values())
     first = Path(config.output).read_bytes()
+    weights = {tensor.name: tensor.data_type for tensor in onnx.load_from_string(first).graph.initializer}
+    assert weights["head.cls_head.0.weight/int8"] == onnx.TensorProto.INT8
+    make_table_of_before(report.table)
     again = int8_config(model_path, tmp_path, calibration_table=report.table, output=str(tmp_path / "again.onnx"))
     export.export(again)
     assert Path(again.output).read_bytes() == first
     refuse_other_tables(config, report.table, tmp_path)
+
+
+def make_table_of_before(path: str) -> None:
+    """Rewrites a table as it was: with decibels by layer, and with a scale for both inputs of an addition."""
+    values = json.loads(Path(path).read_text())
+    del values["layer_costs"]
+    values["sensitivity"] = {"head.cls_head.0": 31.5}
+    values["scales"]["backbones.ResNet18C4.features.layer1.0.conv2"] = 0.1
+    Path(path).write_text(json.dumps(values))
+    table = calibration_table.load_table(path)
+    assert table.layer_costs == {} and len(table.scales) == len(values["scales"])
+
+
+@pytest.mark.parametrize("tensorrt", [8, 10])
+def test_the_graph_is_written_for_what_runs_it(model_path: str, pictures: Path, tmp_path: Path, tensorrt: int) -> None:
+    config = int8_config(model_path, tmp_path, calibration_images=str(pictures), calibration_method="minmax")
+    loaded = checkpoint.load(model_path)
+    model, _ = export.raw_graph(checkpoint.build_detector(loaded).fold(), loaded, config, tensorrt)
+    assert model.opset_import[0].version == (19 if tensorrt == 10 else 18)
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert types["head.cls_head.0.weight"] == onnx.TensorProto.FLOAT and "head.cls_head.0.weight/int8" not in types
+    leaves_in = model.graph.output[0].type.tensor_type.elem_type
+    assert leaves_in == (onnx.TensorProto.FLOAT16 if tensorrt == 10 else onnx.TensorProto.FLOAT)
 
 
 def refuse_other_tables(config: ExportConfig, path: str, folder: Path) -> None:

@@ -57,9 +57,7 @@ def test_float32_nodes_leave_islands_of_int8_out() -> None:
     detector = detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2, dcn=(4,))).fold()
     model = trace(detector, (64, 64))
     images = [image.numpy() for image in images_of(2, (64, 64)).split(1)]
-    scales = calibration.scales_of(
-        precision.scale_groups(model.graph), calibration.activation_ranges(model, images, "minmax", 2)
-    )
+    scales = calibration.scales_of(calibration.activation_ranges(model, images, "minmax", 2))
     precision.insert_qdq(model, calibration_table.CalibrationTable("m", (64, 64), "minmax", (), scales))
     to_fp16(model)
     kinds = {node.op_type for node in model.graph.node if node.name in tensorrt8.float32_nodes(model)}
