@@ -21,6 +21,7 @@ from .settings import (
     SWITCH,
     BenchmarkSettings,
     CheckSettings,
+    ConvertSettings,
     EvaluateSettings,
     ExportSettings,
     InferSettings,
@@ -41,6 +42,7 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[..., Any], str]] = {
     "export": (ExportSettings, commands.export, "write a model as ONNX or as a TensorRT engine"),
     "evaluate": (EvaluateSettings, commands.evaluate, "COCO figures of a file of detections"),
     "check": (CheckSettings, commands.check, "every fault of a dataset, and what its boxes are like"),
+    "convert": (ConvertSettings, commands.convert, "annotations from one format to another"),
     "benchmark": (BenchmarkSettings, commands.benchmark, "speed and memory of a model"),
     "info": (InfoSettings, commands.info, "what is and isn't available here, or what a file says of itself"),
     "visualize": (
@@ -50,19 +52,18 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[..., Any], str]] = {
     ),
     "synth": (SynthSettings, commands.synth, "draw a dataset of shapes to try things with"),
 }
-FAILED = {"check": 1, "export": 2}  # exit codes of commands whose call returns False
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 for an error (one sentence on stderr), 2 when
-    `export --verify` finds a drop beyond the allowed one. ODTK_DEBUG=1 adds the traceback."""
+    """Runs one command and returns its exit code: 0, 1 for an error (one sentence on stderr), or that of exit_code.
+    ODTK_DEBUG=1 adds the traceback."""
     try:
         args = build_parser().parse_args(argv)
         settings = settings_of(args)
         more = {"master": args.master} if args.command in SPAWNING else {}
         with commands.explaining():
             result = COMMANDS[args.command][1](settings, **more)
-        return FAILED.get(args.command, 0) if result is False else 0
+        return exit_code(args.command, result)
     except KeyboardInterrupt:
         return fail("Interrupted.")
     except BrokenPipeError:  # `odtk … | head`: what is still buffered has no reader
@@ -72,6 +73,14 @@ def main(argv: list[str] | None = None) -> int:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.strerror or error}: {error.filename}." if error.filename else f"{error}.")
+
+
+def exit_code(command: str, result: Any) -> int:
+    """Of a command that ran: 1 where `check` found what would stop training; 2 where the file that `export --verify`
+    measured loses more than it may, 3 where it seems to, but the images cannot tell; else 0."""
+    if command == "export" and result is not None:
+        return result.exit_code
+    return int(command == "check" and result is False)
 
 
 def fail(sentence: str) -> int:

@@ -13,7 +13,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,8 @@ from pycocotools.cocoeval import COCOeval
 
 from ..boxes import area, coco_to_corners, corners
 from ..config import OdtkError
-from ..data.coco import categories_of, entry_fault, is_number, load_json, prepare_ground_truth
+from ..data.coco import categories_of, entry_fault, is_number, prepare_ground_truth
+from ..data.layouts import load_annotations
 from ..ops import rotated_iou
 
 STATS = (
@@ -87,6 +87,7 @@ def evaluate(
     detections: list[dict[str, Any]] | str,
     annotations: dict[str, Any] | str,
     *,
+    images: str | None = None,
     rotated: bool | None = None,
     segmentation: bool = False,
 ) -> Metrics:
@@ -95,15 +96,28 @@ def evaluate(
     Args:
         detections: COCO results (or the path of their JSON file), boxes [x, y, w, h] or [x, y, w, h, theta] in pixels
             of the original images, theta in radians, counterclockwise; other keys are ignored.
-        annotations: COCO ground truth, or the path of its JSON file; never modified.
+        annotations: COCO ground truth, or PATH or PATH:SPLIT of annotations (data/layouts.py); never modified.
+        images: folder of the images, which give YOLO's boxes their size; None looks for it.
         rotated: overlap is the IoU of rotated boxes; None means: if any annotation or detection has five numbers.
         segmentation: overlap is the IoU of masks ("segm"): of "segmentation", or where there is none, of the box.
 
     Raises:
         OdtkError: a file cannot be read, an entry is malformed, or an id is not in the annotations.
     """
-    truth = load_json(Path(annotations)) if isinstance(annotations, str) else annotations
+    return metrics_of(run_cocoeval(detections, annotations, images=images, rotated=rotated, segmentation=segmentation))
+
+
+def run_cocoeval(
+    detections: list[dict[str, Any]] | str,
+    annotations: dict[str, Any] | str,
+    *,
+    images: str | None = None,
+    rotated: bool | None = None,
+    segmentation: bool = False,
+) -> COCOeval:
+    """pycocotools' evaluation with all that it keeps, such as the matches of each image; arguments as evaluate."""
     results = read_detections(detections) if isinstance(detections, str) else detections
+    truth = load_truth(annotations, results, images) if isinstance(annotations, str) else annotations
     file, results_file = (given if isinstance(given, str) else "" for given in (annotations, detections))
     truth = prepare_ground_truth(truth, file, segmentation=segmentation)
     check_detections(results, truth, results_file, segmentation=segmentation)
@@ -120,7 +134,12 @@ def evaluate(
         coco_eval.evaluate()
         coco_eval.accumulate()
         coco_eval.summarize()
-    return Metrics(tuple(float(s) for s in coco_eval.stats), class_metrics(coco_eval, gt))
+    return coco_eval
+
+
+def metrics_of(coco_eval: COCOeval) -> Metrics:
+    """The figures of an evaluation."""
+    return Metrics(tuple(float(s) for s in coco_eval.stats), class_metrics(coco_eval, coco_eval.cocoGt))
 
 
 class RotatedCOCOeval(COCOeval):
@@ -216,6 +235,13 @@ def mean_precision(precision: np.ndarray) -> float:
     return float(known.mean()) if known.size else -1.0
 
 
+def load_truth(path: str, results: Any, images: str | Sequence[str] | None = None) -> dict[str, Any]:
+    """The content of annotations; YOLO's four corners are rotated boxes if a result is one, or if they look like it."""
+    boxes = [entry.get("bbox") for entry in results if isinstance(entry, dict)] if isinstance(results, list) else []
+    rotated = any(isinstance(box, list) and len(box) == 5 for box in boxes)
+    return load_annotations(path, images, rotated=rotated or None).content
+
+
 def read_detections(path: str) -> list[dict[str, Any]]:
     """The COCO results in a file: a list, or (from ODTK 0.2) a dictionary with that list under "annotations".
 
@@ -225,7 +251,7 @@ def read_detections(path: str) -> list[dict[str, Any]]:
         OdtkError: the file cannot be read, or is not JSON.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             values = json.load(file)
     except OSError as error:
         raise OdtkError(f"Cannot read the detections {path}: {error.strerror}.") from error

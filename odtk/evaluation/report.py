@@ -20,15 +20,18 @@ from .. import __version__
 from ..data.images import ImageError, decode
 from ..data.records import Image
 from ..inference.drawing import LEGIBLE, annotate, coco_to_shapes
+from ..text import plural
+from .bootstrap import CONFIDENCE, Comparison, Matches
 from .evaluate import Metrics
 
 PICTURES = 6  # images that the HTML page shows
 SHOWN_SCORE = 0.3  # the COCO metrics need detections from 0.05 on, but those would cover the image
-COLUMNS = ("model", "AP", "AP50", "points lost", "ms per image", "MiB")
+COLUMNS = ("model", "AP", "AP50", "change in points", "ms per image", "MiB")
 # Figures are wider than the text, nearly as wide as the window, so that labels can be read.
 STYLE = """body{font:15px system-ui,sans-serif;margin:2em auto;max-width:64em;color:#222}table{border-collapse:collapse;
 margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{
-text-align:left}figure{margin:1em calc(50% - 48vw)}figure img{width:49%}.bad{color:#b00020}.good{color:#0a7a2f}"""
+text-align:left}figure{margin:1em calc(50% - 48vw)}figure img{width:49%}.bad{color:#b00020}.good{color:#0a7a2f}
+.unsure{color:#8a5a00}"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Run:
         metrics: COCO metrics on the set.
         latency: milliseconds per image at batch 1, from an image in memory to its detections; the median.
         results: its detections as COCO results.
+        matches: what they matched, for comparisons (bootstrap.py).
     """
 
     name: str
@@ -48,6 +52,7 @@ class Run:
     metrics: Metrics
     latency: float
     results: list[dict[str, Any]]
+    matches: Matches
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values without the detections, for JSON."""
@@ -60,25 +65,33 @@ class Verdict:
 
     Attributes:
         runs: PyTorch in fp32 first, the file that is verified last.
-        max_ap_drop: points of AP (AP × 100) that the file may lose against PyTorch.
-        sensitivity: decibels by layer, the most costly layer first (sensitivity.py); empty unless the file is INT8.
+        comparisons: of each run with PyTorch.
+        layer_costs: change of the detections in percent by layer, the most costly layer first (sensitivity.py); empty
+            unless the file is INT8.
         fp16_layers: layers that the INT8 file keeps in FP16.
     """
 
     runs: tuple[Run, ...]
-    max_ap_drop: float
-    sensitivity: dict[str, float]
+    comparisons: tuple[Comparison, ...]
+    layer_costs: dict[str, float]
     fp16_layers: tuple[str, ...]
 
     @property
-    def ap_drop(self) -> float:
-        """Points of AP that the file loses against PyTorch."""
-        return ap_drop(self.runs[0], self.runs[-1])
+    def comparison(self) -> Comparison:
+        """That of the file."""
+        return self.comparisons[-1]
 
     @property
     def passed(self) -> bool:
-        """Whether the file loses no more than it may."""
-        return self.ap_drop <= self.max_ap_drop
+        """Whether the file may be used, see Comparison."""
+        return self.comparison.passed
+
+    @property
+    def exit_code(self) -> int:
+        """0 if the file passed; 2 if it loses too much for certain, 3 if it did on these images, which cannot tell."""
+        if self.passed:
+            return 0
+        return 2 if self.comparison.verdict == "beyond" else 3
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, with the versions and the machine that gave them."""
@@ -87,18 +100,23 @@ class Verdict:
             "torch": torch.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
             + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-            "runs": [run.to_dict() for run in self.runs],
-            "drop_points": round(self.ap_drop, 3),
-            "allowed_points": self.max_ap_drop,
-            "within": self.passed,
+            "runs": [
+                {**run.to_dict(), **drop_values(found)} for run, found in zip(self.runs, self.comparisons, strict=True)
+            ],
+            **drop_values(self.comparison),
+            "allowed_points": self.comparison.allowed,
+            "images": self.comparison.images,
+            "verdict": self.comparison.verdict,
+            "images_needed": self.comparison.images_needed if self.comparison.verdict == "cannot tell" else None,
+            "passed": self.passed,
             "fp16_layers": self.fp16_layers,
-            "sensitivity_db": self.sensitivity,
+            "layer_costs_percent": self.layer_costs,
         }
 
 
-def ap_drop(reference: Run, run: Run) -> float:
-    """Points of AP (AP × 100) that a run loses against the reference."""
-    return 100 * (reference.metrics.ap - run.metrics.ap)
+def drop_values(found: Comparison) -> dict[str, Any]:
+    """The points that were lost, and their interval, for JSON."""
+    return {"drop_points": round(found.drop, 3), "drop_interval": [round(found.low, 3), round(found.high, 3)]}
 
 
 def run_rows(verdict: Verdict) -> list[list[str]]:
@@ -108,12 +126,23 @@ def run_rows(verdict: Verdict) -> list[list[str]]:
             run.name,
             f"{run.metrics.ap:.4f}",
             f"{run.metrics.ap50:.4f}",
-            f"{ap_drop(verdict.runs[0], run):+.2f}",
+            f"{signed(-found.drop)} ({interval_of(found)})" if i else "",
             f"{run.latency:.1f}",
             f"{run.bytes / 2**20:.1f}",
         ]
-        for run in verdict.runs
+        for i, (run, found) in enumerate(zip(verdict.runs, verdict.comparisons, strict=True))
     ]
+
+
+def signed(points: float) -> str:
+    """A change in points of AP, such as +0.10; 0.00 has no sign."""
+    text = f"{points:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text
+
+
+def interval_of(found: Comparison) -> str:
+    """The interval of the change of AP, from the worst to the best."""
+    return f"{signed(-found.high)} to {signed(-found.low)}"
 
 
 def class_rows(verdict: Verdict) -> list[list[str]]:
@@ -122,11 +151,19 @@ def class_rows(verdict: Verdict) -> list[list[str]]:
     return [[entries[0].name, *(f"{entry.ap:.4f}" for entry in entries)] for entries in zip(*per_run, strict=True)]
 
 
-def summarize(verdict: Verdict) -> str:
-    """The verdict in one sentence."""
-    relation = "within" if verdict.passed else "more than"
-    loss = f"{verdict.runs[-1].name} loses {verdict.ap_drop:.2f} points of AP"
-    return f"{loss}, {relation} the {verdict.max_ap_drop:g} allowed."
+def summarize(name: str, found: Comparison) -> str:
+    """What a comparison of the model ``name`` with PyTorch found, and whether it passes."""
+    points = signed(-found.drop)
+    change = {"+": f"gains {points[1:]} points of AP", "-": f"loses {points[1:]} points of AP"}
+    interval = f"{100 * CONFIDENCE:g} % interval of the change: {interval_of(found)}"
+    known = f"{name} {change.get(points[0], 'keeps its AP')} ({interval})"
+    if found.verdict != "cannot tell":
+        return f"{known}, {found.verdict} the {found.allowed:g} that it may lose."
+    needed = found.images_needed
+    enough = f"about {needed} would do" if needed else "many more are needed"
+    outcome = "It passes, because it does not here" if found.passed else "It fails, because it does here"
+    doubt = f"{plural(found.images, 'image')} cannot tell whether it loses more than the {found.allowed:g} allowed"
+    return f"{known}. {doubt}; {enough}. {outcome}."
 
 
 def print_verdict(verdict: Verdict, path: str) -> None:
@@ -143,11 +180,11 @@ def print_verdict(verdict: Verdict, path: str) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    if verdict.sensitivity:
-        worst = list(verdict.sensitivity.items())[:5]
-        print("Most costly layers in INT8: " + ", ".join(f"{name} ({value:g} dB)" for name, value in worst))
+    if verdict.layer_costs:
+        worst = list(verdict.layer_costs.items())[:5]
+        print("Most costly layers in INT8: " + ", ".join(f"{name} ({value:.2g} %)" for name, value in worst))
         print("In FP16: " + (", ".join(verdict.fp16_layers) or "none; every convolution is INT8"))
-    print(summarize(verdict))
+    print(summarize(verdict.runs[-1].name, verdict.comparison))
 
 
 def html_page(verdict: Verdict, path: str, images: Sequence[Image]) -> str:
@@ -157,21 +194,22 @@ def html_page(verdict: Verdict, path: str, images: Sequence[Image]) -> str:
         images: the verification set; PICTURES of them are shown.
     """
     names = [run.name for run in verdict.runs]
-    tone = "good" if verdict.passed else "bad"
+    tone = "unsure" if verdict.comparison.verdict == "cannot tell" else "good" if verdict.passed else "bad"
+    sentence = summarize(names[-1], verdict.comparison)
     parts = [
-        f"<p class={tone}><b>{html.escape(summarize(verdict))}</b></p>",
+        f"<p class={tone}><b>{html.escape(sentence)}</b></p>",
         html_table(COLUMNS, run_rows(verdict)),
         "<h2>AP per class</h2>",
         html_table(("class", *names), class_rows(verdict)),
     ]
-    if verdict.sensitivity:
+    if verdict.layer_costs:
         kept = set(verdict.fp16_layers)
-        costs = verdict.sensitivity.items()
-        rows = [[name, f"{value:g}", "FP16" if name in kept else "INT8"] for name, value in costs]
+        costs = verdict.layer_costs.items()
+        rows = [[name, f"{value:.2f}", "FP16" if name in kept else "INT8"] for name, value in costs]
         parts += [
-            "<h2>What each layer costs in INT8</h2><p>Signal-to-error ratio of the raw outputs when only this layer is "
-            "quantized. The lower it is, the more the layer costs; 6 dB less means twice the error.</p>",
-            html_table(("layer", "dB", "written as"), rows),
+            "<h2>What each layer costs in INT8</h2><p>How much the detections of a few images change, in scores and "
+            "boxes, when only this layer is quantized: 0 % is no change, 100 % that no detection is left.</p>",
+            html_table(("layer", "%", "written as"), rows),
         ]
     parts.append(
         f"<h2>{html.escape(names[0])} (left) and {html.escape(names[-1])} (right)</h2>"

@@ -1,27 +1,28 @@
 """The written file beside PyTorch in fp32: both run on one annotated set, through the code of inference.
 
-For INT8 it also measures which layers cost the most accuracy, and reverts the worst of them to FP16 until the drop is
-within the limit. Drops are in points: COCO AP × 100.
+For INT8 it also measures how much each layer changes the detections, and reverts the worst of them to FP16 until the
+loss is within the limit. Losses are in points (COCO AP × 100) and stand with their interval (bootstrap.py).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import itertools
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..config import ExportConfig, LoaderConfig
-from ..data.coco import load_json, prepare_ground_truth
+from ..config import ExportConfig, LoaderConfig, PostprocessConfig
+from ..data.coco import prepare_ground_truth
 from ..data.dataset import Dataset
+from ..data.layouts import load_annotations
 from ..data.loader import create_loader
 from ..exporting.calibration_table import load_table, save_table, table_path
 from ..exporting.export import export
@@ -33,18 +34,20 @@ from ..inference.backends import Backend, open_backend
 from ..inference.detect import detect
 from ..inference.infer import loader_config, match_categories
 from ..model.checkpoint import build_detector, load
-from ..postprocess import Detections
+from ..model.detector import Detector
+from ..postprocess import Detections, postprocess
 from ..ranks import silent
 from ..text import plural
-from .evaluate import evaluate, filter_categories
-from .report import Run, Verdict, ap_drop, html_page, print_verdict
-from .sensitivity import measure_sensitivity
+from .bootstrap import compare, matches_of
+from .evaluate import filter_categories, metrics_of, run_cocoeval
+from .report import Run, Verdict, html_page, print_verdict, score_sums, summarize
+from .sensitivity import measure_layer_costs
 
 PRECISIONS = ("fp32", "fp16", "int8")  # from the highest to the lowest
 SENSITIVITY_IMAGES = 4
 
 
-def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: float = 0.3) -> bool:
+def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: float = 0.3) -> Verdict:
     """Compares the exported file ``config.output`` with PyTorch in fp32, and with exports in each higher precision.
 
     Prints a table and writes OUTPUT.verify.json and OUTPUT.verify.html. An INT8 file that loses too much is written
@@ -56,7 +59,7 @@ def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: 
         max_ap_drop: points of AP that the file may lose against PyTorch.
 
     Returns:
-        Whether the file, as last written, loses no more than that.
+        What was found about the file as last written.
     """
     device = "cuda:0" if config.output.endswith(ENGINES) else "cpu"
     evaluator = Evaluator(config, annotations, images, device)
@@ -68,14 +71,15 @@ def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: 
             export(dataclasses.replace(config, output=path, precision=precision))
             runs.append(evaluator.run(path))
     runs.append(evaluator.run(config.output))
-    sensitivity: dict[str, float] = {}
+    layer_costs: dict[str, float] = {}
     fp16_layers: tuple[str, ...] = ()
     if config.precision == "int8":
-        sensitivity = load_or_measure_sensitivity(config, evaluator)
+        layer_costs = load_or_measure_layer_costs(config, evaluator, runs[0])
         runs[-1], fp16_layers = revert_layers_to_fp16(
-            config, evaluator, runs[0], runs[-1], list(sensitivity), max_ap_drop
+            config, evaluator, runs[0], runs[-1], list(layer_costs), max_ap_drop
         )
-    verdict = Verdict(tuple(runs), max_ap_drop, sensitivity, fp16_layers)
+    comparisons = tuple(compare(runs[0].matches, run.matches, max_ap_drop) for run in runs)
+    verdict = Verdict(tuple(runs), comparisons, layer_costs, fp16_layers)
     print_verdict(verdict, config.output)
     for suffix, text in (
         ("json", json.dumps(verdict.to_dict(), indent=1)),
@@ -84,7 +88,7 @@ def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: 
         with atomic_write(f"{config.output}.verify.{suffix}") as file:
             file.write(text.encode())
     print(f"Report: {config.output}.verify.html and .json")
-    return verdict.passed
+    return verdict
 
 
 class Evaluator:
@@ -103,7 +107,8 @@ class Evaluator:
         assert self.data.size is not None  # an exported file has one
         self.size = self.data.size
         self.dataset = Dataset.load(annotations, images, rotated=written.rotated)
-        self.ground_truth = prepare_ground_truth(load_json(Path(annotations)), annotations)
+        truth = load_annotations(annotations, images, rotated=written.rotated).content
+        self.ground_truth = prepare_ground_truth(truth, annotations)
         self.categories = match_categories(written, self.dataset.categories)
         self.thresholds = written.thresholds
 
@@ -114,13 +119,20 @@ class Evaluator:
         name = name or f"{'TensorRT' if path.endswith(ENGINES) else 'ONNX'} {backend.precision}"
         print(f"Running {name} on {plural(len(self.dataset.images), 'image')}", flush=True)
         results = detect(timed, create_loader(self.dataset, self.data), self.categories)
-        metrics = evaluate(filter_categories(results, self.ground_truth), self.ground_truth, rotated=backend.rotated)
-        return Run(name, os.path.getsize(path), metrics, statistics.median(timed.milliseconds), results)
+        scored = filter_categories(results, self.ground_truth)
+        evaluation = run_cocoeval(scored, self.ground_truth, rotated=backend.rotated)
+        latency = statistics.median(timed.milliseconds)
+        return Run(name, os.path.getsize(path), metrics_of(evaluation), latency, results, matches_of(evaluation))
 
-    def first_images(self, count: int) -> list[Any]:
-        """The first images of the set, each [1, 3, H, W] float32, normalized."""
-        batches = itertools.islice(create_loader(self.dataset, self.data), count)
-        return [batch.images.cpu().numpy() for batch in batches]
+    def fullest_images(self, run: Run, count: int) -> list[Any]:
+        """The images whose detections have the largest sum of scores in a run, each [1, 3, H, W] float32, normalized.
+
+        On those, rather than on the first ones, which may be empty, a change of the detections can be seen.
+        """
+        sums = score_sums(run.results)
+        fullest = copy.copy(self.dataset)
+        fullest.images = sorted(self.dataset.images, key=lambda image: -sums.get(image.id, 0.0))[:count]
+        return [batch.images.cpu().numpy() for batch in create_loader(fullest, self.data)]
 
 
 class TimedBackend:
@@ -138,29 +150,44 @@ class TimedBackend:
         return found
 
 
-def load_or_measure_sensitivity(config: ExportConfig, evaluator: Evaluator) -> dict[str, float]:
-    """The layers' sensitivity (sensitivity.py) from the calibration table; measured and saved there if it has none."""
+def load_or_measure_layer_costs(config: ExportConfig, evaluator: Evaluator, reference: Run) -> dict[str, float]:
+    """The layers' costs (sensitivity.py) from the calibration table; measured and saved there if it has none."""
     path = table_path(config)
     table = load_table(path)
-    if not table.sensitivity:
-        model = trace(build_detector(load(config.path)).fold(), evaluator.size)
+    if not table.layer_costs:
+        detector = build_detector(load(config.path)).fold()
+        model = trace(detector, evaluator.size)
         layers = plural(len(quantizable_layers(model)), "layer")
-        print(f"Measuring the sensitivity of {layers}, quantizing one at a time", flush=True)
-        images = evaluator.first_images(SENSITIVITY_IMAGES)
-        table = dataclasses.replace(table, sensitivity=measure_sensitivity(model, table, images))
+        print(f"Measuring what {layers} cost, quantizing one at a time", flush=True)
+        images = evaluator.fullest_images(reference, SENSITIVITY_IMAGES)
+        limits = evaluator.thresholds
+        costs = measure_layer_costs(model, table, images, postprocessing_of(detector, limits), limits.score_threshold)
+        table = dataclasses.replace(table, layer_costs=costs)
         save_table(path, table)
-    return table.sensitivity
+    return table.layer_costs
+
+
+def postprocessing_of(detector: Detector, limits: PostprocessConfig) -> Callable[[Sequence[Any]], Detections]:
+    """The function from a raw graph's outputs, the logits and then the boxes of all levels, to detections."""
+    anchors, strides = detector.anchors(), detector.strides
+
+    def detections(outputs: Sequence[Any]) -> Detections:
+        levels = [torch.from_numpy(output) for output in outputs]
+        logits, boxes = levels[: len(strides)], levels[len(strides) :]
+        return postprocess(logits, boxes, anchors=anchors, strides=strides, model=detector.config, config=limits)
+
+    return detections
 
 
 def revert_layers_to_fp16(
     config: ExportConfig, evaluator: Evaluator, reference: Run, run: Run, ranked: Sequence[str], allowed: float
 ) -> tuple[Run, tuple[str, ...]]:
-    """Writes an INT8 file again with the 1, 2, 4 … most sensitive layers in FP16, until the drop is within the limit.
+    """Writes an INT8 file again with the 1, 2, 4 … most costly layers in FP16, until its loss passes (bootstrap.py).
 
     Args:
         reference: PyTorch's run.
         run: the INT8 file's run.
-        ranked: the quantizable layers, the most sensitive first.
+        ranked: the quantizable layers, the most costly first.
         allowed: points of AP that may be lost against the reference.
 
     Returns:
@@ -170,12 +197,11 @@ def revert_layers_to_fp16(
     table = load_table(path)
     given = tuple(dict.fromkeys([*table.fp16_layers, *config.fp16_layers]))
     fp16_layers, count = given, 1
-    while ap_drop(reference, run) > allowed and not set(ranked) <= set(fp16_layers):
+    while not (found := compare(reference.matches, run.matches, allowed)).passed and not set(ranked) <= set(
+        fp16_layers
+    ):
         fp16_layers = tuple(dict.fromkeys([*given, *ranked[:count]]))
-        print(
-            f"INT8 loses {ap_drop(reference, run):.2f} points of AP; {allowed:g} are allowed. "
-            f"Writing it again with {', '.join(fp16_layers)} in FP16."
-        )
+        print(f"{summarize('INT8', found)} Writing it again with {', '.join(fp16_layers)} in FP16.", flush=True)
         save_table(path, dataclasses.replace(table, fp16_layers=fp16_layers))
         export(dataclasses.replace(config, calibration_table=path))
         run = evaluator.run(config.output)
