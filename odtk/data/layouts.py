@@ -17,6 +17,7 @@ Images are looked for beside the annotations and in the usual places: find_image
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -54,19 +55,21 @@ class Source:
 
 
 def load_annotations(
-    annotations: str | Path, images: str | Path | None = None, *, rotated: bool | None = None
+    annotations: str | Path, images: str | Path | Sequence[str] | None = None, *, rotated: bool | None = None
 ) -> Annotations:
     """Reads annotations of any format, as the content of a COCO file.
 
     Args:
         annotations: PATH or PATH:SPLIT.
-        images: folder of the images; None looks for it.
+        images: folder of the images, also in a list of one; None looks for it.
         rotated: whether YOLO's four corners are rotated boxes; None: they are if the labels look like it.
 
     Raises:
         OdtkError: there is nothing that can be read, or several things of which one must be named.
     """
     source = find_source(annotations)
+    if images is not None and not isinstance(images, (str, Path)):
+        (images,) = images
     folder = None if images is None else Path(images).expanduser()
     if source.format == "yolo":
         content, folder = yolo.load(source.path, source.split or "train", folder, rotated=rotated)

@@ -122,7 +122,7 @@ def parse(path: Path) -> ElementTree.Element | str:
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
     except expat.ExpatError as error:
-        return f"it is not valid XML: {expat.ErrorString(error.code)} at line {error.lineno}, column {error.offset}"
+        return f"it is not valid XML: {expat.ErrorString(error.code)} at line {error.lineno}, column {error.offset + 1}"
     except (ValueError, LookupError) as error:  # an unknown encoding is a LookupError
         return str(error)
     root = builder.close()

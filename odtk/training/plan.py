@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from pathlib import Path
 
 from ..config import ROTATED_ANGLES, AugmentConfig, LoaderConfig, LossConfig, ModelConfig, OdtkError, TrainConfig
-from ..data.coco import categories_of, load_json
+from ..data.coco import categories_of
+from ..data.layouts import image_folder, load_annotations, with_split
 from ..settings import RESNET_OPTIONS, TrainSettings
 
 
@@ -21,7 +21,7 @@ def plan(settings: TrainSettings, world: int) -> TrainConfig:
     Raises:
         OdtkError: annotations that cannot be read, or a batch that cannot be shared out.
     """
-    content = load_json(Path(settings.annotations))
+    content, images, _ = load_annotations(settings.annotations, settings.images)
     batch = settings.batch or 2 * world
     if batch % world:
         near = batch - batch % world or world
@@ -30,7 +30,7 @@ def plan(settings: TrainSettings, world: int) -> TrainConfig:
     if settings.epochs is not None:
         iters = max(1, math.ceil(settings.epochs * len(content["images"]) / (batch * settings.accumulate)))
     classes = settings.classes or count_categories(content, settings.annotations)
-    config = train_config(settings.resolved(batch=batch, iters=iters, classes=classes), world)
+    config = train_config(settings.resolved(batch=batch, iters=iters, classes=classes), world, str(images))
     assert config.settings is not None
     return dataclasses.replace(config, settings={**config.settings, "given": settings.given()})
 
@@ -43,14 +43,14 @@ def count_categories(content: dict, path: str) -> int:
     return len({str(category.get("id")) for category in categories})  # a wrong id is refused with the dataset
 
 
-def train_config(settings: TrainSettings, world: int) -> TrainConfig:
-    """The stages' own configs, from settings that are resolved."""
+def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfig:
+    """The stages' own configs, from settings that are resolved, and from the folder of the images."""
     assert settings.batch and settings.iters and settings.classes and settings.jitter and settings.lr
     assert settings.norm and settings.milestones is not None and settings.warmup is not None and settings.val_iters
-    images = settings.images or os.path.dirname(settings.annotations) or "."
     data = LoaderConfig(
         images=images,
         annotations=settings.annotations,
+        skip_damaged=settings.skip_damaged,
         batch=settings.batch // world,
         training=True,
         resize=settings.resize,
@@ -74,8 +74,9 @@ def train_config(settings: TrainSettings, world: int) -> TrainConfig:
     )
     val_data = None
     if settings.val_annotations:
-        own = settings.val_images or (os.path.dirname(settings.val_annotations) if settings.images is None else images)
-        val_data = dataclasses.replace(data, images=own or ".", annotations=settings.val_annotations, training=False)
+        val_annotations = with_split(settings.val_annotations, "val")
+        own = settings.val_images or settings.images or image_folder(val_annotations)
+        val_data = dataclasses.replace(data, images=own, annotations=val_annotations, training=False)
     return TrainConfig(
         path=settings.model,
         model=ModelConfig(
