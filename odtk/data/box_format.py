@@ -62,7 +62,7 @@ def find_format(boxes: np.ndarray, frames: np.ndarray, path: Path) -> str:
 def _inside(low: np.ndarray, high: np.ndarray, frames: np.ndarray) -> np.ndarray:
     """Which boxes, given by their corners [n, 2], lie in their images but for the tolerance: bool [n]."""
     slack = np.maximum(TOLERANCE, RELATIVE_TOLERANCE * frames)
-    return ((low >= -slack) & (high <= frames + slack)).all(axis=1)
+    return np.all((low >= -slack) & (high <= frames + slack), axis=1)
 
 
 def _command(path: Path, name: str) -> str:

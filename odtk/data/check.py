@@ -28,11 +28,13 @@ class CheckReport:
     Attributes:
         faults: refused or fixed, as training does.
         remarks: what may be a mistake but changes nothing; their ``fixed`` is true.
+        annotated: whether there are annotations to train on.
     """
 
     faults: tuple[Fault, ...]
     remarks: tuple[Fault, ...]
     dataset: Dataset
+    annotated: bool = True
 
     @property
     def refused(self) -> int:
@@ -49,7 +51,8 @@ class CheckReport:
         refused = [fault for fault in self.faults if not fault.fixed]
         fixed = [fault for fault in self.faults if fault.fixed]
         found = []
-        for word, faults in (("REFUSED", refused), ("fixed", fixed), ("note", self.remarks)):
+        stopping = "REFUSED" if self.annotated else "damaged"
+        for word, faults in ((stopping, refused), ("fixed", fixed), ("note", self.remarks)):
             kinds: dict[str, list[Fault]] = defaultdict(list)
             for fault in faults:
                 kinds[fault.rule].append(fault)
@@ -129,10 +132,12 @@ def check(
     faults, remarks = list(dataset.faults), [*_identical_annotations(dataset), *_categories(dataset)]
     if pixels:
         for image, reason in _damage(dataset.images):
-            if reason:  # training goes on, as its own scan reads headers alone
-                faults.append(Fault(str(image.path), f"image {image.id}", reason, True, DECODING_DAMAGE))
+            if reason:
+                # Training goes on, as its own scan reads headers alone.
+                rule = DECODING_DAMAGE if annotations else DAMAGED
+                faults.append(Fault(str(image.path), f"image {image.id}", reason, bool(annotations), rule))
         remarks = _same_files(dataset.images) + remarks
-    return CheckReport(tuple(faults), tuple(remarks), dataset)
+    return CheckReport(tuple(faults), tuple(remarks), dataset, annotations is not None)
 
 
 def _same_files(images: Sequence[Image]) -> list[Fault]:

@@ -184,7 +184,7 @@ class CocoReader:
         nearest = NearestFiles(self.folder)
         for id, name in (names[i] for i in missing):
             meant = nearest.find(name)
-            reason = "the file is missing" + (f": did you mean {meant}?" if meant else "")
+            reason = "the file is missing" + (f" (did you mean {meant}?)" if meant else "")
             self.refuse((str(self.folder / name), f"image {id}"), "missing image", reason)
 
     def read_image(self, id: int, entry: dict[str, Any], path: Path, header: Header) -> Image | None:

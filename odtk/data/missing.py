@@ -61,7 +61,7 @@ def none_found(folder: Path, names: Sequence[str]) -> str:
     if there[-len(parts) :] == parts:
         root = folder.joinpath(*there[: -len(parts)])
         return f"{text}; {names[0]} is in {root}: give --images {root}"
-    return f"{text}; did you mean {path}?"
+    return f"{text}; the nearest is {path}"
 
 
 def _parts(name: str) -> list[str]:

@@ -13,9 +13,10 @@ from ..categories import Category
 from ..config import InferConfig, LoaderConfig, OdtkError
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
+from ..data.records import DAMAGED
 from ..data.sampler import round_up
 from ..files import check_writable, write_json
-from ..ranks import new_cpu_group, silent
+from ..ranks import gather, new_cpu_group, silent
 from ..text import plural
 from .backends import Backend, open_backend
 from .detect import ProgressCallback, detect
@@ -30,8 +31,8 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
         As detect: on rank 0 the COCO results of all images, on the other ranks an empty list.
 
     Raises:
-        OdtkError: a file cannot be read or written, thresholds or size are not the exported file's, or the annotations
-            have other categories than the model.
+        OdtkError: a file cannot be read or written, an image is damaged and not to be skipped, thresholds or size are
+            not the exported file's, or the annotations have other categories than the model.
     """
     group = new_cpu_group(world)
     for path in config.output:
@@ -45,21 +46,27 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     )
     log = print if rank == 0 else silent
     data = loader_config(as_trained(config, backend, log), backend, log)
-    dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated)
+    dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated, skip_damaged=data.skip_damaged)
     categories = match_categories(backend, dataset.categories, log)
     loader = create_loader(dataset, data)
     total = len(dataset.images)
+    skipped = sum(fault.rule == DAMAGED for fault in dataset.faults)
     log(
         f"{backend.name} on {world} × {data.device.partition(':')[0]}: {plural(total, 'image')}, "
         f"batch {data.batch * world}, {describe_size(data)}, precision {backend.precision}."
     )
     with image_progress(total, world) if rank == 0 else contextlib.nullcontext() as progress:
         detections = detect(backend, loader, categories, progress=progress, group=group)
+    damaged = [path for paths in gather(sorted(map(str, loader.damaged)), group) for path in paths]
+    if damaged and not data.skip_damaged:
+        raise OdtkError(f"{damaged[0]} is damaged ({plural(len(damaged), 'such image')}): mend it, or omit --strict.")
     if rank == 0:
         for path in config.output:
             write_json(detections, path)
         found = len({d["image_id"] for d in detections})
-        summary = f"{plural(len(detections), 'detection')} in {found} of {plural(total, 'image')}"
+        summary = f"{plural(len(detections), 'detection')} in {found} of {plural(total + skipped, 'image')}"
+        if skipped + len(damaged):
+            summary += f" ({plural(skipped + len(damaged), 'damaged one')} without detections)"
         log(", ".join([summary, *config.output]))
     return detections
 

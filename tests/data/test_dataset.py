@@ -393,10 +393,10 @@ def test_the_nearest_name_is_offered_for_a_missing_file(coco, wanted, there) -> 
     PILImage.new("RGB", SIZE).save(folder / there)
     paths = coco(images=[image(7, "a.jpg"), image(3, wanted)])
     (fault,) = [f for f in read(*paths).faults if not f.fixed]
-    assert fault.id == "image 3" and fault.reason == f"the file is missing: did you mean {there}?"
+    assert fault.id == "image 3" and fault.reason == f"the file is missing (did you mean {there}?)"
     assert NearestFiles(folder).find("C:\\data\\" + wanted.replace("/", "\\")) == there
     paths = coco(images=[image(7, "a.jpg"), image(3, "nothing like it.jpg")])
-    assert "the file is missing (" not in refusal(paths) and "did you mean" not in refusal(paths)
+    assert "the file is missing." in refusal(paths)
 
 
 def test_a_folder_without_any_of_the_images_is_one_fault(coco) -> None:

@@ -104,7 +104,7 @@ def test_resume_gives_the_batches_that_would_have_been(files) -> None:
     again = create_loader(files, settings)
     for _ in islice(again, 2):
         state = again.state()
-    assert state == {"seen": 8}  # batches prepared ahead do not count
+    assert state == {"seen": 8, "images": 6}  # batches prepared ahead do not count
     resumed = create_loader(files, settings)
     resumed.restore(state)
     assert all(equal(a, b) for a, b in zip(batches[2:], islice(resumed, 3), strict=True))
@@ -112,6 +112,16 @@ def test_resume_gives_the_batches_that_would_have_been(files) -> None:
     other = create_loader(files, replace(settings, batch=2, world=2))
     other.restore(state)
     assert other.state() == state
+
+
+def test_resuming_with_other_images_is_said(files, capsys) -> None:
+    loader = create_loader(files, config(training=True))
+    capsys.readouterr()
+    loader.restore({"seen": 8, "images": 6})
+    loader.restore({"seen": 8})  # of a file written before
+    assert capsys.readouterr().err == ""
+    loader.restore({"seen": 8, "images": 7})
+    assert "had 7 images and now there are 6" in capsys.readouterr().err
 
 
 def test_inference_passes_repeat(files) -> None:
@@ -276,6 +286,7 @@ def test_a_damaged_image_becomes_zeros_without_boxes_and_is_named_once(files, ca
     for batch in [*batches, *passes, *passes]:
         assert batch.ids.tolist() == [1, 2, 3, 4, 5, 6]  # not lost
         assert batch.images[2].abs().max() == 0 and batch.labels[2].tolist() == [-1]
+        assert batch.damaged is not None and batch.damaged.tolist() == [i == 2 for i in range(6)]
         assert batch.images[1].abs().max() > 0 and batch.labels[1].tolist() == [0]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all("2.png" in line and "image 3" in line for line in lines)  # once per loader

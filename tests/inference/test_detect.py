@@ -80,3 +80,11 @@ def test_nothing_found_gives_an_empty_list(loader: list[Batch]) -> None:
 def test_an_image_that_comes_twice_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="twice"):
         detect.detect(lambda images: detections([[]] * len(images)), [batch([1, 2]), batch([2])], CATEGORIES)
+
+
+def test_nothing_is_found_in_a_damaged_image() -> None:
+    answers = detections([[(0.9, 1, (0, 0, 9, 9))], [(0.8, 0, (0, 0, 9, 9)), (0.7, 0, (4, 4, 9, 9))]])
+    both = batch([7, 3])
+    assert [d["image_id"] for d in detect.detect(lambda images: answers, [both], CATEGORIES)] == [3, 3, 7]
+    both.damaged = torch.tensor([False, True])
+    assert [d["image_id"] for d in detect.detect(lambda images: answers, [both], CATEGORIES)] == [7]
