@@ -50,4 +50,4 @@ def test_missing_tensorrt_or_gpu_is_named(module: ModuleType) -> None:
 
 
 def test_the_module_says_what_it_can_do(module: ModuleType) -> None:
-    assert isinstance(module.CAN_BUILD, bool) and module.LONGEST_METADATA == 4095 - len("odtk:")
+    assert isinstance(module.CAN_BUILD, bool) and len("odtk:") + module.LONGEST_METADATA == 4095

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from odtk import kernels
+from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError
 from odtk.exporting import export
 from odtk.exporting.engine import require_tensorrt
@@ -52,7 +56,7 @@ Open = Callable[[str, str], tuple[backends.Backend, backends.Backend]]
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
     """(model, precision) -> the engine and PyTorch in fp32; each engine is built once."""
     try:
-        require_tensorrt()
+        require_tensorrt(build=True)
     except OdtkError as error:
         pytest.skip(str(error))
     made: dict[tuple[str, str], tuple[backends.Backend, backends.Backend]] = {}
@@ -115,6 +119,84 @@ def test_the_same_bits_at_every_run_and_in_a_graph(opened: Open) -> None:
         assert torch.equal(tensors["scores"], expected.scores)
         assert torch.equal(tensors["boxes"], expected.boxes)
         assert torch.equal(tensors["classes"].long(), expected.classes)
+
+
+def bound(engine: backends.EngineBackend, images: Tensor) -> tuple[dict[str, Tensor], dict[str, tuple]]:
+    """The tensors of one call, outputs included, and what Engine.infer takes for them."""
+    tensors = {"images": images}
+    for tensor in engine.engine.tensors:
+        if not tensor["input"]:
+            kind = {"float32": torch.float32, "int32": torch.int32}[tensor["dtype"]]
+            tensors[tensor["name"]] = torch.empty(len(images), *tensor["shape"][1:], dtype=kind, device="cuda")
+    return tensors, {name: (tensor.data_ptr(), tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def test_batch_sizes_take_turns_in_graphs(opened: Open) -> None:
+    """A graph of one batch size stays right after others were captured and run; batch 1 has a profile of its own."""
+    engine, _ = opened("retinanet", "fp16")
+    assert isinstance(engine, backends.EngineBackend)
+    calls = {}
+    for batch in (1, 2, 4):
+        images = images_of(batch)
+        calls[batch] = (engine(images), *bound(engine, images))
+    for _ in range(3):
+        for batch in (2, 4, 1, 2, 1, 4):
+            expected, tensors, addresses = calls[batch]
+            tensors["scores"].fill_(-1)
+            engine.engine.infer(addresses, torch.cuda.current_stream().cuda_stream, graph=True)
+            assert torch.equal(tensors["scores"], expected.scores) and torch.equal(tensors["boxes"], expected.boxes)
+
+
+def test_threads_with_streams_of_their_own_do_not_mix(opened: Open) -> None:
+    engine, _ = opened("retinanet", "fp16")
+    assert isinstance(engine, backends.EngineBackend)
+    torch.manual_seed(2)
+    given = [torch.randn(2, 3, *SIZE, device="cuda") for _ in range(2)]
+    expected = [engine(images) for images in given]
+    assert not torch.equal(expected[0].scores, expected[1].scores)
+    torch.cuda.synchronize()
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            tensors, addresses = bound(engine, given[i])
+            for _ in range(50):
+                engine.engine.infer(addresses, stream.cuda_stream)
+                stream.synchronize()
+                wrong.extend([i] if not torch.equal(tensors["scores"], expected[i].scores) else [])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_part_of_a_batch_and_an_address_that_is_not_aligned(opened: Open) -> None:
+    engine, _ = opened("retinanet", "fp16")
+    assert isinstance(engine, backends.EngineBackend)
+    memory = torch.zeros(3 * SIZE[0] * SIZE[1] + 1, device="cuda")
+    memory[1:] = images_of(1).flatten()
+    images = memory[1:].view(1, 3, *SIZE)
+    assert torch.equal(engine(images).scores, engine(images.clone()).scores)
+    _, addresses = bound(engine, images)
+    with pytest.raises(ValueError, match="aligned to 256 bytes"):
+        engine.engine.infer(addresses, 0)
+
+
+def test_a_plan_of_1203_classes_is_a_plain_plan_and_knows_their_names(opened: Open, tmp_path: Path) -> None:
+    opened("retinanet", "fp16")  # skips without TensorRT
+    model = ModelConfig(backbones=("ResNet18FPN",), classes=1203, ratios=(1.0,), scales=(4.0,))
+    names = tuple(Category(i + 1, f"object_{i * 7919 % 99991}") for i in range(1203))
+    source, plan = save(detector_of(model), tmp_path, names), tmp_path / "model.plan"
+    export.export(ExportConfig(path=source, output=str(plan), size=SIZE, batch=(1, 1, 1), workspace=1 << 30))
+    content = plan.read_bytes()
+    assert kernels.extension is not None and kernels.extension.split_plan(content) == (len(content), "")
+    engine = backends.open_backend(str(plan), device="cuda", precision="mixed", thresholds=None)
+    assert engine.categories == names
+    assert (engine(images_of(1)).scores > 0).any()
 
 
 def test_what_does_not_fit_is_refused(opened: Open) -> None:

@@ -25,7 +25,7 @@ SIZE = (128, 160)
 @pytest.fixture(autouse=True)
 def tensorrt(kernels) -> None:
     try:
-        require_tensorrt()
+        require_tensorrt(build=True)
     except OdtkError as error:
         pytest.skip(str(error))
 
