@@ -1,13 +1,16 @@
 """One process per device: spawned here, or started by torchrun.
 
 The processes of a run form a group of torch.distributed, over NCCL on GPUs and gloo on CPUs. The parent of spawned
-processes watches them: when one fails, the run ends at once, and its error is the one that is reported.
+processes watches them: when one fails, the run ends at once, and its error is the one that is reported. A process that
+is stopped, or whose machine is gone, keeps the others waiting: the one before it says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import select
 import signal
 import socket
 import sys
@@ -15,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
@@ -30,6 +33,13 @@ from .text import plural
 
 Job = Callable[[Any, int, int], Any]  # job(config, rank, world)
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when the terminal or its connection closes
+REPEAT_SECONDS = 2.0  # signals that come closer are one: a terminal sends them to the parent, which passes them on
+STOP_SECONDS = 300.0  # for a run to stop after a signal; then it is ended by force
+BEAT_SECONDS = 5.0  # between two signs of life of a rank
+SILENT_SECONDS = 60.0  # without a sign of life, until that is said
+PAUSE_SECONDS = 15.0  # between two signs of its own: the rank was stopped itself, and cannot judge the other
+ENDED = "ended"  # the last sign of life
 EXIT_SECONDS = 5.0  # for the other ranks to finish writing and exit after one has failed; then they are killed
 ORPHAN_EXIT_SECONDS = 60.0  # for a rank to exit after its parent has died
 MAX_ERROR_LENGTH = 7_000  # characters of a message, and of a traceback, sent to the parent: a pipe holds 64 KiB
@@ -126,24 +136,76 @@ def open_store(master: str | None) -> dist.TCPStore:
 
 
 @contextmanager
-def process_group(device: str, *, timeout: timedelta, **where: Any) -> Iterator[None]:
-    """Makes this process a member of torch.distributed while the block runs.
+def process_group(device: str, *, timeout: timedelta, store: dist.Store, rank: int, world: int) -> Iterator[None]:
+    """Makes this process a member of torch.distributed while the block runs, and lets it give signs of life.
 
     Args:
         device: ``cpu`` or ``cuda:N``, this rank's.
         timeout: of a collective.
-        where: how to find the other ranks, as init_process_group takes it.
+        store: where the ranks meet.
     """
+    more: dict[str, Any] = {}
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-        where["device_id"] = torch.device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout, **where)
+        more["device_id"] = torch.device(device)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world, **more)
+    with heartbeat(store, rank, world):
+        try:
+            yield
+        except SystemExit:  # all ranks agreed to stop
+            dist.destroy_process_group()
+            raise
+    dist.destroy_process_group()  # not after an error: the other ranks would fail before it is reported
+
+
+@contextmanager
+def heartbeat(store: dist.Store, rank: int, world: int) -> Iterator[None]:
+    """Gives signs of life while the block runs, and says on stderr when those of the next rank stop.
+
+    Each rank watches one other, so that a silent one is reported once, whichever it is. A thread gives the signs: they
+    stop with the process (SIGSTOP, a machine that is gone), not when its main thread waits.
+    """
+    ended = threading.Event()
+    thread = threading.Thread(target=watch_next_rank, args=(store, rank, world, ended), daemon=True)
+    if world > 1:
+        thread.start()
     try:
         yield
-    except SystemExit:  # all ranks agreed to stop
-        dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()  # not after an error: the other ranks would fail before it is reported
+    finally:
+        ended.set()
+        if world > 1:
+            thread.join(1.0)
+
+
+def watch_next_rank(store: dist.Store, rank: int, world: int, ended: threading.Event) -> None:
+    """The thread of heartbeat. A sign of life is a text in the store: a number, the process, its machine."""
+    other, beats = (rank + 1) % world, 0
+    sign = ""  # the newest of the other rank
+    heard = last = time.monotonic()
+    silent = False
+    with suppress(RuntimeError):  # the store is gone, and the run with it
+        while not ended.is_set():
+            store.set(f"heartbeat/{rank}", f"{beats} {os.getpid()} {socket.gethostname()}")
+            ended.wait(BEAT_SECONDS)
+            beats += 1
+            new = store.get(f"heartbeat/{other}").decode() if store.check([f"heartbeat/{other}"]) else ""
+            now = time.monotonic()
+            stopped_itself, last = now - last > PAUSE_SECONDS, now
+            if new != sign or stopped_itself or new == ENDED:
+                if silent:
+                    print(f"Rank {other} of {world} answers again.", file=sys.stderr, flush=True)
+                sign, heard, silent = new, now, False
+            elif not silent and now - heard > SILENT_SECONDS:
+                silent = True
+                process = f" (process {' on '.join(sign.split()[1:])})" if sign else ""
+                print(
+                    f"Warning: rank {other} of {world}{process} has given no sign of life for {SILENT_SECONDS:g} s, "
+                    "and the run waits for it: it is stopped, or its machine is gone or does not answer.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        store.set(f"heartbeat/{rank}", ENDED)
 
 
 def join_torchrun(job: Job, config: Any, devices: str | int | None) -> Any:
@@ -162,7 +224,8 @@ def join_torchrun(job: Job, config: Any, devices: str | int | None) -> Any:
         )
     device = f"cuda:{local}" if on_gpus else "cpu"
     timeout = COLLECTIVE_TIMEOUT if local_world == world else MULTI_NODE_TIMEOUT
-    with process_group(device, timeout=timeout, init_method="env://"):
+    store = next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
+    with process_group(device, timeout=timeout, store=store, rank=rank, world=world):
         return job(config_of_rank(config, rank, world, device), rank, world)
 
 
@@ -197,11 +260,16 @@ def spawn(job: Job, config: Any, kind: str, world: int, store: dist.TCPStore) ->
                 children.append(child)
             for number in signals:  # those that came before the last child was started
                 send_signal(children, number)
-            wait_for_ranks(children)
+            wait_for_ranks(children, signals)
         finally:
             killed = kill_running(children)
+    if killed and signals:
+        names = ", ".join(str(rank) for rank, child in enumerate(children) if child in killed)
+        print(f"Did not stop, and was killed: rank {names} of {world}.", file=sys.stderr, flush=True)
     failures = [failure for reader in readers if (failure := read_failure(reader)) is not None]
     raise_first_error([None if child in killed else child.exitcode for child in children], failures, signals)
+    if killed and signals:
+        raise SystemExit(128 + signals[0])
 
 
 def run_rank(job: Job, config: Any, rank: int, world: int, device: str, address: tuple[str, int], writer: Any) -> None:
@@ -212,7 +280,7 @@ def run_rank(job: Job, config: Any, rank: int, world: int, device: str, address:
         torch.set_num_threads(max(1, torch.get_num_threads() // world))
     try:
         store = dist.TCPStore(*address, is_master=False)
-        with process_group(device, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank, world_size=world):
+        with process_group(device, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank, world=world):
             job(config_of_rank(config, rank, world, device), rank, world)
     except OdtkError as error:
         send_failure_and_exit(writer, Failure(rank, str(error)))
@@ -245,17 +313,17 @@ def send_failure_and_exit(writer: Any, failure: Failure) -> None:
     os._exit(1)
 
 
-def wait_for_ranks(children: list[Any]) -> None:
-    """Returns when every child has exited, or EXIT_SECONDS after the first one failed."""
-    deadline: float | None = None
+def wait_for_ranks(children: list[Any], signals: StopSignals) -> None:
+    """Returns when every child has exited, EXIT_SECONDS after the first one failed, or when signals say so."""
+    deadline = math.inf
     while alive := [child for child in children if child.is_alive()]:
         # Checked before every wait, because a child's sentinel may be ready a moment before its exit code is.
-        if deadline is None and any(child.exitcode not in (None, 0) for child in children):
+        if deadline == math.inf and any(child.exitcode not in (None, 0) for child in children):
             deadline = time.monotonic() + EXIT_SECONDS
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
+        left = deadline - time.monotonic()
+        if left <= 0 or signals.end_now():
             return
-        connection.wait([child.sentinel for child in alive], timeout=left)
+        connection.wait([child.sentinel for child in alive], timeout=min(left, 0.5))  # a signal does not end the wait
 
 
 def kill_running(children: list[Any]) -> list[Any]:
@@ -312,22 +380,109 @@ def send_signal(children: Sequence[Any], number: int) -> None:
             os.kill(child.pid, number)
 
 
+class StopSignals(list[int]):
+    """The numbers of the signals that asked this process to stop, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = math.inf  # when the first one came
+        self.repeated = False  # whether another came when it had had time to act on it
+
+    def add(self, number: int) -> None:
+        self.repeated |= time.monotonic() - self.first > REPEAT_SECONDS
+        self.first = min(self.first, time.monotonic())
+        self.append(number)
+
+    def end_now(self) -> bool:
+        """Whether to wait no longer: a second signal has come, or STOP_SECONDS have passed since the first."""
+        return self.repeated or time.monotonic() - self.first > STOP_SECONDS
+
+
 @contextmanager
-def catch_stop_signals(children: Sequence[Any] = ()) -> Iterator[list[int]]:
-    """SIGTERM and SIGINT do not end this process while the block runs: they are added to the list that is yielded.
+def catch_stop_signals(children: Sequence[Any] | None = None) -> Iterator[StopSignals]:
+    """SIGTERM, SIGINT and SIGHUP do not end this process while the block runs: they are added to what is yielded.
+
+    A SIGHUP that is ignored (nohup) stays ignored. Outside the main thread, where Python cannot catch signals, nothing
+    changes.
 
     Args:
-        children: processes to which the signals are passed on; the list may still grow.
+        children: processes to which the signals are passed on, and whose end the block waits for; the list may still
+            grow. None: this process must stop by itself. Unless it was spawned, so that its parent sees to that, a
+            second signal ends it with SystemExit, and if it cannot even do that, or has not stopped after
+            STOP_SECONDS, it ends at once.
     """
-    received: list[int] = []
+    received = StopSignals()
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    force = children is None and mp.parent_process() is None
 
     def handle(number: int, frame: Any) -> None:
-        received.append(number)
-        send_signal(children, number)
+        received.add(number)
+        send_signal(children or (), number)
+        if force and received.repeated:
+            raise SystemExit(128 + number)
 
-    former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    caught = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    former = {number: signal.signal(number, handle) for number in caught}
     try:
-        yield received
+        with end_by_force() if force else nullcontext():
+            yield received
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def end_by_force() -> Iterator[None]:
+    """Ends this process some time after stop signals even if its main thread hangs, so that no handler of Python runs.
+
+    Python's own C handler, which always runs, writes the number of each signal into a pipe, from which a thread reads.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=exit_after_signals, args=(reader,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(former)
+        os.close(writer)
+
+
+def exit_after_signals(reader: int) -> None:
+    """The thread of end_by_force: returns when the other end of the pipe is closed, unless a second signal has come."""
+    received = StopSignals()
+    while not received.end_now():
+        left = received.first + STOP_SECONDS - time.monotonic()
+        if select.select([reader], [], [], None if left == math.inf else max(0.0, left))[0]:
+            numbers = os.read(reader, 100)
+            if not numbers:
+                return os.close(reader)
+            for number in numbers:
+                if number in STOP_SIGNALS:
+                    received.add(number)
+    if received.repeated:
+        time.sleep(EXIT_SECONDS)  # for the SystemExit that its handler has raised
+    with suppress(OSError, ValueError):
+        print("The run did not stop and is ended by force.", file=sys.stderr, flush=True)
+    os._exit(128 + received[0])
+
+
+@contextmanager
+def exit_on_stop_signals() -> Iterator[None]:
+    """Stop signals that would end this process on the spot raise SystemExit in the block, so that it cleans up."""
+
+    def handle(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    caught = [number for number in STOP_SIGNALS if main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)

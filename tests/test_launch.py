@@ -1,5 +1,6 @@
 """The processes of a run: they meet, they end together, and the first error is the one that is reported."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -192,7 +194,9 @@ def test_an_exit_code_that_comes_after_the_sentinel_is_seen(monkeypatch: pytest.
     for late in range(4):  # how often the exit code is asked for before it is known
         failed = Child(*[None] * late, 1)
         os.close(failed.end)
-        watcher = threading.Thread(target=launch.wait_for_ranks, args=([hanging, failed],), daemon=True)
+        watcher = threading.Thread(
+            target=launch.wait_for_ranks, args=([hanging, failed], launch.StopSignals()), daemon=True
+        )
         watcher.start()
         watcher.join(30)
         assert not watcher.is_alive(), f"wait_for_ranks hangs if the exit code is unknown {late} times"
@@ -237,6 +241,135 @@ def test_signals_reach_the_ranks(tmp_path: Path) -> None:
     assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
 
 
+def stop_rank_1(config: Config, rank: int, world: int) -> None:
+    """A job: rank 1 stops, as by SIGSTOP or a machine that hangs, and rank 0 waits for it where no handler runs."""
+    Path(config.folder, f"pid{rank}").write_text(str(os.getpid()))
+    with launch.catch_stop_signals():
+        Path(config.folder, f"ready{rank}").touch()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.barrier()
+
+
+QUICK = "from odtk import launch\nlaunch.BEAT_SECONDS, launch.SILENT_SECONDS, launch.REPEAT_SECONDS = 0.2, 2.0, 0.5\n"
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_and_a_second_signal_ends_the_run(tmp_path: Path) -> None:
+    path = Path(script(tmp_path, "stop_rank_1", ":2"))
+    path.write_text(QUICK + path.read_text())
+    command = [sys.executable, str(path)]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    said = ""
+    try:
+        assert process.stderr is not None
+        while "no sign of life" not in said:
+            assert (line := process.stderr.readline())
+            said += line
+        pid = int((tmp_path / "pid1").read_text())
+        assert f"rank 1 of 2 (process {pid} on {socket.gethostname()}) has given no sign of life for 2 s" in said
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):  # neither rank can act on it
+            process.wait(1)
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=30)
+        assert process.returncode == 143 and "Did not stop, and was killed: rank 0, 1 of 2." in rest
+        assert not Path(f"/proc/{pid}").exists()
+    finally:
+        process.kill()
+        for file in tmp_path.glob("pid*"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+class Store:
+    """What a heartbeat needs of torch's store, and the signs of life that another rank gives in it."""
+
+    def __init__(self, *signs: str) -> None:
+        self.signs = list(signs)
+        self.own: list[tuple[str, str]] = []
+
+    def set(self, key: str, value: str) -> None:
+        self.own.append((key, value))
+
+    def check(self, keys: list[str]) -> bool:
+        return keys == ["heartbeat/2"] and bool(self.signs[0])
+
+    def get(self, key: str) -> bytes:
+        return (self.signs.pop(0) if len(self.signs) > 1 else self.signs[0]).encode()
+
+
+@pytest.mark.parametrize(
+    "signs, warnings",
+    [
+        ([""], ["rank 2 of 3 has given no sign of life for 0.2 s"]),
+        (["0 7 a"], ["rank 2 of 3 (process 7 on a) has given no sign of life for 0.2 s"]),
+        (["0 7 a"] * 20 + ["1 7 a", "ended"], ["no sign of life", "Rank 2 of 3 answers again."]),
+        ([f"{i} 7 a" for i in range(1000)], []),
+        (["0 7 a", "ended"], []),
+    ],
+    ids=["never", "silent", "silent for a while", "alive", "ended"],
+)
+def test_signs_of_life(signs: list[str], warnings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(launch, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(launch, "SILENT_SECONDS", 0.2)
+    store: Any = Store(*signs)
+    with launch.heartbeat(store, 1, 3):
+        time.sleep(1.0)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(warnings) and all(text in line for text, line in zip(warnings, said, strict=True))
+    values = [value for key, value in store.own if key == "heartbeat/1"]
+    assert values[0] == f"0 {os.getpid()} {socket.gethostname()}" and values[-1] == "ended"
+    assert len(values) == len(set(values)) > 3
+
+
+HANGS = """
+import os, signal, threading, time
+from odtk import launch
+launch.REPEAT_SECONDS, launch.EXIT_SECONDS, launch.STOP_SECONDS = 0.5, 0.5, {deadline}
+try:
+    with launch.catch_stop_signals() as signals:
+        print("ready", flush=True)
+        {body}
+finally:
+    print("cleaned", flush=True)
+"""
+WAITS = "while True: time.sleep(0.01)"
+# A lock that its owner takes again: no handler of Python ever runs.
+STUCK = (
+    "import ctypes; lock, m = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64); lock(m); lock(m)"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "body, deadline, number, signals, cleaned",
+    [
+        (WAITS, 100, signal.SIGTERM, 2, True),
+        (WAITS, 100, signal.SIGHUP, 2, True),
+        (WAITS, 1, signal.SIGTERM, 1, False),
+        (STUCK, 100, signal.SIGTERM, 2, False),
+    ],
+    ids=["second signal", "second SIGHUP", "deadline", "second signal, main thread stuck"],
+)
+def test_a_process_that_hangs_can_be_ended(
+    body: str, deadline: float, number: int, signals: int, cleaned: bool
+) -> None:
+    code = HANGS.format(body=body, deadline=deadline)
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        if signals == 2:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.8)
+            process.send_signal(number)
+        said, _ = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number and ("cleaned" in said) == cleaned
+
+
 @pytest.mark.slow
 def test_joins_torchrun(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
@@ -265,3 +398,47 @@ def test_joins_a_launcher_that_sets_no_local_rank(tmp_path: Path) -> None:
     result = subprocess.run(command, env=environment() | given, capture_output=True, timeout=170)
     assert result.returncode == 0, result.stderr.decode()
     assert (tmp_path / "0").read_text() == "0 1 0 1 cpu 1"
+
+
+def test_an_ignored_hangup_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nohup asks for; otherwise it stops a run as SIGTERM does."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launch.catch_stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert received == []
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with launch.catch_stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)  # a terminal that closes and a shell send it both
+            assert received == [signal.SIGHUP] * 2 and not received.end_now()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_signals_before_there_is_anything_to_save_let_it_clean_up() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    cleaned = False
+    with pytest.raises(SystemExit) as stop:
+        try:
+            with launch.exit_on_stop_signals():
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+        finally:
+            cleaned = True
+    assert stop.value.code == 143 and cleaned and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_signals_elsewhere_than_in_the_main_thread() -> None:
+    """Python cannot catch them there: a run in another thread, by the API, does without."""
+    found: list[Any] = []
+
+    def run() -> None:
+        with launch.exit_on_stop_signals(), launch.catch_stop_signals() as received:
+            found.append(list(received))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [[]]
