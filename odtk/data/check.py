@@ -92,10 +92,11 @@ class CheckReport:
             )
             lines += _sizes("boxes", boxes, boxes * np.repeat(scales, counts)[:, None])
         labels = Counter(int(label) for image in images for label in image.labels)
-        lines += [
-            f"category {category.id} {category.name}: {plural(labels[i], 'box', 'boxes')}"
-            for i, category in enumerate(self.dataset.categories)
-        ]
+        if labels:  # else all images or boxes were refused, and zeros would say something else
+            lines += [
+                f"category {category.id} {category.name}: {plural(labels[i], 'box', 'boxes')}"
+                for i, category in enumerate(self.dataset.categories)
+            ]
         return lines
 
 

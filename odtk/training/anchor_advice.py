@@ -28,7 +28,9 @@ MAX_IMAGES = 300  # with boxes, evenly chosen: enough for advice, and few enough
 SCALES = tuple(2 ** (k / 3) for k in range(-3, 16))  # that are tried, 0.5 to 32 strides
 RATIOS = (0.1, 0.2, 0.25, 1 / 3, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 10.0)
 MAX_ADDED = 3  # scales and ratios
-MIN_GAIN = 0.1  # of the boxes without an anchor: a scale or a ratio that helps fewer is not worth its cost
+MIN_GAIN = 0.1  # of the boxes without an anchor, and …
+MIN_GAIN_OF_ALL = 0.001  # … of all boxes: what helps fewer is not worth its cost
+FEW = 0.01  # share of all boxes; where fewer have no anchor and nothing helps, nothing need be done
 ENLARGEMENTS = (1.25, 1.5, 2.0, 3.0)  # of --resize that are tried
 BOUND_SLACK = 1e-3  # of IoU, for rounding
 
@@ -46,6 +48,11 @@ class Unlearned:
     boxes: np.ndarray
     scales: np.ndarray
     missed: np.ndarray
+
+    @property
+    def least_gain(self) -> float:
+        """How many boxes a change has to help to be worth its cost."""
+        return max(1.0, MIN_GAIN * int(self.missed.sum()), MIN_GAIN_OF_ALL * len(self.missed))
 
 
 def anchor_advice(
@@ -97,8 +104,8 @@ def anchor_advice(
         if left < count:
             work = (larger[0] / resize) ** 2
             lines.append(f"  --resize {larger[0]} --max-size {larger[1]} would leave {left}, at {work:.1f} × the work")
-    if len(lines) == 1:
-        lines.append("  other sizes and shapes of anchors would not help: a lower --anchor-ious FG matches more")
+    if len(lines) == 1 and count >= FEW * len(found.missed):
+        lines.append("  no other sizes or shapes of anchors would help much: a lower --anchor-ious FG matches more")
     return lines
 
 
@@ -188,7 +195,7 @@ def more_anchors(found: Unlearned, model: ModelConfig, loss: LossConfig, strides
         ]
         remaining = [left[best_iou(left, option, strides) < loss.foreground_iou] for option in options]
         best = min(range(len(options)), key=lambda i: len(remaining[i]), default=None)
-        if best is None or len(left) - len(remaining[best]) < max(1.0, MIN_GAIN * found.missed.sum()):
+        if best is None or len(left) - len(remaining[best]) < found.least_gain:
             break
         model, left = options[best], remaining[best]
     return model
@@ -222,7 +229,7 @@ def larger_input(
         counts.append(int((best_iou(enlarged, model, strides) < loss.foreground_iou).sum()))
     most = len(missed) - min(counts)
     for factor, count in zip(ENLARGEMENTS, counts, strict=True):
-        if most > 0 and len(missed) - count >= 0.8 * most:
+        if most >= found.least_gain and len(missed) - count >= 0.8 * most:
             new_resize = round(resize * factor)
             return new_resize, max(max_size, math.ceil(new_resize * aspect))
     return None

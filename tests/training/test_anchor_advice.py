@@ -130,12 +130,16 @@ def test_many_images_are_sampled_evenly(monkeypatch) -> None:
 
 
 def test_scales_are_only_added_where_they_help_enough() -> None:
-    dataset = dataset_of(random_boxes(60, 30, 34))
+    fitting = np.array([[32.0, 32, 40, 40]])
+    boxes = np.concatenate([np.repeat(fitting, 1499, axis=0), [[50.0, 50, 12, 12]]])
+    dataset = dataset_of(boxes, images=1500)
     found = unlearned(dataset, MODEL, LOSS, STRIDES, padding=32, resize=160, max_size=200)
-    assert more_anchors(found, MODEL, LOSS, STRIDES).scales == MODEL.scales
+    assert found.missed.sum() == 1 and more_anchors(found, MODEL, LOSS, STRIDES) == MODEL  # one of 1500
+    few = dataset_of(boxes[-3:])
+    found = unlearned(few, MODEL, LOSS, STRIDES, padding=32, resize=160, max_size=200)
+    assert found.missed.sum() == 1 and more_anchors(found, MODEL, LOSS, STRIDES) != MODEL  # one of three
 
 
-@pytest.mark.slow
 def test_bccd_counts_as_training_does(bccd) -> None:
     dataset = read(bccd / "train.json", bccd / "train", training=True)
     found = unlearned(dataset, MODEL, LOSS, (8, 16, 32, 64, 128), padding=32, resize=240, max_size=320)
