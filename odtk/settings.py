@@ -134,7 +134,7 @@ class Option:
             return given
         if self.count is None:
             return self.one(name, given)
-        if isinstance(given, (str, int, float)):
+        if isinstance(given, (str, int, float, os.PathLike)):
             given = [given]
         if not isinstance(given, (list, tuple)):
             raise OdtkError(f"{flag(name)}: {given!r} is not a list.")

@@ -10,6 +10,7 @@ import pytest
 
 import odtk
 from odtk.config import ModelConfig, OdtkError
+from odtk.settings import InferSettings
 from tests.random_models import detector_of, save
 
 
@@ -50,6 +51,11 @@ def test_an_unknown_keyword_is_offered_the_nearest_setting(model: str) -> None:
         odtk.infer(model, score_treshold=0.5)
     with pytest.raises(OdtkError, match="did you mean 'iters'"):
         odtk.train("m.pth", annotations="a.json", iter=5)
+
+
+def test_a_path_stands_for_a_list_of_one() -> None:
+    settings = InferSettings.of({"model": Path("m.pth"), "images": Path("a"), "output": Path("o.json")})
+    assert (settings.model, settings.images, settings.output) == ("m.pth", ("a",), ("o.json",))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ..text import printable
 POST_TIMEOUT = 3.0  # seconds that the server of --post-metrics has for an answer
 CLOSE_SECONDS = 3.0  # that the end of a run waits for what is still to be logged
 WAITING = 100  # entries that wait to be logged; more are dropped
+SLOW_SECONDS = 60.0  # that writing a checkpoint takes only where something is wrong
 PRINT_SECONDS = 10  # between printed lines if there is no terminal, and so no progress bar
 
 
@@ -222,6 +223,19 @@ def print_line(text: str) -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
+@contextmanager
+def notice_if_slow(what: str) -> Iterator[None]:
+    """Says on stderr that the block, which is ``what``, has taken SLOW_SECONDS and still goes on."""
+    text = f"Warning: {printable(what)} takes more than {SLOW_SECONDS:g} s: does the storage answer?"
+    timer = threading.Timer(SLOW_SECONDS, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def progress_bar(start: int, iters: int) -> Any:
     """A progress bar of rich, with one task that has a field ``text``."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -303,9 +317,11 @@ def closing_line(path: str, best: str | None, ap: float) -> str:
 
     Args:
         path: of the newest weights.
-        best: of those with the highest validation AP; None without validation.
-        ap: that AP, 0…1.
+        best: of those with the highest validation AP; None if there is no such file.
+        ap: that AP, 0…1; −1 without validation.
     """
     chosen, output = best or path, os.path.splitext(path)[0] + ".onnx"
-    said = f"{best} is the best: AP {ap:.3f}" if best else f"{path} is trained; --val-annotations would say its AP"
-    return f"{said}. Next: odtk export {shlex.quote(chosen)} {shlex.quote(output)}"
+    said = f"{best} is the best: AP {ap:.3f}" if best else f"{path} is trained"
+    if ap < 0:
+        said += "; --val-annotations would say its AP"
+    return printable(f"{said}. Next: odtk export {shlex.quote(chosen)} {shlex.quote(output)}")

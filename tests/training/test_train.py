@@ -28,7 +28,7 @@ from odtk.data.images import ImageError
 from odtk.launch import launch
 from odtk.model import checkpoint as files
 from odtk.model.detector import Detector
-from odtk.training.log import MetricsPoster
+from odtk.training.log import MetricsPoster, closing_line
 from odtk.training.loss import detection_loss, normalize
 from odtk.training.optimizer import EMA, learning_rate
 from odtk.training.train import train
@@ -182,6 +182,9 @@ def test_a_run_from_start_to_end(tmp_path: Path, dataset: Path, capsys: pytest.C
     assert "2 classes, 4 iterations, batch 2 on 1 × cpu, bfloat16, learning rate 0.01, warm-up 2." in said
     assert re.search(r"\[4/4\]  loss \d\.\d+  cls \d\.\d+  box \d\.\d+  lr 1\.00e-03  [\d.]+ im/s  0:00:00 left", said)
     assert "[4/4]  validation: AP 0." in said
+    best, exported = tmp_path / "m.best.pth", tmp_path / "m.onnx"
+    ap = training_of(best)["best"]
+    assert said.endswith(f"{best} is the best: AP {ap:.3f}. Next: odtk export {best} {exported}\n")
 
     found = files.load(config.path)
     assert found.training is not None and found.training["iteration"] == 4
@@ -193,7 +196,15 @@ def test_a_run_from_start_to_end(tmp_path: Path, dataset: Path, capsys: pytest.C
     assert all(tag in events for tag in (b"loss", b"images_per_second", b"AP50", b"validation/0", b"validation/3"))
 
     train(config)  # once more: there is nothing left to do
-    assert "is trained: 4 iterations are done" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is trained: 4 iterations are done" in said and f"Next: odtk export {best} {exported}" in said
+    best.unlink()  # by its owner
+    train(config)
+    assert f"{config.path} is trained. Next: odtk export {config.path}" in capsys.readouterr().out
+    best.touch()
+    assert closing_line("a b.pth", None, -1) == (
+        "a b.pth is trained; --val-annotations would say its AP. Next: odtk export 'a b.pth' 'a b.onnx'"
+    )
     assert sorted(os.listdir(tmp_path)) == ["log", "m.best.pth", "m.pth"]
 
 

@@ -1,0 +1,88 @@
+"""The Python examples and the notebook run as they stand, and the code in docs/python.md and README.md does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from odtk.config import ExportConfig, ModelConfig
+from odtk.exporting import export
+from tests.random_models import detector_of, save
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples" / "python"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(*argv: object, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with model.pth, model.onnx, photos/ of three images, photo.jpg and clip.gif, as the documents name."""
+    pth = save(detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2), bias=0.0), tmp_path)
+    export.export(ExportConfig(pth, str(tmp_path / "model.onnx"), size=(48, 64), precision="fp32"))
+    images = [Image.effect_noise((64, 48), 60 + i).convert("RGB") for i in range(3)]
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(images):
+        image.save(tmp_path / "photos" / f"{i}.png")
+    images[0].save(tmp_path / "photo.jpg")
+    images[0].save(tmp_path / "clip.gif", save_all=True, append_images=images[1:])
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_prediction(folder: Path) -> None:
+    (folder / "photos" / "damaged.png").write_bytes(b"\x89PNG")
+    said = run(EXAMPLES / "predict.py", "model.onnx", "photos", "--threshold", 0.2, "--draw", "pictures", cwd=folder)
+    assert "objects>" in said and "thing 0" in said and "cannot be read" in said
+    assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["1.png", "2.png", "3.png"]
+    said = run(EXAMPLES / "frames.py", "model.onnx", "clip.gif", "marked.gif", cwd=folder)
+    assert said.count("<Detections in image") == 3
+    with Image.open(folder / "marked.gif") as clip:
+        assert clip.n_frames == 3 and clip.size == (64, 48)  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_training_and_export(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "train_and_export.py", "demo", "--iters", 2, "--images", 10, cwd=tmp_path)
+    assert "Next: odtk export" in said and re.search(r"model\.onnx: AP \d\.\d\d\d", said)
+    assert (tmp_path / "demo" / "model.best.pth").is_file()
+
+
+@pytest.mark.slow
+def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    for name, value in {**ENVIRONMENT, "ODTK_QUICKSTART_ITERS": "2", "ODTK_QUICKSTART_IMAGES": "20"}.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert "image/png" in notebook.cells[-1].outputs[0].data
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert any("<Model model.onnx" in output["data"]["text/plain"] for output in shown)
+
+
+def test_the_notebook_is_kept_without_outputs() -> None:
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(code) > 5 and all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", ["docs/python.md", "README.md"])
+def test_the_code_in_the_documents(document: str, folder: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+    assert blocks
+    run("-c", "\n".join(blocks), cwd=folder)
