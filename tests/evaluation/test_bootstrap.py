@@ -17,7 +17,7 @@ IMAGES = 12
 def dataset(seed: int, images: int = IMAGES) -> dict[str, Any]:
     """Images of 100×100 pixels with up to six boxes of three categories, the last of them rare; one box is a crowd."""
     generator = np.random.default_rng(seed)
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image in range(images):
         for _ in range(generator.integers(0, 7)):
             x, y, w, h = (float(v) for v in generator.uniform(5, 40, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -65,7 +66,7 @@ def test_rotated_boxes_are_compared_as_polygons() -> None:
     assert found == pytest.approx(100 * (1 - 0.7071), abs=0.1)
 
 
-def scores_of(outputs: list[np.ndarray]) -> Detections:
+def scores_of(outputs: Sequence[np.ndarray]) -> Detections:
     """One detection per channel of the first output, whose mean is its score; the second output moves the boxes."""
     scores = torch.from_numpy(outputs[0]).mean((2, 3)).sigmoid()
     order = scores[0].argsort(descending=True)

@@ -337,6 +337,13 @@ def convolutions(log: list[str]) -> list[str]:
     return [line.split("Datatype: ")[1].split(",")[0] for line in layers]
 
 
+def level_types(log: list[str]) -> set[str]:
+    """Element types in which the engine's layers write the raw levels."""
+    listed = next(message for message in log if message.startswith("Layers:\nName:"))
+    outputs = "".join(line.partition("Outputs: [")[2].partition("], TacticName")[0] for line in listed.splitlines())
+    return set(re.findall(r"Name: (?:logits|boxes)_\d,.*?Datatype: (\w+)", outputs))
+
+
 def raw_files(backbone: str, head: str) -> Iterator[tuple[str, bytes, int]]:
     """(precision, ONNX of the raw levels at 128×160, convolutions) in FP16 and INT8, of random weights."""
     torch.manual_seed(0)
@@ -370,7 +377,9 @@ def test_tensorrt_compiles_both_and_runs_every_convolution_in_int8(backbone: str
     pytest.importorskip("tensorrt_rtx_libs", reason="needs tensorrt-rtx-cu13-{libs,bindings}==1.7.1.116")
     for kind, content, count in raw_files(backbone, head):
         for capability in ("SM89", "SM120") if kind == "int8" and backbone.startswith("ResNet") else ("SM89",):
-            kinds = convolutions(compile_for(content, capability))
+            log = compile_for(content, capability)
+            kinds = convolutions(log)
+            assert level_types(log) == {"Half"}, (kind, capability)  # no float32 and cast behind an INT8 kernel
             assert set(kinds) == {"Half" if kind == "fp16" else "Int8"}, (kind, capability)
             assert len(kinds) > 0.85 * count  # some 1×1 become part of another kernel
             print(f"{backbone} {head} {kind} {capability}: {len(kinds)} of {count} convolutions, all {kinds[0]}")
