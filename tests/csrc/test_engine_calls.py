@@ -26,7 +26,7 @@ FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-fsanitize=addres
 ABSTRACT = {  # header → the classes of which a Default is made
     "NvInferImpl.h": [
         *("VHostMemory", "VRuntime", "VOptimizationProfile", "VCudaEngine", "VExecutionContext", "VTensor"),
-        *("VNetworkDefinition", "VTimingCache", "VBuilderConfig", "VBuilder"),
+        *("VNetworkDefinition", "VTimingCache", "VBuilderConfig", "VBuilder", "VLayer", "VPluginV2Layer"),
     ],
     "NvInferRuntimeCommon.h": ["IPluginRegistry"],
     "NvOnnxParser.h": ["IParser"],
@@ -37,12 +37,14 @@ METHOD = re.compile(r"virtual ([^;{}]*?[\s*&])(\w+)\(([^;{}]*?)\)\s*((?:const)?\
 
 def defaults(headers: Path) -> str:
     """A class DefaultX for each abstract X, whose methods return nothing, null or zero."""
-    text = """#include <cstdlib>
+    text = """#include <cstdio>
+#include <cstdlib>
 #include <type_traits>
 template <typename T>
-T no_answer() {
+T no_answer(const char* method) {
   if constexpr (std::is_void_v<T>) return;
-  else if constexpr (std::is_reference_v<T> || !std::is_default_constructible_v<T>) std::abort();
+  else if constexpr (std::is_reference_v<T> || !std::is_default_constructible_v<T>)
+    std::fprintf(stderr, "the fake TensorRT has no %s\\n", method), std::abort();
   else return T{};
 }
 """
@@ -54,7 +56,8 @@ T no_answer() {
             text += f"namespace {NAMESPACE[header]} {{\nclass Default{name} : public {name} {{\n public:\n"
             for kind, method, parameters, suffix in METHOD.findall(found[1]):
                 kind = re.sub(r"\b(virtual|TRT_DEPRECATED|TRT_NODISCARD)\b", "", kind).strip()
-                text += f"  {kind} {method}({parameters}) {suffix} override {{ return no_answer<{kind}>(); }}\n"
+                answer = f'no_answer<{kind}>("{method}")'
+                text += f"  {kind} {method}({parameters}) {suffix} override {{ return {answer}; }}\n"
             text += f"}};\n}}\nusing {NAMESPACE[header]}::Default{name};\n"
     return text
 

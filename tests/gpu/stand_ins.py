@@ -1,4 +1,4 @@
-"""stand_ins.py DIR LIBRARY: libraries to load in place of the cuBLAS and cuDNN that TensorRT 8's libnvinfer_plugin names.
+"""stand_ins.py DIR LIBRARY: what loads in place of the cuBLAS and cuDNN that TensorRT 8's plugin library names.
 
 They have the symbols, with the versions that the loader looks for, and end the program at a call. odtk's engines make
 none: csrc/engine takes both out of TensorRT's tactic sources.
