@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ..config import LoaderConfig
-from ..text import plural
+from ..text import plural, printable
 from .dataset import Dataset
 from .images import ImageError
 from .render import render
 from .sampler import BatchPlan, Sample, Sampler
 
 PREFETCH = 2  # batches prepared ahead of the one in use
+SLOW_SECONDS = 60.0  # that a batch takes only where something is wrong
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Loader:
                 if not ahead:
                     return
                 number, prepared = ahead.popleft()
-                batch = self._make_batch(*prepared.result())
+                batch = self._make_batch(*self._wait_for(prepared, number))
                 if self.config.training:
                     self._next = number + 1
                 yield batch
@@ -115,6 +116,18 @@ class Loader:
         """Takes the images of another dataset from now on; what the pixel engine has built is kept."""
         self.sampler = Sampler(dataset, self.config)
         self.damaged.clear()
+
+    def _wait_for(self, prepared: Future[tuple[BatchPlan, Tensor]], number: int) -> tuple[BatchPlan, Tensor]:
+        """The result of _prepare; says once that it takes SLOW_SECONDS and still goes on."""
+        if not wait([prepared], SLOW_SECONDS).done:
+            images = sorted({printable(sample.image.path) for sample in self.sampler.plan(number).samples})
+            more = f" and {plural(len(images) - 1, 'other')}" if len(images) > 1 else ""
+            print(
+                f"Warning: rank {self.config.rank} has waited {SLOW_SECONDS:g} s for {images[0]}{more}: "
+                "does the storage answer?",
+                file=sys.stderr,
+            )
+        return prepared.result()
 
     def _prepare(self, number: int) -> tuple[BatchPlan, Tensor]:
         plan = self.sampler.plan(number)
@@ -166,7 +179,7 @@ class Loader:
             self.damaged.add(sample.image.path)
             what = "is replaced by zeros without boxes" if self.config.training else "gets no detections"
             print(
-                f"Warning: {sample.image.path} (image {sample.image.id}) {what}: {error} "
+                f"Warning: {printable(sample.image.path)} (image {sample.image.id}) {what}: {error} "
                 f"({plural(len(self.damaged), 'damaged image')} so far).",
                 file=sys.stderr,
             )

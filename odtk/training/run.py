@@ -14,6 +14,8 @@ What a checkpoint holds of a run (Checkpoint.training):
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,11 +25,13 @@ from torch import Tensor, nn
 from ..categories import Category
 from ..config import ModelConfig, OdtkError, TrainConfig
 from ..data.batch import Loader
-from ..files import check_writable
+from ..files import check_writable, locked, remove_abandoned
 from ..model.checkpoint import Checkpoint, load, load_weights
+from ..model.checkpoint_faults import is_number, is_weights, weights_fault
 from ..model.detector import Detector
 from ..ranks import CpuGroup
 from ..settings import TrainSettings, flag, options
+from .log import print_line
 from .optimizer import EMA
 from .validation import Validation
 
@@ -91,19 +95,94 @@ class Run:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint, whose trained weights the detector already has (see trained_weights)."""
+        """Continues from a checkpoint, whose trained weights the detector already has (see trained_weights).
+
+        Raises:
+            OdtkError: what it holds of its run is damaged.
+        """
         state = training_state(checkpoint)
-        self.iteration, self.best_ap = state["iteration"], state["best"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # the flags override the file
-            group.update(momentum=self.config.momentum, weight_decay=self.config.weight_decay)
-        # They differ if the run is resumed in another precision; then the scaler starts anew.
-        if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():
-            self.scaler.load_state_dict(state["scaler"])
-        self.loader.restore(state["loader"])
-        torch.set_rng_state(state["rng"])
+        try:
+            self.iteration, self.best_ap = state["iteration"], float(state["best"])
+            # The hyperparameters are this run's: what is resumed are the momenta.
+            own = self.optimizer.state_dict()
+            self.optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
+            if not has_fitting_states(self.optimizer, own["state"]):
+                raise ValueError("the state of the optimizer belongs to other weights")
+            # It differs if the run is resumed in another precision; then the scaler starts anew.
+            if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():
+                self.scaler.load_state_dict(state["scaler"])
+            self.loader.restore(state["loader"])
+            torch.set_rng_state(state["rng"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise OdtkError(damaged_run(self.config.path, "its entries are not those of a run")) from error
         if self.ema is not None:
             load_weights(self.ema.detector, checkpoint.state_dict)
+
+
+def damaged_run(path: str, fault: str) -> str:
+    """The sentence for a checkpoint whose weights are good, but not what it holds of its run."""
+    return (
+        f"{path} cannot be resumed: {fault}. Go back to an older checkpoint, or start a new run from its weights with "
+        f"--fine-tune {path} and another file name."
+    )
+
+
+def run_fault(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint's run, as far as that can be seen before anything is built; None: nothing."""
+    state = training_state(checkpoint)
+    optimizer, scaler, loader, rng = (state.get(name) for name in ("optimizer", "scaler", "loader", "rng"))
+    if missing := [name for name in ("iteration", "best", "average") if name not in state]:
+        return f"it lacks the run's {missing[0]}"
+    if state["average"] is not None and (fault := weights_fault(checkpoint.model, state["average"])):
+        return f"in the weights that are trained, {fault}"
+    if not (isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict)):
+        return "it lacks the state of the optimizer"
+    if not all(isinstance(one, dict) and all(map(is_state, one.values())) for one in optimizer["state"].values()):
+        return "the state of the optimizer is not one of finite numbers"
+    if not isinstance(scaler, dict) or not all(is_number(value) for value in scaler.values()):
+        return "it lacks the state of the loss scaler"
+    if not isinstance(loader, dict) or not all(is_number(value) and value >= 0 for value in loader.values()):
+        return "it lacks the position in the data"
+    if not isinstance(rng, Tensor) or rng.dtype != torch.uint8 or rng.dim() != 1:
+        return "it lacks the state of the random numbers"
+    return None
+
+
+def has_fitting_states(optimizer: torch.optim.Optimizer, new: dict[int, dict[str, Any]]) -> bool:
+    """Whether an optimizer's states, once loaded, have the shapes of its parameters and the names of new ones.
+
+    Args:
+        new: the states before, by the number of the parameter; one that makes them at its first step has none.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters):
+        state = optimizer.state.get(parameter, {})
+        if number in new and state.keys() != new[number].keys():
+            return False
+        if any(v.shape not in (parameter.shape, ()) for v in state.values() if isinstance(v, Tensor)):
+            return False
+    return True
+
+
+def is_state(value: Any) -> bool:
+    """Whether a value can be part of an optimizer's state."""
+    if isinstance(value, Tensor):
+        return is_weights(value) and bool(torch.isfinite(value).all())
+    return value is None or is_number(value)
+
+
+@contextmanager
+def own_files(path: str) -> Iterator[None]:
+    """Keeps other runs from writing a run's files while the block runs, and removes what killed ones left.
+
+    Raises:
+        OdtkError: another run writes them, or they cannot be written.
+    """
+    check_writable(path)
+    with locked(path, print_line):
+        for name in (path, best_path(path)):
+            remove_abandoned(name, exclusive=True)
+        yield
 
 
 def training_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -133,6 +212,8 @@ def find_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoin
             f"{config.path} holds a model but no training run to resume: {advice}; add --fine-tune {config.path} to "
             "start from its weights."
         )
+    if fault := run_fault(found):
+        raise OdtkError(damaged_run(config.path, fault))
     for name in (field.name for field in fields(ModelConfig) if field.name not in MAY_CHANGE):
         theirs, ours = getattr(found.model, name), getattr(config.model, name)
         if theirs != ours:

@@ -18,16 +18,16 @@ from ..config import OdtkError, TrainConfig
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
 from ..data.sampler import input_size
-from ..launch import catch_stop_signals
+from ..launch import catch_stop_signals, exit_on_stop_signals
 from ..model.checkpoint import Checkpoint, load_weights, save
 from ..model.detector import Detector
 from ..model.weights import initialize_weights
 from ..ranks import CpuGroup
 from ..text import plural
-from .log import Meter, RunLog, closing_line, print_line
+from .log import Meter, RunLog, closing_line, notice_if_slow, print_line
 from .loss import detection_loss, normalize
 from .optimizer import EMA, autocast_type, create_optimizer, create_scaler, learning_rate
-from .run import Run, best_path, find_run, trained_weights
+from .run import Run, best_path, find_run, own_files, trained_weights
 from .validation import Validation
 
 READ_EVERY = {"cuda": 20, "cpu": 1}  # iterations between readings of the losses, for which the host waits
@@ -41,10 +41,19 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
         rank, world: this process and the number of processes; with several, all are members of torch.distributed.
 
     Raises:
-        OdtkError: bad data or settings, a file that cannot be read or written, a loss that is not finite.
-        SystemExit: 128 + signal, after SIGTERM or SIGINT, once the run is saved.
+        OdtkError: bad data or settings, a file that cannot be read or written or that another run writes, a loss that
+            is not finite.
+        SystemExit: 128 + signal, after SIGTERM, SIGINT or SIGHUP, once the run is saved.
     """
-    run = set_up(config, rank, world)
+    with own_files(config.path) if rank == 0 else nullcontext():
+        with exit_on_stop_signals() if rank == 0 else nullcontext():  # so that the lock is removed
+            run = set_up(config, rank, world)
+        train_loop(run, rank, world)
+
+
+def train_loop(run: Run, rank: int, world: int) -> None:
+    """The loop, from where the run stands to its end."""
+    config = run.config
     log = RunLog(config, run.iteration, run.iters) if rank == 0 else None
     meter = Meter(run.device)
     batches = iter(run.loader)
@@ -217,7 +226,8 @@ def finish_interval(
         raise OdtkError(not_finite_message(run, meter.not_finite_at))
     if stop or save_now or scheduled:  # first, so that no failure below can lose iterations
         if log is not None:
-            save(run.config.path, run.checkpoint())
+            with notice_if_slow(f"saving {run.config.path}"):
+                save(run.config.path, run.checkpoint())
         run.ranks.barrier()
         run.saved_at, run.save_time = run.iteration, time.monotonic()
     if log is not None:
@@ -241,7 +251,8 @@ def validate(run: Run, validation: Validation, log: RunLog | None) -> None:
         if metrics.ap > run.best_ap:
             run.best_ap = metrics.ap
             for path in (best_path(run.config.path), run.config.path):  # both, so that a resumed run knows the best AP
-                save(path, run.checkpoint())
+                with notice_if_slow(f"saving {path}"):
+                    save(path, run.checkpoint())
         log.validation(run.iteration, metrics, pictures)
 
 

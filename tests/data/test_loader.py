@@ -334,3 +334,21 @@ def test_batches_are_prepared_ahead_of_their_use(files, monkeypatch) -> None:
         time.sleep(0.01)
     assert len(rendered) == 1 + PREFETCH
     batches.close()
+
+
+def test_storage_that_does_not_answer_is_named(files: Dataset, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Once for a batch that waits, which comes all the same."""
+
+    def slow(sample: Sample) -> np.ndarray:
+        time.sleep(1.5 if sample.image.id == 3 else 0)
+        return render(sample)
+
+    loader = TorchLoader(files, config(batch=2))
+    whole = [batch.images for batch in loader]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(batch_module, "SLOW_SECONDS", 0.5)
+    monkeypatch.setattr(batch_module, "render", slow)
+    assert all(torch.equal(a, batch.images) for a, batch in zip(whole, loader, strict=True))
+    said = capsys.readouterr().err.splitlines()
+    path = files.images[2].path
+    assert said == [f"Warning: rank 0 has waited 0.5 s for {path} and 1 other: does the storage answer?"]

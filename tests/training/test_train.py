@@ -222,15 +222,120 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: int) -> Non
     monkeypatch.setattr(odtk.training.train, "detection_loss", interrupted)
 
 
-def test_an_interrupted_run_is_saved(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupted_run_is_saved(
+    number: signal.Signals, tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """SIGHUP is what a closed terminal or SSH connection sends."""
     config = settings(tmp_path / "m.pth", dataset, logdir=None)
-    before = signal.getsignal(signal.SIGINT)  # ignored where a shell started the tests in the background
-    stop_at(monkeypatch, 1, signal.SIGINT)
+    former = signal.getsignal(number)  # either may be ignored, as where a shell started the tests in the background
+    signal.signal(number, signal.SIG_DFL)
+    stop_at(monkeypatch, 1, number)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train(config)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, former)
+    assert stop.value.code == 128 + number
+    assert training_of(config.path)["iteration"] == 1 and os.listdir(tmp_path) == ["m.pth"]
+    assert f"{number.name}: saved {config.path} at iteration 1." in capsys.readouterr().out
+
+
+def test_a_second_run_on_the_same_file_is_refused(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the first, which ends as if there had been no other."""
+    config = settings(tmp_path / "m.pth", dataset, iters=2, logdir=None)
+    refusals: list[str] = []
+
+    def second(*args: Any, **kwargs: Any) -> Any:
+        if not refusals:
+            with pytest.raises(OdtkError) as error:
+                train(dataclasses.replace(config, override=True))
+            refusals.append(str(error.value))
+        return detection_loss(*args, **kwargs)
+
+    monkeypatch.setattr(odtk.training.train, "detection_loss", second)
+    train(config)
+    assert f"m.pth is in use by process {os.getpid()}" in refusals[0]
+    assert training_of(config.path)["iteration"] == 2 and os.listdir(tmp_path) == ["m.pth"]
+
+
+def test_a_stop_before_the_first_iteration_leaves_no_lock(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        assert (tmp_path / "m.pth.lock").exists()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(odtk.training.train, "create_loader", interrupted)
     with pytest.raises(SystemExit) as stop:
-        train(config)
-    assert stop.value.code == 130
-    assert training_of(config.path)["iteration"] == 1
-    assert signal.getsignal(signal.SIGINT) is before
+        train(settings(tmp_path / "m.pth", dataset, logdir=None))
+    assert stop.value.code == 143 and os.listdir(tmp_path) == []
+
+
+def test_a_run_removes_what_killed_ones_left(tmp_path: Path, dataset: Path) -> None:
+    left = [".m.pth.123.tmp", ".m.pth.0123abcd-123-89abcdef.tmp", ".m.best.pth.0123abcd-123-89abcdef.tmp"]
+    for name in (*left, ".other.pth.123.tmp"):
+        (tmp_path / name).touch()
+    train(settings(tmp_path / "m.pth", dataset, iters=1, logdir=None))
+    assert sorted(os.listdir(tmp_path)) == [".other.pth.123.tmp", "m.pth"]
+
+
+def test_a_slow_save_is_said(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def slow(path: str, checkpoint: files.Checkpoint) -> None:
+        time.sleep(0.5)
+        files.save(path, checkpoint)
+
+    config = settings(tmp_path / "m.pth", dataset, iters=1, logdir=None)
+    train(config)
+    assert "does the storage answer" not in capsys.readouterr().err
+    monkeypatch.setattr("odtk.training.log.SLOW_SECONDS", 0.1)
+    monkeypatch.setattr(odtk.training.train, "save", slow)
+    train(dataclasses.replace(config, iters=2))
+    said = capsys.readouterr().err
+    assert said == f"Warning: saving {config.path} takes more than 0.1 s: does the storage answer?\n"
+
+
+DAMAGE: dict[str, Any] = {
+    "iteration": "5",
+    "best": None,
+    "optimizer": {"state": {0: {"momentum_buffer": "x"}}},
+    "optimizer of another model": {"state": {0: {"momentum_buffer": torch.ones(2)}}},
+    "optimizer not finite": {"state": {0: {"momentum_buffer": torch.tensor([float("nan")])}}},
+    "optimizer without momentum": {"state": {}},
+    "scaler": {"scale": "x"},
+    "scaler without interval": {},
+    "average": {"a": 1},
+    "average of another model": {"a": torch.ones(1)},
+    "rng": torch.ones(3),
+    "rng short": torch.ones(3, dtype=torch.uint8),
+    "loader": {"seen": -1},
+    "loader without position": {},
+    "missing": None,
+}
+
+
+def test_a_damaged_run_is_refused_and_stays_as_it_is(tmp_path: Path, dataset: Path) -> None:
+    config = settings(tmp_path / "m.pth", dataset, iters=1, logdir=None, ema=None)
+    train(config)
+    whole = torch.load(config.path, weights_only=True)
+    for name, value in DAMAGE.items():
+        training = dict(whole["training"])
+        if name == "missing":
+            del training["rng"]
+        else:
+            training[name.split()[0]] = value
+        torch.save({**whole, "training": training}, config.path)
+        before = Path(config.path).read_bytes()
+        with pytest.raises(OdtkError, match=r"m\.pth cannot be (resumed|used)") as error:
+            train(dataclasses.replace(config, iters=2))
+        assert "\n" not in str(error.value), name
+        assert Path(config.path).read_bytes() == before and os.listdir(tmp_path) == ["m.pth"]
 
 
 def test_a_stopped_run_is_resumed_exactly(
