@@ -19,6 +19,7 @@ MIN_LEAVING = 3  # boxes that leave their image as x y w h; fewer decide nothing
 LEAVING = {"xyxy": 0.3, "cxcywh": 0.01}  # the least share of them in a file of that format
 REVERSED = 0.01  # the largest share of boxes whose x2 y2 are not beyond x1 y1, as no file is without mistakes
 LEAVING_STILL = 0.1  # how many of those that leave as x y w h may leave in the other format
+FAR = 1e12  # pixels
 TOLERANCE, RELATIVE_TOLERANCE = 2.0, 0.02  # pixels, and share of the image's side, by which a box may leave it
 NAMES = {"xyxy": "x1 y1 x2 y2", "cxcywh": "cx cy w h (center and size)"}
 
@@ -29,10 +30,10 @@ def find_format(boxes: np.ndarray, frames: np.ndarray, path: Path) -> str:
     Args:
         boxes: float [n, 5], n ≥ 1: the first four numbers of each bbox, all finite, the last two positive, and how many
             numbers it has (5: with an angle).
-        frames: [n, 2] width and height in pixels of each box's image.
+        frames: float [n, 2] width and height in pixels of each box's image.
         path: of the annotations, for the command.
     """
-    values, frames = boxes[:, :4].astype(np.float64), frames.astype(np.float64)
+    values = boxes[:, :4].clip(-FAR, FAR)  # numbers beyond would overflow, and say no more
     total = plural(len(values), "box", "boxes")
     if (np.abs(values) <= 1.0).all() and frames.min() > 1:
         command = _command(path, "normalized")

@@ -423,7 +423,7 @@ def format_fault(entries: Sequence[dict[str, Any]], sizes: Mapping[int, tuple[in
         if is_id(id) and id in sizes and not bbox_fault(entry, rotated=True) and not is_degenerate(entry["bbox"]):
             boxes.append(entry["bbox"][:4] + [len(entry["bbox"])])
             frames.append(sizes[id])
-    return find_format(np.array(boxes), np.array(frames), path) if boxes else ""
+    return find_format(np.array(boxes, dtype=np.float64), np.array(frames, dtype=np.float64), path) if boxes else ""
 
 
 def categories_of(content: dict[str, Any]) -> list[dict[str, Any]]:

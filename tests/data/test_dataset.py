@@ -1,6 +1,8 @@
 """One test for each rule of data/coco.py: what is fixed is counted; what is refused names file, id and reason."""
 
+import copy
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from PIL import ImageOps
 from odtk.categories import Category
 from odtk.config import OdtkError
 from odtk.data.check import check
-from odtk.data.coco import CocoReader, prepare_ground_truth
+from odtk.data.coco import CocoReader, load_json, prepare_ground_truth
 from odtk.data.dataset import Dataset, read
 from odtk.data.images import ImageError, decode, read_header
 from odtk.data.missing import NearestFiles
@@ -532,8 +534,64 @@ def test_check_remarks_on_what_may_be_a_mistake(coco) -> None:
     assert check(*clean).remarks == ()
 
 
-def test_whole_numbers_too_large_for_a_float_are_refused(coco) -> None:
+@pytest.mark.filterwarnings("error")
+def test_whole_numbers_too_large_for_a_float_are_refused_and_large_floats_are_not(coco) -> None:
+    huge = coco(annotations=[box(1, 7, 4, [1e308, -1e308, 1e308, 1e308]), box(2, 7, 4, [1, 1, 10**300, 5])])
+    assert [f.rule for f in read(*huge).faults] == ["box outside the image dropped", "box clipped to the image"]
     assert "bbox is not a list" in refusal(coco(annotations=[box(1, 7, 4, [1, 1, 10**400, 5])]))
+
+
+ODD: list[Any] = [None, True, -1, 0, 1.5, 1e308, float("nan"), float("-inf"), 10**400, 2**63, "", "..", "/", "\0", "x"]
+ODD += [
+    "a\0.jpg",
+    "C:\\x\\a.jpg",
+    "../images/a.jpg",
+    [],
+    {},
+    [0.1, 0.2, 0.3, 0.4],
+    [1e308] * 4,
+    [5e-324] * 4,
+    "é" * 300,
+]
+
+
+def mutated(generator: random.Random, content: dict[str, Any]) -> dict[str, Any]:
+    """A copy of annotations with one to four changes."""
+    content = copy.deepcopy(content)
+    for _ in range(generator.randint(1, 4)):
+        name = generator.choice(list(content))
+        entries, odd = content[name], copy.deepcopy(generator.choice(ODD))
+        entry = generator.choice(entries) if isinstance(entries, list) and entries else None
+        what = generator.random()
+        if not entry or what < 0.1:
+            content[name] = odd
+        elif what < 0.2:
+            entries.append(copy.deepcopy(entry))
+        elif what < 0.3 or not isinstance(entry, dict):
+            entries[generator.randrange(len(entries))] = odd
+        elif what < 0.6 and entry.get("bbox") and isinstance(entry["bbox"], list):
+            entry["bbox"][generator.randrange(len(entry["bbox"]))] = odd
+        else:
+            entry[generator.choice([*entry, "source", "iscrowd"])] = odd
+    return content
+
+
+@pytest.mark.filterwarnings("error")
+def test_mutated_annotations_give_a_dataset_or_one_sentence(coco) -> None:
+    path, folder = coco()
+    content, generator = json.loads(path.read_text()), random.Random(0)
+    read_whole = 0
+    for _ in range(150):
+        path.write_text(json.dumps(mutated(generator, content)))
+        try:
+            report = check(path, folder)
+            assert report.lines(verbose=False) is not None and report.summary(80, 100)
+            Dataset.load(path, folder, training=True, skip_damaged=True)
+            prepare_ground_truth(load_json(path), str(path))
+            read_whole += 1
+        except OdtkError as error:
+            assert str(error).endswith(".")
+    assert 10 < read_whole < 140
 
 
 def test_bccd_is_clean(bccd) -> None:
