@@ -9,7 +9,8 @@ A path is one of
 
 Some hold several splits: a data.yaml, VOC's own layout, a folder with train/ and valid/ of Roboflow, or one with
 train.json and val.json. PATH:SPLIT names one (data.yaml:val). Without it the split is train, and where something is
-measured (validation, infer, evaluate, export --verify) it is val: with_split.
+measured (validation, infer, evaluate, export --verify) it is val: with_split. Where there is only one split, it is
+taken; only --val-annotations insists on val, as nothing should be validated by mistake on what was learned.
 
 Images are looked for beside the annotations and in the usual places: find_images.
 """
@@ -90,10 +91,11 @@ def image_folder(annotations: str | Path) -> str:
     return str(load_annotations(annotations).images)
 
 
-def with_split(annotations: str, split: str) -> str:
-    """The annotations with a split named, if they hold several and none is named yet."""
+def with_split(annotations: str, split: str, *, strict: bool = False) -> str:
+    """The annotations with a split named, if they hold several (``strict``: or one) and none is named yet."""
     path, named = parse(annotations)
-    return annotations if named or None in sources(path) else f"{annotations}:{split}"
+    found = sources(path)
+    return annotations if named or None in found or (len(found) == 1 and not strict) else f"{annotations}:{split}"
 
 
 def parse(annotations: str | Path) -> tuple[Path, str | None]:
@@ -117,7 +119,7 @@ def find_source(annotations: str | Path) -> Source:
         if split:
             raise OdtkError(f"{path} is not divided into splits: give it without :{split}.")
         return found[None]
-    wanted = split or "train"
+    wanted = split or (next(iter(found)) if len(found) == 1 else "train")
     if wanted not in found:
         named = " or ".join(f"{path}:{name}" for name in found)
         raise OdtkError(f"{path} has no split {wanted!r}: give {named}." if found else f"{path} has no splits.")

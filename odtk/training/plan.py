@@ -74,7 +74,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
     )
     val_data = None
     if settings.val_annotations:
-        val_annotations = with_split(settings.val_annotations, "val")
+        val_annotations = with_split(settings.val_annotations, "val", strict=True)
         own = settings.val_images or settings.images or image_folder(val_annotations)
         val_data = dataclasses.replace(data, images=own, annotations=val_annotations, training=False)
     return TrainConfig(

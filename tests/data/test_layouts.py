@@ -120,6 +120,15 @@ def test_every_command_takes_the_split_that_is_meant_for_it(layout, tmp_path: Pa
     assert commands.images_of(None, f"{tmp_path}:val") == str(tmp_path / "val")
 
 
+def test_the_only_split_is_taken_but_not_to_validate_on(layout, tmp_path: Path) -> None:
+    path = layout("train/_annotations.coco.json", "train/a.jpg", "a.jpg")
+    assert load_annotations(tmp_path).path == path
+    assert commands.measured(str(tmp_path)) == str(tmp_path)
+    settings = TrainSettings(model="m.pth", annotations=str(tmp_path), val_annotations=str(tmp_path), devices="cpu")
+    with pytest.raises(OdtkError, match=r"has no split 'val': give .*:train\."):
+        plan(settings, 1)
+
+
 def test_a_folder_without_one_meaning_is_explained(layout, tmp_path: Path) -> None:
     with pytest.raises(OdtkError, match=r"has no annotations: no COCO JSON, no data\.yaml and no XML file"):
         load_annotations(tmp_path)

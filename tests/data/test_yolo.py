@@ -192,7 +192,7 @@ def test_a_damaged_image_is_one_fault_and_is_left_out_on_request(yolo) -> None:
         ("train: images/train\nnames: {cat: 0}", "the class 'cat'"),
         ("train: [3]\nnames: [a]", "data.yaml, train: 3 is not a path"),
         ("train: images/train\nnames: [a, b]\ncategory_ids: [1]", '"category_ids" is not a list of 2'),
-        ("val: images/val\nnames: [a]", "has no split 'train': give"),
+        ("val: images/val\ntest: images/val\nnames: [a]", "has no split 'train': give"),
     ],
 )
 def test_a_wrong_data_yaml_is_explained(yolo, text, words) -> None:
