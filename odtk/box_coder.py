@@ -7,8 +7,10 @@ center-ness logit, it comes after them and enters the score (ops.decode), not th
     anchor_deltas         dx, dy, dw, dh                   x1, y1, x2, y2
     rotated_deltas        dx, dy, dw, dh, sin θ, cos θ     x1, y1, x2, y2, sin θ, cos θ
     distances_centerness  l, t, r, b, center-ness logit    x1, y1, x2, y2
+    distances             l, t, r, b                       x1, y1, x2, y2
 
-Deltas are relative to an anchor. Distances are in strides from a cell's point, and ReLU is applied to them here.
+Deltas are relative to an anchor. Distances are in strides of the level from a cell's point to the left, top, right and
+bottom of the box, and ReLU is applied to them here.
 The exported graph (exporting/postprocess_graph.py) and C++ (csrc/cuda/box_coder.h) use the same names.
 """
 
@@ -29,7 +31,7 @@ class BoxCoder:
     Attributes:
         name: what ModelConfig.box_coder returns.
         number: the same in C++ (enum class BoxCoder) and in the plugins' field ``coder``. The first three are numbered
-            by their head_values, which is what the plugins of earlier engines stored there.
+            by their head_values, which is what the plugins of earlier engines stored there; later ones count on from 7.
         head_values: V, the numbers that the head regresses per anchor.
         box_values: the numbers of a decoded box: 4, or 6 if it is rotated.
         decode: (numbers [..., V], placed anchors [..., 4 or 5] in px, stride, (width, height) of the level in px) →
@@ -68,5 +70,6 @@ BOX_CODERS = {
         BoxCoder("anchor_deltas", number=4, head_values=4, box_values=4, decode=_decode_anchor_deltas),
         BoxCoder("rotated_deltas", number=6, head_values=6, box_values=6, decode=_decode_rotated_deltas),
         BoxCoder("distances_centerness", number=5, head_values=5, box_values=4, decode=_decode_distances),
+        BoxCoder("distances", number=7, head_values=4, box_values=4, decode=_decode_distances),
     )
 }

@@ -63,9 +63,14 @@ class ModelConfig:
         return bool(self.angles)
 
     @property
+    def anchor_free(self) -> bool:
+        """Whether boxes are regressed from the point of each cell, and not from anchors."""
+        return self.head in ("fcos", "dense")
+
+    @property
     def num_anchors(self) -> int:
-        """A, anchors per cell: scales × ratios × angles for RetinaNet, 1 (the point) for FCOS."""
-        if self.head == "fcos":
+        """A, anchors per cell: scales × ratios × angles for RetinaNet, 1 (the point) without anchors."""
+        if self.anchor_free:
             return 1
         return len(self.ratios) * len(self.scales) * max(1, len(self.angles))
 
@@ -74,6 +79,8 @@ class ModelConfig:
         """The name of the coder that says what the head's numbers per anchor mean: a key of box_coder.BOX_CODERS."""
         if self.head == "fcos":
             return "distances_centerness"
+        if self.head == "dense":
+            return "distances"
         return "rotated_deltas" if self.rotated else "anchor_deltas"
 
 

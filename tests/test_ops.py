@@ -16,7 +16,7 @@ THRESHOLD = 0.05
 
 
 def base_anchors(count: int, stride: int, *, rotated: bool = False, points: bool = False) -> Tensor:
-    """Random anchors [count, 4 or 5] at the cell (0, 0); or the one of FCOS."""
+    """Random anchors [count, 4 or 5] at the cell (0, 0); or the cell itself, whose center is the point."""
     if points:
         return torch.tensor([[0.0, 0.0, stride - 1.0, stride - 1.0]])
     half = torch.rand(count, 2) * 2 * stride + stride / 2
@@ -34,7 +34,7 @@ def random_head(
     level: float = -3.0,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
     """Logits, boxes, anchors and strides of levels with these sizes (h, w)."""
-    points, rotated = coder == "distances_centerness", coder == "rotated_deltas"
+    points, rotated = coder.startswith("distances"), coder == "rotated_deltas"
     anchors = 1 if points else anchors
     strides = [8 * 2**i for i in range(len(sizes))]
     return (
@@ -50,12 +50,14 @@ def sigmoid(x: float) -> float:
     return torch.tensor(x).sigmoid().item()
 
 
-def plain_box(numbers: list[float], anchor: list[float], x: int, y: int, stride: int, w: int, h: int) -> list[float]:
+def plain_box(
+    coder: str, numbers: list[float], anchor: list[float], x: int, y: int, stride: int, w: int, h: int
+) -> list[float]:
     """The formulas of boxes.py for one candidate, of the cell (x, y) of a level of w×h cells."""
     x1, y1, x2, y2 = (v + (x, y)[i % 2] * stride for i, v in enumerate(anchor[:4]))
     aw, ah = x2 - x1 + 1, y2 - y1 + 1
     cx, cy = x1 + 0.5 * aw, y1 + 0.5 * ah
-    if len(numbers) == 5:
+    if coder in ("distances", "distances_centerness"):
         left, top, right, bottom = (max(v, 0) * stride for v in numbers[:4])
         box = [cx - left, cy - top, cx + right - 1, cy + bottom - 1]
     else:
@@ -83,7 +85,7 @@ def plain_decode(head, *, image: int, top_n: int, coder: str) -> list[list[tuple
             score = sigmoid(logit)
             if coder == "distances_centerness":
                 score = math.sqrt(score * sigmoid(numbers[4]))
-            candidates.append((score, plain_box(numbers, anchors[a].tolist(), x, y, stride, w, h), c))
+            candidates.append((score, plain_box(coder, numbers, anchors[a].tolist(), x, y, stride, w, h), c))
         found.append(sorted(candidates, key=lambda candidate: -candidate[0])[:top_n])
     return found
 
@@ -147,7 +149,7 @@ def test_decode_orders_ties_by_index() -> None:
     assert all(torch.equal(a, b) for a, b in zip((scores, boxes, classes), once_more, strict=True))
 
 
-@pytest.mark.parametrize("coder", ["anchor_deltas", "distances_centerness"])
+@pytest.mark.parametrize("coder", ["anchor_deltas", "distances_centerness", "distances"])
 def test_equal_logits_are_ties_wherever_they_lie(coder: str) -> None:
     """torch's float32 sigmoid on the CPU differs in the last bit between a vector's body and its tail."""
     for logit in torch.randn(200).tolist():

@@ -109,6 +109,7 @@ ODTK_HD void decode_box(BoxCoder coder, const float* values, const Box& anchor, 
     case BoxCoder::kAnchorDeltas:
     case BoxCoder::kRotatedDeltas: corners = decode_deltas(values, anchor, image_width, image_height); break;
     case BoxCoder::kDistancesCenterness:
+    case BoxCoder::kDistances:
       corners = decode_distances(values, anchor, stride, image_width, image_height);
       break;
   }

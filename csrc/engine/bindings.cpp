@@ -134,6 +134,7 @@ void bind_kernels(py::module_& m) {
       .value("ANCHOR_DELTAS", odtk::BoxCoder::kAnchorDeltas)
       .value("ROTATED_DELTAS", odtk::BoxCoder::kRotatedDeltas)
       .value("DISTANCES_CENTERNESS", odtk::BoxCoder::kDistancesCenterness)
+      .value("DISTANCES", odtk::BoxCoder::kDistances)
       .finalize();
   m.attr("MAX_LEVELS") = odtk::kMaxLevels;
   m.attr("MAX_TOP_N") = odtk::kMaxTopN;

@@ -195,6 +195,7 @@ CORNERS: dict[str, Callable[[Writer, str, str, str, int, str], list[str]]] = {
     "anchor_deltas": corners_of_deltas,
     "rotated_deltas": corners_of_rotated_deltas,
     "distances_centerness": corners_of_distances,
+    "distances": corners_of_distances,
 }
 
 

@@ -23,9 +23,9 @@ def base_anchors(stride: int, config: ModelConfig) -> Tensor:
 
     Returns:
         [A, 4] x1, y1, x2, y2 in pixels of the input; [A, 5] with theta in radians when rotated; float32, on the CPU.
-        For FCOS [1, 4]: the cell itself as a box with inclusive corners, whose center is the point.
+        Without anchors [1, 4]: the cell itself as a box with inclusive corners, whose center is the point.
     """
-    if config.head == "fcos":
+    if config.anchor_free:
         return torch.tensor([[0.0, 0.0, stride - 1.0, stride - 1.0]], device="cpu")
     anchors = []
     for angle in config.angles or (None,):

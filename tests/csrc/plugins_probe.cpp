@@ -296,8 +296,8 @@ void print_former_name(const std::string& name, Creator& creator, std::vector<Pl
 }
 
 void probe_decode(Creator& creator) {
-  const std::int32_t strides[] = {8, 16}, two[] = {1, 1}, classes = 3, rotated = 6, fcos = 5, deltas = 4, top_n = 100,
-                     zero = 0, many = 99999;
+  const std::int32_t strides[] = {8, 16}, two[] = {1, 1}, classes = 3, rotated = 6, fcos = 5, deltas = 4, distances = 7,
+                     top_n = 100, zero = 0, many = 99999;
   const float threshold = 0.05f, bad_threshold = 1.5f;
   using T = PluginFieldType;
   const std::vector<PluginField> good = {{"strides", strides, T::kINT32, 2},
@@ -338,6 +338,9 @@ void probe_decode(Creator& creator) {
             .shapes({{-1, 6, 4, 5}, {-1, 6, 2, 3}, {-1, 12, 4, 5}, {-1, 12, 2, 3}, {2, 2, 4}}));
   print("decode.shapes.fcos", Probe(creator, create(creator, with(good, 2, &fcos, T::kINT32, 1)))
                                   .shapes({{-1, 3, 4, 5}, {-1, 3, 2, 3}, {-1, 5, 4, 5}, {-1, 5, 2, 3}, {2, 1, 4}}));
+  print("decode.shapes.distances",
+        Probe(creator, create(creator, with(good, 2, &distances, T::kINT32, 1)))
+            .shapes({{-1, 3, 4, 5}, {-1, 3, 2, 3}, {-1, 4, 4, 5}, {-1, 4, 2, 3}, {2, 1, 4}}));
   auto wrong = inputs(-1);
   wrong.pop_back();
   std::fprintf(stderr, "[decode.shapes.no_anchors]\n");

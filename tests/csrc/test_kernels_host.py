@@ -45,7 +45,9 @@ def test_nms_is_the_reference(kernels: ModuleType, case: Candidates) -> None:
     cases.assert_same(cases.suppressed(case, nms), cases.suppressed_by_score(case))
 
 
-@pytest.mark.parametrize("name", ["plain", "all_above_the_threshold", "all_tie", "fcos_ties_half"])
+@pytest.mark.parametrize(
+    "name", ["plain", "all_above_the_threshold", "all_tie", "fcos_ties_half", "distances_ties_half"]
+)
 def test_decode_does_not_depend_on_the_order_of_threads(kernels: ModuleType, name: str) -> None:
     head = next(head for head in HEADS if head.name == name)
     first = cases.decoded(head, decode)

@@ -201,6 +201,7 @@ def test_output_shapes_and_types(answers: Answers) -> None:
     assert answers.values["decode.shapes"] == "Nx136 Nx136x4 Nx136"
     assert answers.values["decode.shapes.rotated"] == "Nx136 Nx136x6 Nx136"
     assert answers.values["decode.shapes.fcos"] == "Nx78 Nx78x4 Nx78"
+    assert answers.values["decode.shapes.distances"] == "Nx78 Nx78x4 Nx78"
     assert answers.values["nms.shapes"] == "Nx100 Nx100x6 Nx100"
     assert answers.values["decode.types"] == answers.values["nms.types"] == "3: 0 0 3"
 
@@ -299,7 +300,7 @@ def run(host: Host, script: Script) -> Triple:
 
 AT_WORK = (
     *("plain", "half", "channels_last", "channels_last_half", "rotated_channels_last_half", "fcos", "ten_levels"),
-    "not_a_number",
+    *("not_a_number", "distances", "distances_channels_last_half"),
 )
 
 

@@ -168,11 +168,18 @@ def test_a_constant_beyond_fp16_is_refused(traced: onnx.ModelProto) -> None:
 # The postprocessing alone, on planted levels
 
 
+def detector_with_coder(config: ModelConfig) -> Detector:
+    """Anchors and strides of any head. The network is never run here, so it is always that of RetinaNet."""
+    detector = Detector(dataclasses.replace(config, head="retinanet"))
+    detector.config = config
+    return detector
+
+
 def on_levels(
     config: ModelConfig, cells: Sequence[tuple[int, int]], limits: PostprocessConfig, postprocessing: str = ""
 ) -> bytes:
     """The postprocessing of a graph whose inputs are the raw levels themselves."""
-    detector = Detector(config)
+    detector = detector_with_coder(config)
     shapes = [
         (f"{kind}_{i}", [None, config.num_anchors * channels, *cell])
         for kind, channels in (("logits", config.classes), ("boxes", BOX_CODERS[config.box_coder].head_values))
@@ -204,13 +211,13 @@ def random_levels(config: ModelConfig, cells: Sequence[tuple[int, int]], batch: 
 PYRAMID = ((12, 8), (6, 4), (3, 2), (2, 1), (1, 1))
 
 
-@pytest.mark.parametrize("head", ["retinanet", "fcos"])
+@pytest.mark.parametrize("head", ["retinanet", "fcos", "dense"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_postprocessing_is_the_reference(head: str, batch: int) -> None:
     config = dataclasses.replace(SMALL, head=head)
     limits = PostprocessConfig(score_threshold=0.1, nms_threshold=0.4, detections=60, top_n=50)
     logits, boxes = random_levels(config, PYRAMID, batch)
-    expected = by_torch(Detector(config), logits, boxes, limits)
+    expected = by_torch(detector_with_coder(config), logits, boxes, limits)
     assert (expected[0] > 0).sum() > 40 * batch
     assert_same(run(on_levels(config, PYRAMID, limits), feed_of(logits, boxes)), expected)
 
@@ -247,6 +254,23 @@ def test_fewer_candidates_than_rows() -> None:
     assert found[0].shape == (2, 50) and (found[0][:, 36:] == 0).all()
 
 
+def test_distances_that_are_no_numbers_are_those_of_the_reference() -> None:
+    """Four numbers per point: left, top, right, bottom; what is negative, NaN or infinite ends inside the level."""
+    config = dataclasses.replace(SMALL, head="dense")
+    logits, boxes = random_levels(config, PYRAMID, 2)
+    for level in boxes:
+        level.flatten()[::5] = torch.nan
+        level.flatten()[1::7] = torch.inf
+        level.flatten()[2::9] = -torch.inf
+    limits = PostprocessConfig(nms_threshold=1.0, detections=200)
+    expected = by_torch(detector_with_coder(config), logits, boxes, limits)
+    found = run(on_levels(config, PYRAMID, limits), feed_of(logits, boxes))
+    used = expected[0] > 0
+    assert used.sum() > 100 and expected[1].isfinite().all()
+    assert (expected[1][used][:, 2:] < expected[1][used][:, :2]).any()  # both distances 0: a box without area
+    assert_same(found, expected)
+
+
 def test_ties_thresholds_and_not_a_number_are_those_of_the_reference() -> None:
     logits = torch.full((1, 18, 4, 4), -5.0)
     logits[torch.rand(logits.shape) < 0.6] = 1.5  # many ties
@@ -258,8 +282,17 @@ def test_ties_thresholds_and_not_a_number_are_those_of_the_reference() -> None:
     assert_same(run(on_levels(C4, [(4, 4)], PostprocessConfig()), feed_of([logits], [boxes])), expected)
 
 
-@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, angles=ROTATED_ANGLES)], ids=["", "rotated"])
-def test_plugin_postprocessing_has_the_nodes_that_the_plugins_parse(config: ModelConfig) -> None:
+@pytest.mark.parametrize(
+    ("config", "coder"),
+    [
+        (SMALL, 4),
+        (dataclasses.replace(SMALL, angles=ROTATED_ANGLES), 6),
+        (dataclasses.replace(SMALL, head="fcos"), 5),
+        (dataclasses.replace(SMALL, head="dense"), 7),
+    ],
+    ids=["anchor_deltas", "rotated_deltas", "distances_centerness", "distances"],
+)
+def test_plugin_postprocessing_has_the_nodes_that_the_plugins_parse(config: ModelConfig, coder: int) -> None:
     """csrc/plugins: a missing, extra or mistyped attribute is refused there."""
     model = onnx.load_from_string(on_levels(config, PYRAMID, PostprocessConfig(), "plugins"))
     decode, nms = (node for node in model.graph.node if node.domain == "odtk")
@@ -276,7 +309,7 @@ def test_plugin_postprocessing_has_the_nodes_that_the_plugins_parse(config: Mode
     assert found == shared | {
         "strides": [8, 16, 32, 64, 128],
         "classes": 3,
-        "coder": 6 if config.rotated else 4,
+        "coder": coder,
         "score_threshold": pytest.approx(0.05),
         "top_n": 1000,
     }

@@ -38,6 +38,7 @@ LARGE = [
         top_n=1000,
         half=True,
     ),
+    Head("distances_large", classes=80, anchors=1, coder="distances", sizes=COCO[:3], mean=-4.0, top_n=1000, half=True),
     Head("odd_large", batch=5, classes=17, sizes=((101, 37), (51, 19)), mean=-4.0, top_n=1000, half=True),
 ]
 MANY = [

@@ -53,8 +53,11 @@ def test_rounded_anchors_are_those_of_odtk_0_2() -> None:
     assert anchors[1].tolist() == pytest.approx([4 - 12, 4 - 24, 4 + 12 - 1, 4 + 24 - 1, -math.pi / 6])
 
 
-def test_a_point_of_fcos_is_the_middle_of_its_cell() -> None:
-    anchors = base_anchors(16, ModelConfig(head="fcos"))
+@pytest.mark.parametrize("head", ["fcos", "dense"])
+def test_the_point_of_a_cell_is_its_middle(head: str) -> None:
+    config = ModelConfig(head=head)
+    anchors = base_anchors(16, config)
+    assert config.num_anchors == 1
     x1, y1, x2, y2 = anchors[0].tolist()
     assert anchors.shape == (1, 4)
     assert x1 + 0.5 * (x2 - x1 + 1) == y1 + 0.5 * (y2 - y1 + 1) == 8
