@@ -32,6 +32,7 @@ from .settings import (
     TrainSettings,
     VisualizeSettings,
 )
+from .text import say
 
 PRECISIONS = ("mixed", "fp16", "bf16", "fp32")  # in which a .pth can compute
 
@@ -225,7 +226,7 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[
 
         chosen, words = choose(detections, truth, config.draw_threshold)
         draw_detections(chosen, pictures)
-        print(f"The pictures in {config.draw} show {words}; --draw-threshold SCORE changes that.")
+        say(f"The pictures in {config.draw} show {words}; --draw-threshold SCORE changes that.")
     return detections
 
 
@@ -293,15 +294,15 @@ def check(settings: CheckSettings) -> bool:
     images = images_of(settings.images, settings.annotations)
     report = check(settings.annotations, images, rotated=settings.rotated_bbox, pixels=not settings.headers_only)
     for line in report.lines(verbose=settings.verbose) + report.summary(settings.resize, settings.max_size):
-        print(line)
+        say(line)
     if settings.annotations is None:
-        print(f"{plural(report.damaged, 'damaged image')} in {images}")
+        say(f"{plural(report.damaged, 'damaged image')} in {images}")
         return not report.damaged
     if settings.head != "fcos" and report.dataset.images:
         for line in anchor_advice(settings, report.dataset):
-            print(line)
+            say(line)
     fixed = len(report.faults) - report.refused
-    print(f"{plural(report.refused, 'fault')} would stop training, {fixed} would be fixed")
+    say(f"{plural(report.refused, 'fault')} would stop training, {fixed} would be fixed")
     return not report.refused
 
 
@@ -403,7 +404,8 @@ def visualize(settings: VisualizeSettings) -> list[str]:
         written += visualize.draw_ground_truth(data, output, count=count)
     if not written:
         raise OdtkError("Nothing to draw: give --detections, --annotations, --features, --anchors or --curves.")
-    print(f"Wrote {plural(len(written), 'picture')} to {output}.")
+    shown = f": detections that score above {settings.score_threshold:g}" if settings.detections else ""
+    say(f"Wrote {plural(len(written), 'picture')} to {output}{shown}.")
     return written
 
 
@@ -419,7 +421,7 @@ def convert(settings: ConvertSettings) -> None:
         box_format=settings.box_format,
         lossy=settings.lossy,
     ):
-        print(line)
+        say(line)
 
 
 def synth(settings: SynthSettings) -> None:
@@ -437,4 +439,4 @@ def synth(settings: SynthSettings) -> None:
     )
     height, width = settings.size[0], settings.size[-1]
     drawn = f"{plural(settings.images, 'image')} of {width}×{height} pixels"
-    print(f"Drew {drawn} into {settings.folder}: train/, val/ and their .json.")
+    say(f"Drew {drawn} into {settings.folder}: train/, val/ and their .json.")

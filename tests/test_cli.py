@@ -575,6 +575,8 @@ def test_synth_then_visualize_then_evaluate(tmp_path: Path, capsys) -> None:
     truth = json.loads((folder / "val.json").read_text())
     found = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth["annotations"]]
     (tmp_path / "found.json").write_text(json.dumps(found))
+    assert main(["visualize", *argv, "--detections", str(tmp_path / "found.json"), "--output", str(tmp_path / "p")]) == 0
+    assert "detections that score above 0.3." in capsys.readouterr().out
     figures = str(tmp_path / "figures.json")
     assert main(["evaluate", str(tmp_path / "found.json"), *argv[:2], "--output", figures]) == 0
     assert json.loads(Path(figures).read_text())["stats"]["AP"] == pytest.approx(1)
@@ -697,3 +699,16 @@ def test_the_length_in_epochs(coco: Path) -> None:
     assert (config.iters, config.warmup) == (1, 0)  # 2 images
     assert configured(coco, "--epochs", "25", "--batch", "2").iters == 25
     assert configured(coco, "--epochs", "0.5", "--batch", "1").iters == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["train", "m.pth", "--max-sise", "3"], "`odtk train` takes no --max-sise: did you mean --max-size?"),
+        (["infer", "m.pth", "--nonsense=1"], "`odtk infer --help` lists the flags"),
+        (["evaluate", "d.json", "more.json"], "`odtk evaluate` takes no more.json"),
+    ],
+)
+def test_an_unknown_argument_is_named_with_the_nearest_flag(argv: list[str], sentence: str, capsys) -> None:
+    assert main(argv) == 1
+    assert sentence in capsys.readouterr().err

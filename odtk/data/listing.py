@@ -28,10 +28,12 @@ def list_images(sources: Source | Sequence[Source]) -> list[Path]:
 
 
 def _list_one(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_file():
+    if not source:
+        raise OdtkError("The path of the images is empty: give a folder or files with --images.")
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path):  # and not path.is_file(), which raises for a name that is too long
         return [path]
-    if path.is_dir():
+    if os.path.isdir(path):
         paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
         if not paths:
             raise OdtkError(f"The folder {path} has no images ({', '.join(sorted(EXTENSIONS))}).")

@@ -196,7 +196,7 @@ def pixels_of(image: ImageLike) -> np.ndarray:
         OdtkError: an array or tensor is not of the form that predict takes, or it is nothing of the kind.
     """
     if isinstance(image, (str, os.PathLike)):
-        path = Path(image).expanduser()
+        path = Path(os.path.expanduser(image))
         return decode(path, read_header(path).orientation)
     if isinstance(image, (bytes, bytearray)):
         return decode_content(bytes(image))
@@ -217,8 +217,8 @@ def pixels_of(image: ImageLike) -> np.ndarray:
             raise OdtkError(f"A tensor must be RGB, uint8 [3, H, W], not {kind} {list(image.shape)}.")
         return image.detach().cpu().permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]
     raise OdtkError(
-        f"A {type(image).__name__} is not an image: give a path, the bytes of a file, a PIL image, a NumPy array uint8 "
-        "[H, W, 3] or a torch tensor uint8 [3, H, W]."
+        f"Not an image, but of type {type(image).__name__}: give a path, the bytes of a file, a PIL image, a NumPy "
+        "array uint8 [H, W, 3] or a torch tensor uint8 [3, H, W]."
     )
 
 
@@ -236,7 +236,7 @@ def record(image: ImageLike, number: int, header: Any, rotated: bool) -> Image:
     Raises:
         ImageError: it cannot be read.
     """
-    path = Path(name_of(image, number)).expanduser()
+    path = Path(os.path.expanduser(name_of(image, number)))
     if isinstance(header, ImageError):
         raise header
     if header is not None:
@@ -358,7 +358,7 @@ class Model:
         groups: Iterable[Sequence[ImageLike]]
         if isinstance(images, (str, os.PathLike)):
             paths = list_images(images)
-            single, groups = Path(images).expanduser().is_file(), [paths]
+            single, groups = os.path.isfile(os.path.expanduser(images)), [paths]
         elif single:
             groups = [[images]]  # type: ignore[list-item]
         elif not isinstance(images, Iterable):
@@ -381,8 +381,12 @@ class Model:
 
     def _predict_group(self, group: Sequence[ImageLike], first: int, batch: int, skip: bool) -> Iterator[Detections]:
         numbered = list(enumerate(group, start=first))
-        files = [number for number, image in numbered if isinstance(image, (str, os.PathLike))]
-        headers = dict(zip(files, read_headers([Path(group[n - first]).expanduser() for n in files]), strict=True))  # type: ignore[arg-type]
+        paths = {
+            number: Path(os.path.expanduser(image))
+            for number, image in numbered
+            if isinstance(image, (str, os.PathLike))
+        }
+        headers = dict(zip(paths, read_headers(list(paths.values())), strict=True))
         readable: dict[int, Image] = {}
         skipped: dict[int, Detections] = {}
         for number, image in numbered:
@@ -424,6 +428,7 @@ class Model:
                     continue
                 own = rows[ids == number]
                 yield own[np.argsort(-own[:, 1], kind="stable")]
+        dataset.images.clear()  # the idle loader keeps no pixels
         with self._lock:
             idle.append(loader)
 

@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-SIZE = {"resize": 48, "max_size": 80}
+SIZE: dict[str, Any] = {"resize": 48, "max_size": 80}
 
 
 def load(files: dict[str, str], name: str = "pth", **more: Any) -> Model:
@@ -127,7 +127,8 @@ def test_batches_are_made_as_infer_makes_them(files: dict[str, str], folder: Pat
 def test_a_second_prediction_reuses_the_loader_and_finds_the_same(files: dict[str, str], folder: Path) -> None:
     model = load(files)
     first, second = model.predict(folder), model.predict(folder)
-    assert [len(idle) for idle in model._idle.values()] == [1]
+    [[loader]] = model._idle.values()
+    assert loader.sampler.dataset.images == []  # it keeps no pixels
     for a, b in zip(first, second, strict=True):
         assert np.array_equal(a.rows, b.rows) and len(a)
 
@@ -175,9 +176,12 @@ def test_a_file_and_its_bytes_are_turned_by_exif_and_a_pil_image_is_not(files: d
         (np.zeros((0, 8, 3), dtype=np.uint8), r"not uint8 \[0, 8, 3\]"),
         (torch.zeros(8, 8, 3, dtype=torch.uint8), r"RGB, uint8 \[3, H, W\], not uint8 \[8, 8, 3\]"),
         (torch.zeros(3, 8, 8), r"not float32 \[3, 8, 8\]"),
-        (5, "A int is not an image"),
-        ([None], "A NoneType is not an image"),
+        (5, "Not an image, but of type int: give a path"),
+        ([None], "Not an image, but of type NoneType"),
         ("nowhere.png", "nowhere.png does not exist"),
+        ("x" * 5000, "does not exist"),
+        ("~nobody-here/x.png", "does not exist"),
+        ("", "is empty"),
         (["nowhere.png"], "Cannot read nowhere.png: the file is missing"),
         ("nothing/*.png", "No image matches"),
         (b"no image", "Cannot read image 1: the image cannot be read"),
@@ -191,9 +195,10 @@ def test_what_is_no_image_is_named(files: dict[str, str], image: Any, words: str
 def test_a_batch_of_nothing(files: dict[str, str], folder: Path) -> None:
     model = load(files)
     assert model.predict([]) == [] and list(model.predict([], stream=True)) == []
-    for batch in (0, 1.5, True):
+    wrong: list[Any] = [0, 1.5, True]
+    for batch in wrong:
         with pytest.raises(OdtkError, match="batch: "):
-            model.predict(folder, batch=batch)  # type: ignore[call-overload]
+            model.predict(folder, batch=batch)
 
 
 def test_a_pattern_gives_a_list_and_a_stream_takes_a_batch_at_a_time(files: dict[str, str], folder: Path) -> None:
@@ -224,7 +229,7 @@ def damaged(folder: Path, tmp_path: Path) -> Path:
     inside[len(good) // 2 : len(good) // 2 + 200] = bytes(200)
     whole = (folder / "1.jpg").read_bytes()
     for name, content in {"1.png": good, "2.jpg": whole[: len(whole) // 2], "3.png": inside, "4.png": good}.items():
-        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).write_bytes(bytes(content))
     return tmp_path
 
 
