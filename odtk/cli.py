@@ -8,6 +8,7 @@ is checked by the settings.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import traceback
@@ -34,6 +35,7 @@ from .settings import (
     flag,
     options,
 )
+from .text import printable
 
 SPAWNING = ("train", "infer", "benchmark")  # commands of several processes, which meet at --master
 COMMANDS: dict[str, tuple[type[Settings], Callable[..., Any], str]] = {
@@ -58,7 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for an error (one sentence on stderr), or that of exit_code.
     ODTK_DEBUG=1 adds the traceback."""
     try:
-        args = build_parser().parse_args(argv)
+        args, rest = build_parser().parse_known_args(argv)
+        if rest:
+            raise OdtkError(unknown_argument(args.command, rest[0]))
         settings = settings_of(args)
         more = {"master": args.master} if args.command in SPAWNING else {}
         with commands.explaining():
@@ -86,8 +90,16 @@ def exit_code(command: str, result: Any) -> int:
 def fail(sentence: str) -> int:
     if os.environ.get("ODTK_DEBUG") == "1":
         traceback.print_exc()
-    print(f"odtk: {sentence}", file=sys.stderr)
+    print(f"odtk: {printable(sentence)}", file=sys.stderr)
     return 1
+
+
+def unknown_argument(command: str, argument: str) -> str:
+    """The sentence for a flag or a word that a command does not take; the nearest flag is offered."""
+    flags = [flag(name) for name in options(COMMANDS[command][0])]
+    near = difflib.get_close_matches(argument.partition("=")[0], flags, n=1) if argument.startswith("-") else []
+    offer = f"did you mean {near[0]}?" if near else f"`odtk {command} --help` lists the flags."
+    return f"`odtk {command}` takes no {argument}: {offer}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -575,7 +575,9 @@ def test_synth_then_visualize_then_evaluate(tmp_path: Path, capsys) -> None:
     truth = json.loads((folder / "val.json").read_text())
     found = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth["annotations"]]
     (tmp_path / "found.json").write_text(json.dumps(found))
-    assert main(["visualize", *argv, "--detections", str(tmp_path / "found.json"), "--output", str(tmp_path / "p")]) == 0
+    assert (
+        main(["visualize", *argv, "--detections", str(tmp_path / "found.json"), "--output", str(tmp_path / "p")]) == 0
+    )
     assert "detections that score above 0.3." in capsys.readouterr().out
     figures = str(tmp_path / "figures.json")
     assert main(["evaluate", str(tmp_path / "found.json"), *argv[:2], "--output", figures]) == 0
