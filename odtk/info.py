@@ -87,7 +87,7 @@ def kernels_ability() -> bool | str:
 def tensorrt_ability() -> bool | str:
     """True if TensorRT engines can be built and run here, else why not."""
     try:
-        require_tensorrt()
+        require_tensorrt(build=True)
     except OdtkError as error:
         return str(error)
     return True

@@ -43,7 +43,8 @@ def require_tensorrt(*, build: bool = False) -> Any:
             "beside NvInfer.h and run `pip install .` again)"
         )
     if missing:
-        raise OdtkError(f"A .plan or .engine needs {' and '.join(missing)}; an .onnx needs none of this.")
+        what = "Building" if build else "Running"
+        raise OdtkError(f"{what} a .plan or .engine needs {' and '.join(missing)}; an .onnx needs none of this.")
     assert extension is not None
     try:
         extension.tensorrt_version()

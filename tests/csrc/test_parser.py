@@ -1,10 +1,11 @@
-"""TensorRT 8.6's own ONNX parser, without a GPU: it finds our plugins for their nodes and hands over every attribute."""
+"""TensorRT 8.6's own ONNX parser, without a GPU: it finds our plugins for their nodes and hands over all attributes."""
 
 from __future__ import annotations
 
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -61,7 +62,7 @@ def plugin_nodes(metadata: Metadata) -> ModelProto:
     return made
 
 
-def serialized(*fields: tuple[str, list[float]]) -> str:
+def serialized(*fields: tuple[str, Sequence[float]]) -> str:
     """What PluginBase writes for TensorRT 8: for each field its length and its numbers, in hexadecimal."""
     return b"".join(struct.pack(f"<i{len(values)}{kind}", len(values), *values) for kind, values in fields).hex()
 
