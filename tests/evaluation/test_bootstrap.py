@@ -75,6 +75,17 @@ def test_the_set_itself_has_pycocotools_ap(seed: int) -> None:
     assert found_ap[0] == pytest.approx(expected, abs=1e-12)
 
 
+def test_rotated_boxes_have_their_own_overlap() -> None:
+    truth = dataset(0)
+    found = detections(truth, 0, 2.0)
+    for entry in (*truth["annotations"], *found):
+        entry["bbox"] = [*entry["bbox"], 0.3 + 0.01 * entry["image_id"]]
+    expected = run_cocoeval(found, truth).stats[0]
+    upright = run_cocoeval(found, truth, rotated=False).stats[0]
+    ap = average_precision(matches(truth, found), np.ones((1, IMAGES), int))[0]
+    assert ap == pytest.approx(expected, abs=1e-12) != pytest.approx(upright, abs=1e-3)
+
+
 def test_a_resample_has_the_ap_of_its_images_written_out() -> None:
     """Images drawn twice, images not drawn, and a category that a resample lacks."""
     truth = dataset(0)
