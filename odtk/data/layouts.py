@@ -88,6 +88,9 @@ def load_annotations(
 
 def image_folder(annotations: str | Path) -> str:
     """The folder of the images of some annotations."""
+    source = find_source(annotations)
+    if source.format == "yolo":  # whose sizes and labels take as long to read as there are images
+        return str(yolo.find_images(yolo.read_yaml(source.path), source.path, source.split or "train")[1])
     return str(load_annotations(annotations).images)
 
 

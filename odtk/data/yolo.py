@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,29 @@ def load(
     """
     content = read_yaml(path)
     categories = read_names(content, path)
+    names, folder = find_images(content, path, split, images)
+    labels = {name: find_labels(names[name], folder, name, path.parent) for name in sorted(names)}
+    if not any(labels.values()):
+        first = next(iter(labels))
+        raise OdtkError(
+            f"None of the {len(labels)} images of {path}, {split}, has labels: that of {names[first]} would be "
+            f"{label_path(names[first])}."
+        )
+    return assemble(labels, folder, categories, rotated), folder
+
+
+def find_images(
+    content: dict[str, Any], path: Path, split: str, images: Path | None = None
+) -> tuple[dict[str, str], Path]:
+    """The images of a split: their paths as data.yaml gives them, by their names in a folder; and that folder.
+
+    Args:
+        content: of the data.yaml at ``path``.
+        split, images: as load takes them.
+
+    Raises:
+        OdtkError: there are none.
+    """
     key = splits_of(content).get(split)
     if key is None:
         raise OdtkError(f"{path} has no split {split!r}.")
@@ -90,15 +113,7 @@ def load(
         listed = [os.path.abspath(file) for file in listed]
     root = Path(os.path.commonpath([os.path.dirname(file) for file in listed]))
     names = {os.path.relpath(file, root).replace(os.sep, "/"): file for file in listed}
-    folder = images or root
-    labels = {name: find_labels(names[name], folder, name, path.parent) for name in sorted(names)}
-    if not any(labels.values()):
-        first = next(iter(labels))
-        raise OdtkError(
-            f"None of the {len(labels)} images of {path}, {key}, has labels: that of {names[first]} would be "
-            f"{label_path(names[first])}."
-        )
-    return assemble(labels, folder, categories, rotated), folder
+    return names, images or root
 
 
 def read_names(content: dict[str, Any], path: Path) -> list[dict[str, Any]]:
@@ -178,11 +193,11 @@ def read_list(path: Path, base: Path) -> list[str]:
 
 def label_path(image: str) -> str:
     """Where YOLO keeps the labels of an image: images/…/a.jpg → labels/…/a.txt; without such a folder, beside it."""
-    parts = list(Path(image).with_suffix(".txt").parts)
-    at = [i for i, part in enumerate(parts[:-1]) if part == "images"]
+    *folders, name = image.split("/")
+    at = [i for i, part in enumerate(folders) if part == "images"]
     if at:
-        parts[at[-1]] = "labels"
-    return str(Path(*parts))
+        folders[at[-1]] = "labels"
+    return "/".join([*folders, os.path.splitext(name)[0] + ".txt"])
 
 
 def find_labels(image: str, folder: Path, name: str, base: Path) -> str | None:
@@ -193,10 +208,16 @@ def find_labels(image: str, folder: Path, name: str, base: Path) -> str | None:
         folder, name: where it is if --images says so.
         base: the folder of data.yaml.
     """
-    text = PurePosixPath(name).with_suffix(".txt")
-    candidates = [label_path(image), str(Path(image).with_suffix(".txt"))]
-    candidates += [label_path(str(folder / name)), str(folder / text), str(base / "labels" / text)]
-    return next((file for file in candidates if os.path.isfile(file)), None)
+
+    def candidates() -> Iterator[str]:  # most often it is the first
+        yield label_path(image)
+        yield os.path.splitext(image)[0] + ".txt"
+        text = os.path.splitext(name)[0] + ".txt"
+        yield label_path(str(folder / name))
+        yield str(folder / text)
+        yield str(base / "labels" / text)
+
+    return next((file for file in candidates() if os.path.isfile(file)), None)
 
 
 def assemble(

@@ -12,7 +12,7 @@ from odtk import commands
 from odtk.cli import main
 from odtk.config import OdtkError
 from odtk.data.dataset import Dataset
-from odtk.data.layouts import find_images, load_annotations, with_split
+from odtk.data.layouts import find_images, image_folder, load_annotations, with_split
 from odtk.evaluation.evaluate import evaluate
 from odtk.settings import TrainSettings
 from odtk.training.plan import plan
@@ -60,6 +60,7 @@ def layout(tmp_path: Path) -> Callable[[str, str, str], Path]:
 def test_images_are_found_where_tools_put_them(layout, tmp_path: Path, annotations: str, image: str, name: str) -> None:
     path = layout(annotations, image, name)
     folder = load_annotations(path).images
+    assert image_folder(path) == str(folder)
     (found,) = Dataset.load(path, folder, training=True).images
     assert found.path.resolve() == (tmp_path / image).resolve() and found.id == 5
     if "\\" in name or name[0] in "/.":  # of another machine: understood also where --images is given

@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from odtk.categories import Category
 from odtk.config import OdtkError
 from odtk.data.dataset import Dataset, read
-from odtk.data.layouts import load_annotations
+from odtk.data.layouts import image_folder, load_annotations
 from odtk.data.records import DAMAGED
 from odtk.data.yolo import corners_of, rectangle_around
 from odtk.evaluation.evaluate import evaluate
@@ -57,7 +57,7 @@ def test_a_split_becomes_images_boxes_and_categories(yolo) -> None:
     assert dataset.warnings() == []
     val = load_annotations(f"{path}:val")
     assert [image["file_name"] for image in val.content["images"]] == ["c.jpg"]
-    assert val.images == path.parent / "images" / "val"
+    assert val.images == path.parent / "images" / "val" and image_folder(f"{path}:val") == str(val.images)
 
 
 @pytest.mark.parametrize(
