@@ -698,6 +698,16 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
         shown="with annotations the one of the best F1, else the best 20 of each image",
     )
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> InferSettings:
+        """As Settings.of; a model that was named after several images, as in `--images DIR MODEL`, is the model."""
+        images = values.get("images")
+        if values.get("model") is None and isinstance(images, (list, tuple)) and len(images) > 1:
+            last = str(images[-1])
+            if os.path.splitext(last)[1] in (".pth", ".onnx", ".plan", ".engine"):
+                values = {**values, "model": last, "images": images[:-1]}
+        return super().of(values)
+
     def check(self) -> None:
         if self.annotations and self.images and len(self.images) > 1:
             raise OdtkError("--images takes one folder where --annotations says which images to use.")

@@ -46,6 +46,8 @@ NEEDS: dict[str, dict[str, Any]] = {  # what else must be given for an option to
     "int8": {"calibration_images": "c"},
     "features": {"model": "m.pth"},
     "draw_threshold": {"draw": "pictures"},
+    "hardware_compatible": {"output": "m.plan"},
+    "version_compatible": {"output": "m.plan"},
     "anchors": {"model": "m.pth", "annotations": "a.json"},
 }
 
@@ -219,6 +221,14 @@ def test_files_that_are_no_settings(text: str, sentence: str, tmp_path: Path) ->
 
 
 def test_settings_of_other_commands() -> None:
+    after = from_flags("infer", "--images", "photos", "m.onnx")
+    assert (
+        after
+        == from_flags("infer", "m.onnx", "--images", "photos")
+        == InferSettings(model="m.onnx", images=("photos",))
+    )
+    with pytest.raises(OdtkError, match=r"MODEL\..* is required"):
+        from_flags("infer", "--images", "photos", "a.jpg")
     assert InferSettings(model="m.onnx", detections=50).thresholds == {"detections": 50}
     assert ExportSettings(model="m.pth", output="m.onnx", size=(800,)).height_width == (800, 800)
     assert ExportSettings(model="m.pth", output="m.onnx").height_width is None
