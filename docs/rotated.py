@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from odtk.config import LoaderConfig
 from odtk.data.synthetic import synthesize
-from odtk.inference.drawing import coco_to_outline
 from odtk.evaluation.visualize import draw_ground_truth
+from odtk.inference.drawing import coco_to_outline
 
 SIDE = 480
 BOX = (120.0, 190.0, 240.0, 120.0)  # x, y, w, h
