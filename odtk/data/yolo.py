@@ -52,6 +52,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def shown(value: Any) -> str:
+    """A value of YAML in a message. Lists are not written out: aliases make short ones without bound (a YAML bomb)."""
+    return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, dict) else repr(value)
+
+
 def splits_of(content: dict[str, Any]) -> dict[str, str]:
     """The splits that a data.yaml has, each with the key that it stands under."""
     found = {split: next((key for key in keys if content.get(key)), "") for split, keys in SPLITS.items()}
@@ -103,7 +108,7 @@ def find_images(
         raise OdtkError(f"{path} has no split {split!r}.")
     listed = list_images(content[key], base_of(content, path), f"{path}, {key}")
     if not listed and images is None:
-        raise OdtkError(f"{path} finds no images for {key}: {content[key]!r}; give their folder with --images.")
+        raise OdtkError(f"{path} finds no images for {key}: {shown(content[key])}; give their folder with --images.")
     if not listed:
         assert images is not None
         listed = images_in(images)
@@ -131,7 +136,7 @@ def read_names(content: dict[str, Any], path: Path) -> list[dict[str, Any]]:
         if type(number) is not int or not 0 <= number < 2**63:
             raise OdtkError(f'{path}: the class {number!r} in "names" is not a whole number, 0 or more.')
         if isinstance(name, bool) or not isinstance(name, (str, int, float)):
-            raise OdtkError(f"{path}: the name {name!r} of class {number} is not a text: put it in quotes.")
+            raise OdtkError(f"{path}: the name {shown(name)} of class {number} is not a text: put it in quotes.")
     classes = sorted(names)
     ids = content.get("category_ids", classes)
     if (
@@ -162,7 +167,7 @@ def list_images(value: Any, base: Path, where: str) -> list[str]:
     found: list[str] = []
     for part in value if isinstance(value, list) else [value]:
         if not isinstance(part, str):
-            raise OdtkError(f"{where}: {part!r} is not a path.")
+            raise OdtkError(f"{where}: {shown(part)} is not a path.")
         # Roboflow writes ../train/images for what is at train/images.
         for candidate in (base / part, base / part.removeprefix("../")):
             if os.path.isdir(candidate):

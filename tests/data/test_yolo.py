@@ -1,5 +1,6 @@
 """YOLO datasets: what is read from them, which place a fault names, and that damaged files are errors of ours."""
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,19 @@ def test_a_wrong_data_yaml_is_explained(yolo, text, words) -> None:
     with pytest.raises(OdtkError) as caught:
         load_annotations(path)
     assert "data.yaml" in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "place", ["names: [*i]\ntrain: images/train", "names: [a]\ntrain: [*i]", "train: *i\nnames: [*i]"]
+)
+def test_a_short_file_that_unfolds_without_bound_is_refused_at_once(yolo, place: str) -> None:
+    path = yolo()
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghi"))
+    path.write_text(bomb + place)
+    with pytest.raises(OdtkError) as caught:
+        load_annotations(path)
+    assert "a list is not a" in str(caught.value) or "the name a list of class 0" in str(caught.value)
 
 
 def test_images_without_any_labels_are_explained(yolo) -> None:
