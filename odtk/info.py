@@ -17,6 +17,7 @@ from .exporting.engine import require_tensorrt
 from .inference.backends import open_backend
 from .model.checkpoint import load
 from .ranks import silent
+from .text import printable
 
 PACKAGES = (
     "torch",
@@ -148,9 +149,9 @@ def print_file(found: dict[str, Any]) -> None:
     """Prints what describe_file found, one value a line."""
     for name, value in found.items():
         if isinstance(value, dict):
-            print(f"{name}:")
+            print(f"{printable(name)}:")
             for key, one in value.items():
-                print(f"  {key:22} {format_value(one)}")
+                print(f"  {printable(key):22} {format_value(one)}")
         else:
             print(f"{name:24} {format_value(value)}")
 
@@ -158,4 +159,4 @@ def print_file(found: dict[str, Any]) -> None:
 def format_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(format_value, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else printable(value)

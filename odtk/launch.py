@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from .config import OdtkError
-from .text import plural
+from .text import plural, printable
 
 Job = Callable[[Any, int, int], Any]  # job(config, rank, world)
 
@@ -367,7 +367,7 @@ def raise_first_error(codes: list[int | None], failures: list[tuple[float, Failu
     if failures:
         _, first = min(failures, key=lambda entry: entry[0])
         if first.trace:
-            print(first.trace, file=sys.stderr, flush=True)
+            print("\n".join(map(printable, first.trace.splitlines())), file=sys.stderr, flush=True)
             raise OdtkError(f"Rank {first.rank} of {world} failed, which ended the run: {first.message}")
         raise OdtkError(first.message)
     if any(codes):

@@ -16,3 +16,8 @@ def printable(text: object) -> str:
     return "".join(
         c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode("ascii") for c in str(text)
     )
+
+
+def say(line: str) -> None:
+    """Prints a line in which a user's names may stand."""
+    print(printable(line), flush=True)

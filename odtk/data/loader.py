@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from ..config import LoaderConfig, OdtkError
+from ..text import printable
 from .batch import Loader
 from .dataset import Dataset
 from .torch_loader import TorchLoader
@@ -20,7 +21,7 @@ def create_loader(dataset: Dataset, config: LoaderConfig) -> Loader:
     """
     if config.rank == 0:
         for warning in dataset.warnings():
-            print(f"Warning: {warning}", file=sys.stderr)
+            print(f"Warning: {printable(warning)}", file=sys.stderr)
     if config.loader == "torch":
         return TorchLoader(dataset, config)
     if config.loader != "dali":

@@ -24,7 +24,7 @@ from ..files import write_json
 from ..inference.backends import Backend, open_backend
 from ..inference.infer import loader_config
 from ..ranks import gather, silent
-from ..text import plural
+from ..text import plural, printable
 
 DEFAULT_SIZE = (800, 1280)  # H, W for a model that takes any size
 PERCENTILES = (50, 90, 99)
@@ -148,7 +148,7 @@ def print_report(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
     shape = "×".join(map(str, figures["input"]))
-    title = f"{figures['model']}: {figures['backend']}, {figures['precision']}, {shape}"
+    title = f"{printable(figures['model'])}: {figures['backend']}, {figures['precision']}, {shape}"
     table = Table(title=title, title_justify="left")
     columns = ["what is timed", "images/s", *(f"p{p} ms" for p in PERCENTILES)]
     for i, column in enumerate(columns):
@@ -156,7 +156,7 @@ def print_report(figures: dict[str, Any]) -> None:
     for name, run in figures["runs"].items():
         latencies = [f"{ms:.2f}" for ms in run["latency ms"].values()]
         table.add_row(name, f"{run['images per second']:.1f}", *latencies)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
     console.print(table)
     console.print("Memory: " + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in figures["memory"].items()))
     console.print(f"On {figures['machine']}", highlight=False)

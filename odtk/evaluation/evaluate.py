@@ -25,6 +25,7 @@ from ..config import OdtkError
 from ..data.coco import categories_of, entry_fault, is_number, prepare_ground_truth
 from ..data.layouts import load_annotations
 from ..ops import rotated_iou
+from ..text import printable
 
 STATS = (
     "AP",
@@ -299,9 +300,9 @@ def print_metrics(metrics: Metrics) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names are names, whatever is in them
     if not console.is_terminal:
-        console = Console(width=120)  # a file or a pipe does not limit the width
+        console = Console(markup=False, emoji=False, width=120)  # a file or a pipe does not limit the width
     figures = Table(title="COCO figures", title_justify="left")
     for name in STATS:
         figures.add_column(name, justify="right")
@@ -318,7 +319,8 @@ def print_metrics(metrics: Metrics) -> None:
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for c in metrics.classes:
-        table.add_row(str(c.id), c.name, format_figure(c.ap), format_figure(c.ap50), str(c.images), str(c.instances))
+        figures_of_class = (format_figure(c.ap), format_figure(c.ap50), str(c.images), str(c.instances))
+        table.add_row(str(c.id), printable(c.name), *figures_of_class)
     console.print(table)
 
 

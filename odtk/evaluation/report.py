@@ -20,7 +20,7 @@ from .. import __version__
 from ..data.images import ImageError, decode
 from ..data.records import Image
 from ..inference.drawing import LEGIBLE, annotate, coco_to_shapes
-from ..text import plural
+from ..text import plural, printable
 from .bootstrap import CONFIDENCE, Comparison, Matches
 from .evaluate import Metrics
 
@@ -168,22 +168,22 @@ def summarize(name: str, found: Comparison) -> str:
 
 def print_verdict(verdict: Verdict, path: str) -> None:
     """Prints the tables, for INT8 the most costly layers, and the verdict on the file ``path``."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names are names, whatever is in them
     names = [run.name for run in verdict.runs]
     for title, columns, rows in (
-        (f"{path} on the verification set", COLUMNS, run_rows(verdict)),
+        (f"{printable(path)} on the verification set", COLUMNS, run_rows(verdict)),
         ("AP per class", ("class", *names), class_rows(verdict)),
     ):
         table = RichTable(title=title)
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(printable, row))
         console.print(table)
     if verdict.layer_costs:
         worst = list(verdict.layer_costs.items())[:5]
-        print("Most costly layers in INT8: " + ", ".join(f"{name} ({value:.2g} %)" for name, value in worst))
-        print("In FP16: " + (", ".join(verdict.fp16_layers) or "none; every convolution is INT8"))
+        print("Most costly layers in INT8: " + ", ".join(f"{printable(name)} ({value:.2g} %)" for name, value in worst))
+        print("In FP16: " + (", ".join(map(printable, verdict.fp16_layers)) or "none; every convolution is INT8"))
     print(summarize(verdict.runs[-1].name, verdict.comparison))
 
 

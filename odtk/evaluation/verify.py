@@ -37,7 +37,7 @@ from ..model.checkpoint import build_detector, load
 from ..model.detector import Detector
 from ..postprocess import Detections, postprocess
 from ..ranks import silent
-from ..text import plural
+from ..text import plural, printable
 from .bootstrap import compare, matches_of
 from .evaluate import filter_categories, metrics_of, run_cocoeval
 from .report import Run, Verdict, html_page, print_verdict, score_sums, summarize
@@ -87,7 +87,7 @@ def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: 
     ):
         with atomic_write(f"{config.output}.verify.{suffix}") as file:
             file.write(text.encode())
-    print(f"Report: {config.output}.verify.html and .json")
+    print(f"Report: {printable(config.output)}.verify.html and .json")
     return verdict
 
 

@@ -13,7 +13,7 @@ from onnx import ModelProto
 from ..config import ExportConfig, LoaderConfig, OdtkError
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
-from ..text import plural
+from ..text import plural, printable
 from .calibration_table import CalibrationTable, load_table, save_table, table_path
 from .graph import with_outputs
 from .precision import INT8_MAX, quantizable_activations
@@ -45,7 +45,7 @@ def load_or_calibrate(model: ModelProto, config: ExportConfig, weights_hash: str
         if table.size != config.input_size:
             own, wanted = ("×".join(map(str, size)) for size in (table.size, config.input_size))
             raise OdtkError(f"{path} was calibrated at {own}, not {wanted}: calibrate again with images.")
-        print(f"Read the INT8 scales of {plural(len(table.scales), 'tensor')} from {path}.")
+        print(f"Read the INT8 scales of {plural(len(table.scales), 'tensor')} from {printable(path)}.")
         fp16_layers = tuple(dict.fromkeys([*table.fp16_layers, *config.fp16_layers]))
         return dataclasses.replace(table, fp16_layers=fp16_layers)
     if not config.calibration_images:
@@ -62,7 +62,7 @@ def load_or_calibrate(model: ModelProto, config: ExportConfig, weights_hash: str
         weights_hash, config.input_size, config.calibration_method, files, scales, config.fp16_layers
     )
     save_table(path, table)
-    print(f"Wrote the INT8 scales of {plural(len(scales), 'tensor')} to {path}.")
+    print(f"Wrote the INT8 scales of {plural(len(scales), 'tensor')} to {printable(path)}.")
     return table
 
 

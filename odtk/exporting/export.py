@@ -14,6 +14,7 @@ from ..data.sampler import round_up
 from ..files import atomic_write
 from ..model.checkpoint import Checkpoint, build_detector, load, trained_size, weights_hash
 from ..model.detector import Detector
+from ..text import printable
 from .calibration import load_or_calibrate
 from .calibration_table import CalibrationTable, table_path
 from .engine import build_engine, require_tensorrt
@@ -65,7 +66,7 @@ def export(config: ExportConfig) -> ExportResult:
     with atomic_write(config.output) as file:
         file.write(content)
     size = "×".join(map(str, config.input_size))
-    print(f"Wrote {config.output}: {config.precision}, {size}, {len(content) / 2**20:.1f} MiB.")
+    print(f"Wrote {printable(config.output)}: {config.precision}, {size}, {len(content) / 2**20:.1f} MiB.")
     return ExportResult(
         path=config.output,
         bytes=len(content),

@@ -25,7 +25,7 @@ from ..exporting.session import open_session
 from ..model import checkpoint
 from ..postprocess import Detections, postprocess
 from ..ranks import silent
-from ..text import plural
+from ..text import plural, say
 
 
 class Backend:
@@ -123,7 +123,7 @@ class TorchBackend(Backend):
 class OnnxBackend(Backend):
     """An .onnx file through ONNX Runtime, on the CPU or with CUDA; images and results go through the CPU's memory."""
 
-    def __init__(self, path: str, *, device: str, log: Callable[[str], None] = print) -> None:
+    def __init__(self, path: str, *, device: str, log: Callable[[str], None] = say) -> None:
         import onnxruntime
 
         providers: list[Any] = ["CPUExecutionProvider"]
@@ -232,7 +232,7 @@ def open_backend(
     precision: str,
     thresholds: PostprocessConfig | None,
     explicit: Sequence[str] = (),
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
 ) -> Backend:
     """The backend for a file, chosen by its suffix.
 

@@ -17,7 +17,7 @@ from ..data.records import DAMAGED
 from ..data.sampler import round_up
 from ..files import check_writable, write_json
 from ..ranks import gather, new_cpu_group, silent
-from ..text import plural
+from ..text import plural, say
 from .backends import Backend, open_backend
 from .detect import ProgressCallback, detect
 
@@ -44,7 +44,7 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
         thresholds=config.postprocess,
         explicit=config.explicit,
     )
-    log = print if rank == 0 else silent
+    log = say if rank == 0 else silent
     data = loader_config(as_trained(config, backend, log), backend, log)
     dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated, skip_damaged=data.skip_damaged)
     categories = match_categories(backend, dataset.categories, log)
@@ -71,7 +71,7 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     return detections
 
 
-def as_trained(config: InferConfig, backend: Backend, log: Callable[[str], None] = print) -> LoaderConfig:
+def as_trained(config: InferConfig, backend: Backend, log: Callable[[str], None] = say) -> LoaderConfig:
     """config.data at the size that the model was trained at, where no other is asked for; a difference is logged."""
     data = config.data
     if backend.resize is None or data.size is not None or backend.size is not None:
@@ -90,7 +90,7 @@ def as_trained(config: InferConfig, backend: Backend, log: Callable[[str], None]
     return dataclasses.replace(data, resize=resize, max_size=max_size)
 
 
-def loader_config(data: LoaderConfig, backend: Backend, log: Callable[[str], None] = print) -> LoaderConfig:
+def loader_config(data: LoaderConfig, backend: Backend, log: Callable[[str], None] = say) -> LoaderConfig:
     """The loader settings that a backend needs: its size, stride, normalization and kind of boxes, at most its batch.
 
     Args:
@@ -128,7 +128,7 @@ def describe_size(data: LoaderConfig) -> str:
 
 
 def match_categories(
-    backend: Backend, annotated: Sequence[Category], log: Callable[[str], None] = print
+    backend: Backend, annotated: Sequence[Category], log: Callable[[str], None] = say
 ) -> tuple[Category, ...]:
     """The categories of a model, in the order of its class indices, compared with those of the annotations.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import OdtkError
-from ..text import plural
+from ..text import plural, printable
 from .checkpoint import load, read_dictionary
 from .checkpoint_faults import is_weights, values_fault
 from .detector import Detector
@@ -57,7 +57,7 @@ def initialize_weights(detector: Detector, *, fine_tune: str | None, backbone_we
 
 def print_loaded(source: str, loaded: list[str], unmatched: list[str]) -> None:
     """Prints how many tensors came from ``source`` and how many stay random, and the modules that they are in."""
-    for text, names in ((f"Loaded from {source}", loaded), ("Initialized at random", unmatched)):
+    for text, names in ((f"Loaded from {printable(source)}", loaded), ("Initialized at random", unmatched)):
         modules = sorted({name.rpartition(".")[0] for name in names})
         print(f"{text} ({plural(len(names), 'tensor')}): {', '.join(modules) or 'nothing'}.", flush=True)
 

@@ -217,7 +217,7 @@ def tensorboard_record(event: Any) -> bytes:
 def print_line(text: str) -> None:
     """Prints a line. If the reader of the output is gone (a `| tee` that died), nothing is printed from then on."""
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except OSError:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
