@@ -410,7 +410,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         "iterations between evaluations",
         POSITIVE_INT,
         "N",
-        shown="a tenth of --iters, 8000 at most",
+        shown="a fifth of --iters, 8000 at most",
         section="data",
         changes_result=False,
     )
@@ -652,7 +652,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             "norm": "frozen" if self.pretrained else "batch",
             "milestones": tuple(sorted({max(1, round(iters * m / ODTK_ITERS)) for m in ODTK_MILESTONES})),
             "warmup": min(ODTK_WARMUP, iters // 10),
-            "val_iters": min(TrainConfig.val_iters, max(1, iters // 10)),
+            "val_iters": min(TrainConfig.val_iters, max(1, iters // 5)),
             "lr": TrainConfig.lr * batch * self.accumulate / LR_BATCH,
             "precision": "fp32" if self.full_precision else None,
         }

@@ -152,7 +152,7 @@ def test_what_follows_from_other_settings() -> None:
         and run(resize=240).jitter == (192, 307)
         and run(resize=240, jitter=[9, 9]).jitter == (9, 9)
     )
-    assert (run(iters=60).warmup, run(iters=60).milestones, run(iters=60).val_iters) == (6, (40, 53), 6)
+    assert (run(iters=60).warmup, run(iters=60).milestones, run(iters=60).val_iters) == (6, (40, 53), 12)
     assert (run().warmup, run().milestones, run().val_iters) == (1000, (60000, 80000), 8000)
     assert run(iters=60, warmup=0).warmup == 0 and run(iters=1).warmup == 0
     assert run(batch=16).lr == 0.01 and run(batch=8, accumulate=4).lr == 0.02 and run(batch=64, lr=0.003).lr == 0.003
