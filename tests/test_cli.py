@@ -358,6 +358,7 @@ def test_damaged_images_are_left_out_of_training_and_resuming_is_exact(coco: Pat
 
     def train(model: Path, iters: str) -> None:
         flags = ["--iters", iters, "--milestones", "9", "--warmup", "0", "--val-iters", "1", "--skip-damaged"]
+        flags += ["--val-annotations", str(coco / "truth.json")]  # has the same damaged image
         assert main([*short_training(coco, model), *flags]) == 0
 
     train(whole, "2")
