@@ -6,15 +6,18 @@ import dataclasses
 import json
 import zlib
 from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 import torch
 
 from .. import __version__
 from ..categories import Category, from_pairs, to_pairs
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OdtkError, PostprocessConfig
+from ..model.checkpoint_faults import categories_fault, fits, shown
 
 FORMAT = 2  # version of the fields: in version 1, "postprocessing" was called "ending"
 ENGINES = (".plan", ".engine")
+POSITIVE = ("size", "stride", "classes", "detections", "top_n", "batch", "std")
 LARGEST = 16 << 20  # bytes of metadata that are unpacked; those of 1,203 classes have 0.04
 
 
@@ -83,9 +86,11 @@ class Metadata:
                 values["postprocessing"] = values.pop("ending")
             for name in ("size", "batch", "mean", "std"):
                 values[name] = tuple(values[name])
+            if fault := metadata_fault(values):
+                raise OdtkError(f"The metadata in {path} is damaged ({fault}): export the model again.")
             values["categories"] = from_pairs(values["categories"])
             return cls(**values | {"format": FORMAT})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise OdtkError(f"The metadata in {path} is damaged: export the model again.") from error
 
     @property
@@ -97,6 +102,20 @@ class Metadata:
     def thresholds(self) -> PostprocessConfig:
         """The thresholds that are fixed in the file."""
         return PostprocessConfig(self.score_threshold, self.nms_threshold, self.detections, self.top_n)
+
+
+def metadata_fault(values: dict[str, Any]) -> str | None:
+    """The first value that cannot be right, or None. A std of 0, for one, would give no detections and no error."""
+    for name, hint in get_type_hints(Metadata).items():
+        if name != "categories" and name in values and not fits(values[name], hint):
+            return f"{name} is {shown(values[name])}"
+    for name in POSITIVE:
+        value = values.get(name, 1)
+        if any(number <= 0 for number in (value if isinstance(value, tuple) else [value])):
+            return f"{name} is {shown(value)}, and must be positive"
+    if values["box_values"] not in (4, 6):
+        return f"box_values is {values['box_values']}"
+    return categories_fault(values["categories"], values["classes"])
 
 
 def pack(text: str) -> list[int]:
