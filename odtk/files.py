@@ -38,12 +38,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Opens a temporary file that becomes ``path`` when the block ends; until then ``path`` is as it was.
 
     The temporary file is beside ``path``. It is flushed to the disk and then renamed; if anything fails, it is removed.
-    Its name says which process wrote it, so that remove_abandoned can tell.
+    Its name says which process wrote it; those that killed processes left for ``path`` are removed first.
 
     Raises:
         OdtkError: the disk is full, the folder does not exist, or there is no permission to write in it.
     """
     target = os.path.realpath(path)  # write where a symbolic link leads, and keep the link
+    remove_abandoned(target)
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name}.{process_space()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
