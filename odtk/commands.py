@@ -298,7 +298,7 @@ def check(settings: CheckSettings) -> bool:
     if settings.annotations is None:
         say(f"{plural(report.damaged, 'damaged image')} in {images}")
         return not report.damaged
-    if settings.head != "fcos" and report.dataset.images:
+    if settings.head == "retinanet" and report.dataset.images:
         for line in anchor_advice(settings, report.dataset):
             say(line)
     fixed = len(report.faults) - report.refused

@@ -25,8 +25,11 @@ class ModelConfig:
 
     Attributes:
         backbones: names from ``odtk.model.backbones.catalog.BACKBONES``; their levels are concatenated.
-        head: ``retinanet`` (anchors) or ``fcos`` (points).
+        head: ``retinanet`` (anchors), ``fcos`` or ``dense`` (points).
         classes: number of foreground classes C.
+        last_level: the feature pyramid has the levels P3…P(last_level): 5, 6 or 7.
+        pyramid_channels: of every level of the pyramid.
+        head_channels, head_convs: of the head's towers, and how many convolutions each has before its last one.
         ratios, scales, angles: of the anchors (model/anchors.py); ``angles`` is empty for axis-aligned boxes.
         rounded_anchors: rotated anchors as ODTK 0.2 drew them, sides rounded to whole pixels (model/anchors.py).
         norm: ``frozen`` (affine and statistics fixed), ``batch`` or ``group`` (32 groups).
@@ -42,6 +45,10 @@ class ModelConfig:
     backbones: tuple[str, ...] = ("ResNet50FPN",)
     head: str = "retinanet"
     classes: int = 80
+    last_level: int = 7
+    pyramid_channels: int = 256
+    head_channels: int = 256
+    head_convs: int = 4
     ratios: tuple[float, ...] = (1.0, 2.0, 0.5)
     scales: tuple[float, ...] = tuple(4 * 2 ** (i / 3) for i in range(3))
     angles: tuple[float, ...] = ()

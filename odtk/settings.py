@@ -30,6 +30,8 @@ from .config import (
     TrainConfig,
 )
 
+HEADS = ("retinanet", "fcos", "dense")
+DENSE = {"last_level": 5, "pyramid_channels": 96, "head_channels": 96, "head_convs": 2}  # of the dense head, by default
 LR_BATCH = 16  # the default learning rate is meant for this global batch and scaled to others
 FORMATS = "COCO JSON, YOLO's data.yaml, or a folder of one of them or of Pascal VOC; :SPLIT names a split"
 RESNET_OPTIONS = {  # of --resnet → fields of ModelConfig
@@ -440,7 +442,40 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         count=(1, None),
         section="model",
     )
-    head: str = option(ModelConfig.head, "what detects on the levels", choices=("retinanet", "fcos"), section="model")
+    head: str = option(ModelConfig.head, "what detects on the levels", choices=HEADS, section="model")
+    last_level: int | None = option(
+        None,
+        "the feature pyramid ends with P5, P6 or P7, of strides 32, 64 and 128",
+        POSITIVE_INT,
+        "LEVEL",
+        choices=(5, 6, 7),
+        shown=f"{ModelConfig.last_level}; {DENSE['last_level']} for --head dense",
+        section="model",
+    )
+    pyramid_channels: int | None = option(
+        None,
+        "of every level of the feature pyramid",
+        POSITIVE_INT,
+        "N",
+        shown=f"{ModelConfig.pyramid_channels}; {DENSE['pyramid_channels']} for --head dense",
+        section="model",
+    )
+    head_channels: int | None = option(
+        None,
+        "of the head's towers",
+        POSITIVE_INT,
+        "N",
+        shown=f"{ModelConfig.head_channels}; {DENSE['head_channels']} for --head dense",
+        section="model",
+    )
+    head_convs: int | None = option(
+        None,
+        "convolutions in each of the head's towers, without the last one",
+        POSITIVE_INT,
+        "N",
+        shown=f"{ModelConfig.head_convs}; {DENSE['head_convs']} for --head dense",
+        section="model",
+    )
     classes: int | None = option(
         None, "number of classes", POSITIVE_INT, "N", shown="from the annotations", section="model"
     )
@@ -618,8 +653,8 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         super().check()
         if self.full_precision and self.precision not in (None, "fp32"):
             raise OdtkError(f"--full-precision contradicts --precision {self.precision}.")
-        if self.head == "fcos" and self.rotated_bbox:
-            raise OdtkError("--head fcos has no angle: rotated boxes need --head retinanet.")
+        if self.head != "retinanet" and self.rotated_bbox:
+            raise OdtkError(f"--head {self.head} has no angle: rotated boxes need --head retinanet.")
         if self.absolute_angle and not self.rotated_bbox:
             raise OdtkError("--absolute-angle requires --rotated-bbox.")
         if self.dcn_v1 and not self.dcn:
@@ -643,6 +678,9 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             batch: images per step over all devices.
         """
         low, high = (side / ODTK_RESIZE for side in ODTK_JITTER)
+        shape = DENSE if self.head == "dense" else {name: getattr(ModelConfig, name) for name in DENSE}
+        if any(name.endswith("C4") for name in self.backbone):  # a level as wide as the default pyramid's
+            shape = {**shape, "pyramid_channels": ModelConfig.pyramid_channels}
         follows: dict[str, Any] = {
             "batch": batch,
             "iters": iters,
@@ -655,6 +693,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             "val_iters": min(TrainConfig.val_iters, max(1, iters // 5)),
             "lr": TrainConfig.lr * batch * self.accumulate / LR_BATCH,
             "precision": "fp32" if self.full_precision else None,
+            **shape,
         }
         kept = ("batch", "iters", "classes", "epochs")
         return dataclasses.replace(self, **{k: v for k, v in follows.items() if k in kept or getattr(self, k) is None})
@@ -825,7 +864,7 @@ class CheckSettings(_Anchors):
     resize: int = option(LoaderConfig.resize, "shorter side of the image", POSITIVE_INT, "PIXELS")
     max_size: int = option(LoaderConfig.max_size, "cap of the longer side", POSITIVE_INT, "PIXELS")
     head: str = option(
-        ModelConfig.head, "to be trained; fcos has no anchors to match", choices=("retinanet", "fcos"), section="model"
+        ModelConfig.head, "to be trained; only retinanet has anchors to match", choices=HEADS, section="model"
     )
     backbone: tuple[str, ...] = option(
         ModelConfig.backbones, "whose levels the anchors stand on", TEXT, "NAME", count=(1, None), section="model"
@@ -838,8 +877,8 @@ class CheckSettings(_Anchors):
         super().check()
         if not self.annotations and not self.images:
             raise OdtkError("--annotations PATH or --images DIR is required.")
-        if self.head == "fcos" and self.rotated_bbox:
-            raise OdtkError("--head fcos has no angle: rotated boxes need --head retinanet.")
+        if self.head != "retinanet" and self.rotated_bbox:
+            raise OdtkError(f"--head {self.head} has no angle: rotated boxes need --head retinanet.")
 
 
 @dataclass(frozen=True, kw_only=True)

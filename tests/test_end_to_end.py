@@ -27,6 +27,9 @@ NEAR_TIES = 0.01  # share of the detections that so small a difference may move 
 QUICK = ("ResNet18C4",)
 CASES = {name: ["--backbone", name] for name in BACKBONES} | {
     "fcos": ["--backbone", "ResNet18FPN", "--head", "fcos"],
+    "dense": ["--backbone", "ResNet18FPN", "--head", "dense"],
+    "dense, C4": ["--backbone", "ResNet18C4", "--head", "dense", "--head-channels", "32"],
+    "narrow": ["--backbone", "ResNet18FPN", "--last-level", "6", "--pyramid-channels", "64", "--head-convs", "1"],
     "fcos C4": ["--backbone", "ResNet18C4", "--head", "fcos"],
     "rotated": ["--backbone", "ResNet18C4", "--rotated-bbox"],
     "two backbones": ["--backbone", "ResNet18C4", "RepVGGA0FPN"],
@@ -66,6 +69,8 @@ def spread_predictions(path: Path) -> None:
         last = list(tower.children())[-1]
         assert isinstance(last, torch.nn.Conv2d) and last.bias is not None
         last.weight *= deviation / max((level - last.bias[:, None, None]).std() for level in maps)
+        if trained.model.head == "dense":  # its scores have no square root, and its boxes start large
+            torch.nn.init.constant_(last.bias, 0.5 if maps is boxes else -3)
     checkpoint.save(path, checkpoint.Checkpoint(trained.model, trained.categories, detector.state_dict()))
 
 

@@ -159,6 +159,14 @@ def test_what_follows_from_other_settings() -> None:
     assert (run().norm, run(backbone_weights="none").norm) == ("frozen", "batch")
     assert run(backbone_weights="none", fine_tune="a.pth").norm == "frozen" and run(norm="group").norm == "group"
     assert run(full_precision=True).precision == "fp32"
+
+    def shape(**given: Any) -> tuple:
+        found = run(**given)
+        return found.last_level, found.pyramid_channels, found.head_channels, found.head_convs
+
+    assert shape() == shape(head="fcos") == (7, 256, 256, 4) and shape(head="dense") == (5, 96, 96, 2)
+    assert shape(head="dense", head_channels=64, last_level=6) == (6, 96, 64, 2)
+    assert shape(head="dense", backbone="ResNet18C4") == (5, 256, 96, 2)
     assert run().resolved(batch=2, iters=90000, classes=3) == run(), "what is resolved stays as it is"
 
 
@@ -172,7 +180,7 @@ def test_what_follows_from_other_settings() -> None:
         ({"jitter": {"a": 1}}, "is not a list"),
         ({"override": "yes"}, "--override: 'yes' is not true or false"),
         ({"annotations": 5}, "--annotations: 5 is not a text"),
-        ({"head": "yolo"}, "--head: 'yolo' is not one of retinanet, fcos"),
+        ({"head": "yolo"}, "--head: 'yolo' is not one of retinanet, fcos, dense"),
         ({"learning_rate": 1}, "There is no setting 'learning_rate'"),
         ({"mile_stones": [1]}, "did you mean 'milestones'?"),
         ({"max-sise": 3}, "There is no setting 'max-sise': did you mean 'max_size'?"),

@@ -38,11 +38,14 @@ def draw_anchors(path: str, data: LoaderConfig, assign: Assign, folder: str, *, 
         count: images to draw, the first ones.
 
     Raises:
-        OdtkError: the model has the fcos head, which has no anchors.
+        OdtkError: the model has another head, which has no anchors.
     """
     detector = checkpoint.build_detector(checkpoint.load(path))
-    if detector.config.head == "fcos":
-        raise OdtkError("--anchors requires a model with the retinanet head: the fcos head has points, not anchors.")
+    if detector.config.head != "retinanet":
+        raise OdtkError(
+            f"--anchors requires a model with the retinanet head: the {detector.config.head} head has points, not "
+            "anchors."
+        )
     writer = open_pictures(data, folder, rotated=detector.config.rotated)
     written = []
     for image, batch in network_inputs(detector, writer.dataset, data, count):

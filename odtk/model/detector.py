@@ -12,7 +12,7 @@ from .anchors import base_anchors
 from .backbones.catalog import BACKBONES
 from .backbones.feature_extractor import FeatureExtractor
 from .backbones.repvgg import RepVGGBlock
-from .heads import create_head
+from .heads import SharedTower, create_head
 from .layers import fold_batch_norms
 from .neck import FPN
 
@@ -43,6 +43,12 @@ class Detector(nn.Module):
         self.config = config
         backbones = {name: BACKBONES[name](config) for name in config.backbones}
         self.backbones = nn.ModuleDict(backbones)
+        for name, backbone in backbones.items():
+            if set(backbone.channels) != {config.pyramid_channels}:
+                raise OdtkError(
+                    f"{name} has levels of {backbone.channels[0]} channels, and the head expects "
+                    f"{config.pyramid_channels}: pass --pyramid-channels {backbone.channels[0]}."
+                )
         self.strides = tuple(stride for backbone in backbones.values() for stride in backbone.strides)
         self.stride = max(backbone.stride for backbone in backbones.values())
         self.head = create_head(config, len(self.strides))
@@ -76,12 +82,13 @@ class Detector(nn.Module):
     def fold(self) -> Detector:
         """A copy for inference and export, in eval mode; its outputs are the same but for rounding.
 
-        Batch norms are folded into their convolutions, and RepVGG's branches into one 3×3 convolution. The copy's
-        state_dict has other names than this detector's: never save it in a checkpoint.
+        Batch norms are folded into their convolutions, of which a dense head then has some per level, and RepVGG's
+        branches into one 3×3 convolution. The copy's state_dict has other names than this detector's: never save it in
+        a checkpoint.
         """
         folded = copy.deepcopy(self).eval()
         for block in list(folded.modules()):
-            if isinstance(block, RepVGGBlock):
+            if isinstance(block, (RepVGGBlock, SharedTower)):
                 block.fold()
         fold_batch_norms(folded)
         return folded

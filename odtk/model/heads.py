@@ -1,6 +1,7 @@
-"""The two heads, each shared by all levels. They give raw numbers: losses and decoding are elsewhere.
+"""The three heads, each shared by all levels. They give raw numbers: losses and decoding are elsewhere.
 
-A head takes one feature map [N, 256, h, w] per level and returns two lists, with one map per level in each:
+A head takes one feature map [N, config.pyramid_channels, h, w] per level and returns two lists, with one map per level
+in each:
     logits: [N, A·C, h, w], channel a·C + c: the score of class c at anchor a, before the sigmoid.
     boxes:  [N, A·V, h, w], channel a·V + v: number v of the box at anchor a, as the head's docstring states.
 A is the number of anchors per cell, C that of classes, V that of box numbers per anchor. All are unbounded.
@@ -12,12 +13,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..box_coder import BOX_CODERS
 from ..config import ModelConfig, OdtkError
-from .layers import GROUPS
-from .neck import LEVEL_CHANNELS
+from .layers import GROUPS, folded_conv_bn
 
 PRIOR_PROBABILITY = 0.01  # π, the score of every class before training: https://arxiv.org/abs/1708.02002 §3.3
 
@@ -25,15 +26,15 @@ PRIOR_PROBABILITY = 0.01  # π, the score of every class before training: https:
 class RetinaNetHead(nn.Module):
     """https://arxiv.org/abs/1708.02002: scores and deltas of A = config.num_anchors anchors per cell.
 
-    Two separate towers of four 3×3 convolutions of 256 channels with ReLU. The box numbers are relative to the anchor:
+    Two separate towers of 3×3 convolutions with ReLU (conv_tower). The box numbers are relative to the anchor:
         V = 4: dx, dy (center, in widths and heights of the anchor), dw, dh (logarithms of the ratio of the sides).
         V = 6, with rotated boxes: the same, then sin θ and cos θ.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.cls_head = conv_tower(config.num_anchors * config.classes, _no_norm)
-        self.box_head = conv_tower(config.num_anchors * BOX_CODERS[config.box_coder].head_values, _no_norm)
+        self.cls_head = conv_tower(config, config.num_anchors * config.classes, _no_norm)
+        self.box_head = conv_tower(config, config.num_anchors * BOX_CODERS[config.box_coder].head_values, _no_norm)
 
     def initialize(self) -> None:
         """Towers that keep the variance (https://arxiv.org/abs/1502.01852 eq. 10), small last layers, the class prior.
@@ -47,7 +48,7 @@ class RetinaNetHead(nn.Module):
             for layer in list(layers.children())[:-1]:
                 if isinstance(layer, nn.Conv2d):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        initialize_class_bias(self.cls_head)
+        initialize_class_bias(self.cls_head[-1])  # type: ignore[arg-type]
         nn.init.normal_(self.box_head[-1].weight, std=0.001)  # type: ignore[arg-type]  # boxes start at their anchors
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -70,15 +71,15 @@ class FCOSHead(nn.Module):
 
     def __init__(self, config: ModelConfig, levels: int) -> None:
         super().__init__()
-        self.cls_head = conv_tower(config.classes, _group_norm)
-        self.box_head = conv_tower(BOX_CODERS[config.box_coder].head_values, _group_norm)
+        self.cls_head = conv_tower(config, config.classes, _group_norm)
+        self.box_head = conv_tower(config, BOX_CODERS[config.box_coder].head_values, _group_norm)
         self.scales = nn.Parameter(torch.ones(levels))
 
     def initialize(self) -> None:
         """Normal of standard deviation 0.01, the class prior, scales of 1, distances of 2 strides."""
         initialize_tower(self.cls_head)
         initialize_tower(self.box_head)
-        initialize_class_bias(self.cls_head)
+        initialize_class_bias(self.cls_head[-1])  # type: ignore[arg-type]
         nn.init.ones_(self.scales)
         with torch.no_grad():
             self.box_head[-1].bias[:4] = self.BOX_BIAS  # type: ignore[index, operator]
@@ -92,24 +93,125 @@ class FCOSHead(nn.Module):
         return [self.cls_head(x) for x in features], boxes
 
 
-def conv_tower(out_channels: int, norm: Callable[[], list[nn.Module]]) -> nn.Sequential:
-    """[N, 256, h, w] → [N, out_channels, h, w]: four 3×3 convolutions with norm and ReLU, then a plain one.
+class DenseHead(nn.Module):
+    """A score and four distances of the one point per cell (A = 1), from two towers with BatchNorm per level.
+
+    The convolutions are shared by all levels and the norms are not, as in RTMDet (https://arxiv.org/abs/2212.07784
+    §3.2): the levels' statistics differ. Unlike GroupNorm, a batch norm takes no statistics over the map at inference,
+    so that padding cannot change what is found far from it, and it is folded into its convolution. V = 4 box numbers:
+        l, t, r, b: the point's distance to a side of the box is relu(value)·stride pixels.
 
     Args:
-        norm: makes the layers between a convolution and its ReLU, anew for each convolution.
+        levels: how many feature maps it will be given.
+    """
+
+    BOX_BIAS = 4.0  # boxes start 8×8 strides large, which is the side of the anchors that choose their points
+
+    def __init__(self, config: ModelConfig, levels: int) -> None:
+        super().__init__()
+        self.cls_head = SharedTower(config, config.classes, levels)
+        self.box_head = SharedTower(config, BOX_CODERS[config.box_coder].head_values, levels)
+
+    def initialize(self) -> None:
+        """Towers that keep the variance, small last layers, the class prior, distances of 4 strides."""
+        self.cls_head.initialize()
+        self.box_head.initialize()
+        initialize_class_bias(self.cls_head.last)
+        nn.init.constant_(self.box_head.last.bias, self.BOX_BIAS)  # type: ignore[arg-type]
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return (
+            [self.cls_head(x, level) for level, x in enumerate(features)],
+            [self.box_head(x, level) for level, x in enumerate(features)],
+        )
+
+
+class SharedTower(nn.Module):
+    """[N, C, h, w] of one level → [N, out_channels, h, w]: 3×3 convolutions with norm and ReLU, then a plain one.
+
+    All levels share the convolutions, and each level has BatchNorms of its own.
+    """
+
+    def __init__(self, config: ModelConfig, out_channels: int, levels: int) -> None:
+        super().__init__()
+        width = config.head_channels
+        sizes = [config.pyramid_channels, *[width] * config.head_convs]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in zip(sizes, sizes[1:], strict=False)
+        )
+        self.norms = nn.ModuleList(nn.ModuleList(nn.BatchNorm2d(width) for _ in self.convs) for _ in range(levels))
+        self.folded: nn.ModuleList | None = None  # after `fold`, the convolutions of each level
+        self.last = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def initialize(self) -> None:
+        """Kaiming normal (https://arxiv.org/abs/1502.01852), a small last layer, norms the identity."""
+        for conv in self.convs:
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")  # type: ignore[arg-type]
+        for module in self.norms.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+        nn.init.normal_(self.last.weight, std=0.01)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, level: int) -> Tensor:
+        if self.folded is not None:
+            for conv in self.folded[level].children():
+                x = F.relu_(conv(x))
+            return self.last(x)
+        for conv, norm in self._layers(level):
+            x = F.relu_(_apply_norm(norm, conv(x)))
+        return self.last(x)
+
+    def _layers(self, level: int) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """The convolutions and the level's norms after them."""
+        return list(zip(self.convs.children(), self.norms[level].children(), strict=True))  # type: ignore[arg-type]
+
+    def fold(self) -> None:
+        """Replaces convolutions and norms by convolutions of each level, in place; the same in eval mode."""
+        self.folded = nn.ModuleList(
+            nn.ModuleList(_fold(conv, norm) for conv, norm in self._layers(level)) for level in range(len(self.norms))
+        )
+        del self.convs, self.norms
+
+
+def _apply_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """norm(x). One cell of one image has no statistics to train with: there the running ones are used."""
+    if norm.training and len(x) * x.shape[2] * x.shape[3] == 1:
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    return norm(x)
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """The convolution that equals norm(conv(x)) at inference."""
+    folded = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1)
+    weight, bias = folded_conv_bn(conv, norm)
+    folded.weight, folded.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return folded
+
+
+def conv_tower(config: ModelConfig, out_channels: int, norm: Callable[[int], list[nn.Module]]) -> nn.Sequential:
+    """[N, C, h, w] → [N, out_channels, h, w]: 3×3 convolutions with norm and ReLU, then a plain one.
+
+    C is config.pyramid_channels; there are config.head_convs convolutions with ReLU, of config.head_channels.
+
+    Args:
+        norm: makes the layers between a convolution of that many channels and its ReLU, anew for each convolution.
     """
     layers: list[nn.Module] = []
-    for _ in range(4):
-        layers += [nn.Conv2d(LEVEL_CHANNELS, LEVEL_CHANNELS, 3, padding=1), *norm(), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Conv2d(LEVEL_CHANNELS, out_channels, 3, padding=1))
+    channels = config.pyramid_channels
+    for _ in range(config.head_convs):
+        width = config.head_channels
+        layers += [nn.Conv2d(channels, width, 3, padding=1), *norm(width), nn.ReLU(inplace=True)]
+        channels = width
+    return nn.Sequential(*layers, nn.Conv2d(channels, out_channels, 3, padding=1))
 
 
-def _no_norm() -> list[nn.Module]:
+def _no_norm(channels: int) -> list[nn.Module]:
     return []
 
 
-def _group_norm() -> list[nn.Module]:
-    return [nn.GroupNorm(GROUPS, LEVEL_CHANNELS)]
+def _group_norm(channels: int) -> list[nn.Module]:
+    return [nn.GroupNorm(math.gcd(GROUPS, channels), channels)]
 
 
 def initialize_tower(layers: nn.Sequential) -> None:
@@ -122,21 +224,23 @@ def initialize_tower(layers: nn.Sequential) -> None:
             layer.reset_parameters()
 
 
-def initialize_class_bias(layers: nn.Sequential) -> None:
+def initialize_class_bias(last: nn.Conv2d) -> None:
     """The last convolution's bias b such that sigmoid(b) = π."""
-    nn.init.constant_(layers[-1].bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))  # type: ignore[arg-type]
+    nn.init.constant_(last.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))  # type: ignore[arg-type]
 
 
-def create_head(config: ModelConfig, levels: int) -> RetinaNetHead | FCOSHead:
+def create_head(config: ModelConfig, levels: int) -> RetinaNetHead | FCOSHead | DenseHead:
     """The head that ``config.head`` names, for this many feature maps.
 
     Raises:
-        OdtkError: for an unknown name, or FCOS with rotated boxes.
+        OdtkError: for an unknown name, or rotated boxes with another head than RetinaNet's.
     """
     if config.head == "retinanet":
         return RetinaNetHead(config)
-    if config.head == "fcos":
-        if config.rotated:
-            raise OdtkError("The fcos head cannot predict rotated boxes: use --head retinanet with --rotated-bbox.")
-        return FCOSHead(config, levels)
-    raise OdtkError(f"The head {config.head!r} does not exist: use retinanet or fcos.")
+    if config.head not in ("fcos", "dense"):
+        raise OdtkError(f"The head {config.head!r} does not exist: use retinanet, fcos or dense.")
+    if config.rotated:
+        raise OdtkError(
+            f"The {config.head} head cannot predict rotated boxes: use --head retinanet with --rotated-bbox."
+        )
+    return FCOSHead(config, levels) if config.head == "fcos" else DenseHead(config, levels)

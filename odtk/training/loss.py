@@ -1,11 +1,11 @@
-"""The losses of RetinaNet and FCOS, vectorized over the batch.
+"""The losses of RetinaNet, FCOS and the dense head, vectorized over the batch.
 
 Nothing here waits for the device: sizes are taken from shapes, and choices are made by masks. The only exception is
 rotated boxes without the compiled kernel (see ops.rotated_iou).
 
-P is the number of anchors of all levels; FCOS has one per cell, whose center is its point. They are ordered by level,
-and within a level by (y, x, a). In that order the channels-last output of a head is contiguous; outputs of another
-memory format are read through their strides, never copied.
+P is the number of anchors of all levels; FCOS and the dense head have one per cell, whose center is its point. They are
+ordered by level, and within a level by (y, x, a). In that order the channels-last output of a head is contiguous;
+outputs of another memory format are read through their strides, never copied.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch.autograd.function import once_differentiable
 from .. import boxes as geometry
 from ..config import LossConfig, ModelConfig
 from ..model.anchors import place_anchors
-from .assign import IGNORED, assign, assign_points, level_limits
+from .assign import IGNORED, assign, assign_atss, assign_points, level_limits
 
 EPSILON = 1e-6  # keeps the logarithm and the quotients of the IoU loss finite
+BOX_WEIGHT = 2.0  # of the dense head's box loss, as https://arxiv.org/abs/2006.04388 §4 has it
 
 
 def detection_loss(
@@ -51,7 +52,7 @@ def detection_loss(
     Returns:
         {"cls": (sum, normalizer), "box": (sum, normalizer)}, and "centerness" for FCOS; float32 scalars.
     """
-    compute = _fcos_loss if model.head == "fcos" else _retinanet_loss
+    compute = {"retinanet": _retinanet_loss, "fcos": _fcos_loss, "dense": _dense_loss}[model.head]
     shapes = [tuple(level.shape[-2:]) for level in logits]
     placed = place_anchors(anchors, strides, shapes, target_boxes.device)  # [P, 4 or 5]
     return compute(logits, boxes, target_boxes.float(), target_labels, placed, strides, model, loss)
@@ -198,9 +199,7 @@ def _fcos_loss(
     points = geometry.center_and_size(anchors)[0]
     labels, index = assign_points(points, stride, limits, target_boxes, target_labels)
     foreground = labels >= 0
-    matched = _gather_boxes(target_boxes, index)  # [N, P, 4]
-    distances = torch.cat([points - matched[..., :2], matched[..., 2:] + 1 - points], -1)  # l, t, r, b in px
-    distances = torch.where(foreground[..., None], distances, 1)
+    distances = _distance_targets(points, _gather_boxes(target_boxes, index), foreground)
     centerness = torch.where(foreground, centerness_targets(distances), 0)
 
     class_sum = box_sum = centerness_sum = torch.zeros((), device=device)
@@ -216,6 +215,64 @@ def _fcos_loss(
         centerness_sum = centerness_sum + torch.where(level_labels >= 0, entropy, 0).sum()
     count = foreground.sum().float()
     return {"cls": (class_sum, count), "box": (box_sum, centerness.sum()), "centerness": (centerness_sum, count)}
+
+
+def _distance_targets(points: Tensor, boxes: Tensor, foreground: Tensor) -> Tensor:
+    """Distances (l, t, r, b) [N, P, 4] in px of points [P, 2] to the sides of their boxes [N, P, 4]; 1 of others."""
+    distances = torch.cat([points - boxes[..., :2], boxes[..., 2:] + 1 - points], -1)
+    return torch.where(foreground[..., None], distances, 1)
+
+
+def _dense_loss(
+    logits: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    target_boxes: Tensor,
+    target_labels: Tensor,
+    anchors: Tensor,
+    strides: Sequence[int],
+    model: ModelConfig,
+    loss: LossConfig,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Quality focal loss of all points, whose target is the IoU; GIoU loss of the foreground, weighted by the score.
+
+    https://arxiv.org/abs/2006.04388 §3 with the points of ATSS, and without its distributions of distances;
+    ``anchors`` are placed, [P, 4], with the points at their centers.
+    """
+    counts = [level.shape[-2] * level.shape[-1] for level in logits]
+    points = geometry.center_and_size(anchors)[0]
+    labels, index = assign_atss(points, strides, counts, target_boxes, target_labels)
+    distances = _distance_targets(points, _gather_boxes(target_boxes, index), labels >= 0)
+
+    class_sum = box_sum = weight_sum = torch.zeros((), device=target_boxes.device)
+    parts = (_split_levels(value, logits, model) for value in (labels, distances))
+    for level_logits, level_boxes, s, level_labels, level_distances in zip(logits, boxes, strides, *parts, strict=True):
+        values = _view_by_anchor(level_logits, model)  # [N, h, w, 1, C]
+        predicted = _view_by_anchor(level_boxes, model).float().relu() * s  # [N, h, w, 1, 4]
+        foreground = level_labels >= 0
+        quality = torch.where(foreground, iou_of_distances(predicted.detach(), level_distances)[0], 0)
+        class_sum = class_sum + quality_focal_loss(values, level_labels, quality)
+        weight = torch.where(foreground, values.detach().float().sigmoid().amax(-1), 0)
+        box_sum = box_sum + (iou_loss(predicted, level_distances, kind="giou") * weight).sum()
+        weight_sum = weight_sum + weight.sum()
+    count = (labels >= 0).sum().float()
+    return {"cls": (class_sum, count), "box": (BOX_WEIGHT * box_sum, weight_sum)}
+
+
+def quality_focal_loss(logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:
+    """Sum of |y − p|²·cross entropy of p = sigmoid(logits) and y: https://arxiv.org/abs/2006.04388 eq. 2 with β = 2.
+
+    Args:
+        logits: [..., C] of any float type and any strides; computed in float32.
+        labels: [...] int64: a class index or BACKGROUND.
+        quality: [...] in [0, 1]: y of that class; y of all others is 0.
+    """
+    x = logits.float()
+    label = labels.clamp(min=0)[..., None]
+    as_background = x.sigmoid().square() * F.softplus(x)
+    labeled = x.gather(-1, label)[..., 0]
+    entropy = F.softplus(labeled) - quality * labeled
+    correction = (quality - labeled.sigmoid()).square() * entropy - as_background.gather(-1, label)[..., 0]
+    return as_background.sum() + torch.where(labels >= 0, correction, 0).sum()
 
 
 def centerness_targets(distances: Tensor) -> Tensor:
@@ -235,16 +292,21 @@ def iou_loss(predicted: Tensor, target: Tensor, *, kind: str) -> Tensor:
     Returns:
         [...], one loss per pair of boxes.
     """
-    inner = torch.minimum(predicted, target)
-    intersection = (inner[..., 0] + inner[..., 2]) * (inner[..., 1] + inner[..., 3])
-    areas = [(box[..., 0] + box[..., 2]) * (box[..., 1] + box[..., 3]) for box in (predicted, target)]
-    union = (areas[0] + areas[1] - intersection).clamp(min=EPSILON)
-    iou = intersection / union
+    iou, union = iou_of_distances(predicted, target)
     if kind == "iou":
         return -iou.clamp(min=EPSILON).log()
     outer = torch.maximum(predicted, target)
     hull = ((outer[..., 0] + outer[..., 2]) * (outer[..., 1] + outer[..., 3])).clamp(min=EPSILON)
     return 1 - iou + (hull - union) / hull
+
+
+def iou_of_distances(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and union in px², both [...], of boxes given as in iou_loss."""
+    inner = torch.minimum(predicted, target)
+    intersection = (inner[..., 0] + inner[..., 2]) * (inner[..., 1] + inner[..., 3])
+    areas = [(box[..., 0] + box[..., 2]) * (box[..., 1] + box[..., 3]) for box in (predicted, target)]
+    union = (areas[0] + areas[1] - intersection).clamp(min=EPSILON)
+    return intersection / union, union
 
 
 def normalize(terms: dict[str, tuple[Tensor, Tensor]], world: int) -> tuple[Tensor, Tensor]:

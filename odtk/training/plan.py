@@ -46,6 +46,7 @@ def count_categories(content: dict, path: str) -> int:
 def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfig:
     """The stages' own configs, from settings that are resolved, and from the folder of the images."""
     assert settings.batch and settings.iters and settings.classes and settings.jitter and settings.lr
+    assert settings.last_level and settings.pyramid_channels and settings.head_channels and settings.head_convs
     assert settings.norm and settings.milestones is not None and settings.warmup is not None and settings.val_iters
     data = LoaderConfig(
         images=images,
@@ -83,6 +84,10 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
             backbones=settings.backbone,
             head=settings.head,
             classes=settings.classes,
+            last_level=settings.last_level,
+            pyramid_channels=settings.pyramid_channels,
+            head_channels=settings.head_channels,
+            head_convs=settings.head_convs,
             ratios=settings.anchor_ratios,
             scales=settings.anchor_scales,
             angles=ROTATED_ANGLES if settings.rotated_bbox else (),

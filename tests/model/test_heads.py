@@ -7,7 +7,7 @@ import torch
 
 from odtk.config import ROTATED_ANGLES, ModelConfig, OdtkError
 from odtk.model.anchors import base_anchors
-from odtk.model.heads import FCOSHead, RetinaNetHead, create_head
+from odtk.model.heads import DenseHead, FCOSHead, RetinaNetHead, create_head
 
 STRIDES = (8, 16, 32, 64, 128)
 
@@ -69,6 +69,7 @@ def test_the_point_of_a_cell_is_its_middle(head: str) -> None:
         (ModelConfig(classes=3), 9, 4),
         (ModelConfig(classes=3, angles=ROTATED_ANGLES), 27, 6),
         (ModelConfig(classes=3, head="fcos"), 1, 5),
+        (ModelConfig(classes=3, head="dense"), 1, 4),
     ],
 )
 def test_channels(config: ModelConfig, anchors: int, values: int) -> None:
@@ -77,7 +78,16 @@ def test_channels(config: ModelConfig, anchors: int, values: int) -> None:
     assert [tuple(t.shape) for t in boxes] == [(2, anchors * values, 4, 6), (2, anchors * values, 2, 3)]
 
 
-@pytest.mark.parametrize("name", ["retinanet", "fcos"])
+@pytest.mark.parametrize("head", ["retinanet", "fcos", "dense"])
+def test_the_widths_and_the_depth_of_a_head_are_settings(head: str) -> None:
+    config = ModelConfig(head=head, classes=3, pyramid_channels=24, head_channels=16, head_convs=2)
+    module = create_head(config, 1)
+    logits, _ = module([torch.randn(2, 24, 4, 6)])
+    convs = [m for m in module.cls_head.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels) for c in convs] == [(24, 16), (16, 16), (16, logits[0].shape[1])]
+
+
+@pytest.mark.parametrize("name", ["retinanet", "fcos", "dense"])
 def test_every_score_starts_at_the_prior(name: str) -> None:
     head = create_head(ModelConfig(head=name), 1)
     head.initialize()
@@ -122,9 +132,71 @@ def test_distances_start_positive_so_that_relu_passes_gradients() -> None:
     assert float(boxes[:, 4].detach().abs().max()) < 1
 
 
+SMALL_DENSE = ModelConfig(head="dense", classes=3, pyramid_channels=16, head_channels=16, head_convs=2)
+
+
+def trained_dense_head() -> DenseHead:
+    """With other statistics at each level."""
+    head = DenseHead(SMALL_DENSE, 2)
+    head.initialize()
+    for module in head.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.bias):
+                torch.nn.init.normal_(tensor, std=0.5)  # type: ignore[arg-type]
+            for tensor in (module.running_var, module.weight):
+                torch.nn.init.uniform_(tensor, 0.5, 2)  # type: ignore[arg-type]
+    return head.eval()
+
+
+def test_levels_of_the_dense_head_share_convolutions_and_not_norms() -> None:
+    head = trained_dense_head()
+    sizes = [tuple(p.shape) for p in head.cls_head.parameters() if p.dim() == 4]
+    assert sizes == [(16, 16, 3, 3), (16, 16, 3, 3), (3, 16, 3, 3)]
+    x = torch.randn(1, 16, 4, 6)
+    with torch.no_grad():
+        (first, second), _ = head([x, x])
+        head.cls_head.norms[1].load_state_dict(head.cls_head.norms[0].state_dict())
+        (_, same), _ = head([x, x])
+    assert not torch.allclose(first, second, atol=0.1) and torch.equal(first, same)
+
+
+def test_folding_the_dense_head_leaves_no_norm_and_the_same_numbers() -> None:
+    head = trained_dense_head()
+    features = [torch.randn(1, 16, 8, 8), torch.randn(1, 16, 4, 4)]
+    with torch.no_grad():
+        before = head(features)
+        for tower in (head.cls_head, head.box_head):
+            tower.fold()
+        after = head(features)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in head.modules())
+    for a, b in zip(before[0] + before[1], after[0] + after[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_one_cell_of_one_image_trains_with_the_running_statistics() -> None:
+    head = trained_dense_head()
+    x = torch.randn(1, 16, 1, 1)
+    with torch.no_grad():
+        expected = head([x, x])
+        found = head.train()([x, x])
+    for a, b in zip(expected[0] + expected[1], found[0] + found[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_distances_of_the_dense_head_start_at_four_strides() -> None:
+    head = DenseHead(SMALL_DENSE, 1)
+    head.initialize()
+    _, (boxes,) = head([torch.randn(1, 16, 8, 8)])
+    assert float(boxes.detach().mean()) == pytest.approx(4, abs=0.1) and float(boxes.detach().min()) > 3
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
-    [(ModelConfig(head="yolo"), "yolo"), (ModelConfig(head="fcos", angles=ROTATED_ANGLES), "rotated")],
+    [
+        (ModelConfig(head="yolo"), "yolo"),
+        (ModelConfig(head="fcos", angles=ROTATED_ANGLES), "fcos.*rotated"),
+        (ModelConfig(head="dense", angles=ROTATED_ANGLES), "dense.*rotated"),
+    ],
 )
 def test_impossible_heads_are_refused(config: ModelConfig, words: str) -> None:
     with pytest.raises(OdtkError, match=words):

@@ -22,6 +22,7 @@ def test_levels_follow_the_paper() -> None:
         torch.testing.assert_close(p5, fpn.smooth5(top))
         torch.testing.assert_close(p4, fpn.smooth4(middle))
         torch.testing.assert_close(p3, fpn.smooth3(bottom))
+        assert fpn.pyramid6 is not None and fpn.pyramid7 is not None
         torch.testing.assert_close(p6, fpn.pyramid6(c5))
         torch.testing.assert_close(p7, fpn.pyramid7(F.relu(p6)))
     for level, stride in zip((p3, p4, p5, p6, p7), fpn.strides, strict=True):
@@ -51,3 +52,13 @@ def test_gradients_of_the_smallest_maps_are_right(size: tuple[int, int], dtype: 
             downsample(conv, x).float().sum().backward()
         assert conv.weight.grad is not None
         torch.testing.assert_close(conv.weight.grad, windows.expand(16, 16, 3, 3), atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("last", [5, 6, 7])
+def test_the_last_level_and_the_width_are_settings(last: int) -> None:
+    fpn = FPN(FEATURE_EXTRACTORS["ResNet18"](ModelConfig()), last, 24).eval()
+    fpn.initialize()
+    with torch.no_grad():
+        levels = fpn(torch.randn(1, 3, 64, 96))
+    assert fpn.strides == (8, 16, 32, 64, 128)[: last - 2] and fpn.channels == (24,) * len(levels)
+    assert [tuple(level.shape[1:]) for level in levels] == [(24, -(-64 // s), -(-96 // s)) for s in fpn.strides]

@@ -25,16 +25,16 @@ ROTATED = (-math.pi / 6, 0.0, math.pi / 6)
 
 
 def model_config(kind: str, classes: int = 3) -> ModelConfig:
-    """``retinanet``, ``rotated`` or ``fcos``, with few anchors."""
+    """``retinanet``, ``rotated``, ``fcos`` or ``dense``, with few anchors."""
     few = ModelConfig(classes=classes, ratios=(1.0, 0.5), scales=(2.0,))
-    if kind == "fcos":
-        return dataclasses.replace(few, head="fcos")
+    if kind in ("fcos", "dense"):
+        return dataclasses.replace(few, head=kind)
     return dataclasses.replace(few, angles=ROTATED if kind == "rotated" else ())
 
 
 def base_anchors(model: ModelConfig, stride: int) -> Tensor:
     """The anchors of a cell, written out: angle outermost, then scale, then ratio."""
-    if model.head == "fcos":
+    if model.head in ("fcos", "dense"):
         return torch.tensor([[0.0, 0.0, stride - 1.0, stride - 1.0]])
     rows = []
     for angle in model.angles or (None,):
@@ -391,9 +391,139 @@ def test_the_loss_of_a_box_without_area_is_finite(kind: str) -> None:
     assert torch.isfinite(value) and torch.isfinite(gradient(predicted)).all()
 
 
+# --- the dense head
+
+
+def plain_atss(points, boxes: list[list[float]], labels: list[int]) -> list[tuple[int, int]]:
+    """(label, index) of each point of one image, box by box, by the paper's algorithm 1.
+
+    Args:
+        points: per level its stride and its points (x, y).
+    """
+    flat = [point for _, level in points for point in level]
+    found = [(BACKGROUND, 0, -1.0)] * len(flat)
+    for m, ((x1, y1, x2, y2), label) in enumerate(zip(boxes, labels, strict=True)):
+        cx, cy = (x1 + x2 + 1) / 2, (y1 + y2 + 1) / 2
+        candidates, first = [], 0
+        for s, level in points:
+            order = sorted(range(len(level)), key=lambda i: (level[i][0] - cx) ** 2 + (level[i][1] - cy) ** 2)
+            for i in order[:9]:
+                (x, y), half = level[i], 4 * s
+                w = max(0, min(x2 + 1, x + half) - max(x1, x - half))
+                h = max(0, min(y2 + 1, y + half) - max(y1, y - half))
+                union = (x2 - x1 + 1) * (y2 - y1 + 1) + 4 * half**2 - w * h
+                candidates.append((first + i, w * h / union))
+            first += len(level)
+        ious = [iou for _, iou in candidates] + [0.0] * (45 - len(candidates))
+        threshold = np.mean(ious) + np.std(ious, ddof=1)
+        for i, iou in candidates:
+            x, y = flat[i]
+            inside = x1 < x < x2 + 1 and y1 < y < y2 + 1
+            if label >= 0 and inside and iou >= threshold and iou > found[i][2]:
+                found[i] = (label, m, iou)
+    return [(label, m) for label, m, _ in found]
+
+
+def grid(strides=STRIDES, shapes=SHAPES) -> list[tuple[int, list[tuple[float, float]]]]:
+    """Per level its stride and the points of its cells, by row and column."""
+    return [
+        (s, [((x + 0.5) * s, (y + 0.5) * s) for y, x in np.ndindex(h, w)])
+        for s, (h, w) in zip(strides, shapes, strict=True)
+    ]
+
+
+LARGE = (8, 16, 32), ((16, 24), (8, 12), (4, 6))  # strides and shapes of P3 to P5 of an image of 192 × 128
+
+
+def assign_atss(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    strides, shapes = LARGE
+    points = torch.tensor([point for _, level in grid(strides, shapes) for point in level])
+    return assign.assign_atss(points, strides, [h * w for h, w in shapes], boxes, labels)
+
+
+@pytest.mark.parametrize("chunk", [assign.CHUNK_SIZE, 1])
+def test_atss_equals_plain_loops(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes of 6 to 150 pixels, some on top of each other; the third of an image without boxes."""
+    monkeypatch.setattr(assign, "CHUNK_SIZE", chunk)
+    size = torch.exp(torch.empty(3, 9, 2).uniform_(math.log(6), math.log(150)))
+    center = torch.rand(3, 9, 2) * torch.tensor([192.0, 128.0])
+    boxes = torch.cat([center - size / 2, center + size / 2 - 1], -1)
+    labels = torch.randint(0, 9, (3, 9))
+    labels[0, -1] = labels[2] = -1
+    found, index = assign_atss(boxes, labels)
+    for image in range(3):
+        expected = plain_atss(grid(*LARGE), boxes[image].tolist(), labels[image].tolist())
+        assert found[image].tolist() == [label for label, _ in expected]
+        foreground = found[image] >= 0
+        assert index[image][foreground].tolist() == [m for label, m in expected if label >= 0]
+        assert foreground.any() == (image < 2)
+
+
+def test_equal_boxes_go_to_the_first() -> None:
+    found, index = assign_atss(torch.tensor([[[20.0, 20, 79, 79]] * 2]), torch.tensor([[4, 5]]))
+    assert (found == 4).any() and not (found == 5).any() and not index[found == 4].any()
+
+
+@pytest.mark.parametrize("size", [(10, 10), (24, 60), (64, 64), (113, 65), (150, 100)])
+def test_every_box_alone_in_an_image_gets_points(size: tuple[int, int]) -> None:
+    """With a threshold over the candidates of P3 to P5 alone, the large ones got none."""
+    box = torch.tensor([[[20.0, 10.0, 19.0 + size[0], 9.0 + size[1]]]])
+    assert (assign_atss(box, torch.tensor([[2]]))[0] == 2).any()
+
+
+def naive_dense(model: ModelConfig, logits, boxes, targets) -> dict[str, tuple[Tensor, float]]:
+    """Point by point, class by class."""
+    cls = box = torch.zeros(())
+    weights, foreground = 0.0, 0
+    for image in range(len(logits[0])):
+        image_boxes = targets[0][image].tolist()
+        assigned = iter(plain_atss(grid(), image_boxes, targets[1][image].tolist()))
+        for level, (s, (h, w)) in enumerate(zip(STRIDES, SHAPES, strict=True)):
+            for y, x in np.ndindex(h, w):
+                label, m = next(assigned)
+                values, quality = logits[level][image, :, y, x], 0.0
+                if label >= 0:
+                    foreground += 1
+                    x1, y1, x2, y2 = image_boxes[m]
+                    px, py = (x + 0.5) * s, (y + 0.5) * s
+                    left, top, right, bottom = px - x1, py - y1, x2 + 1 - px, y2 + 1 - py
+                    pl, pt, pr, pb = boxes[level][image, :, y, x].relu() * s
+                    shared = (pl.clamp(max=left) + pr.clamp(max=right)) * (pt.clamp(max=top) + pb.clamp(max=bottom))
+                    union = (pl + pr) * (pt + pb) + (left + right) * (top + bottom) - shared
+                    hull = (pl.clamp(min=left) + pr.clamp(min=right)) * (pt.clamp(min=top) + pb.clamp(min=bottom))
+                    weight = values.max().sigmoid().item()
+                    box = box + 2 * weight * (1 - (shared / union - (hull - union) / hull))
+                    weights += weight
+                    quality = (shared / union).item()
+                for c in range(model.classes):
+                    wanted = torch.tensor(quality if c == label else 0.0)
+                    entropy = F.binary_cross_entropy_with_logits(values[c], wanted)
+                    cls = cls + (wanted - values[c].sigmoid()) ** 2 * entropy
+    return {"cls": (cls, foreground), "box": (box, weights)}
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_dense_loss_equals_plain_loops(classes: int) -> None:
+    model = model_config("dense", classes)
+    logits, boxes = random_heads(model, 2)
+    targets = random_targets(model, 2, 5)
+    expected = naive_dense(model, logits, boxes, targets)
+    assert expected["cls"][1] > 1
+    assert_same(compute(model, logits, boxes, targets), expected, logits + boxes)
+
+
+def test_quality_focal_loss_is_finite_at_large_logits() -> None:
+    logits = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]]).mT.requires_grad_()
+    for label in (0, BACKGROUND):
+        logits.grad = None
+        value = losses.quality_focal_loss(logits, torch.full((5,), label), torch.full((5,), 0.7))
+        value.backward()
+        assert torch.isfinite(value) and torch.isfinite(gradient(logits)).all()
+
+
 # --- what holds for every head
 
-KINDS = ["retinanet", "rotated", "fcos"]
+KINDS = ["retinanet", "rotated", "fcos", "dense"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -438,7 +568,7 @@ def test_memory_format_changes_nothing(kind: str) -> None:
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "dense"])
 def test_the_loss_never_waits_for_the_device(kind: str) -> None:
     """The meta device has no values, so an operation that has to wait for one raises."""
     model = model_config(kind)

@@ -1,6 +1,6 @@
 """Every backbone by name: a function that builds it, untrained, from a ModelConfig.
 
-A backbone maps images [N, 3, H, W] to a list of levels [N, 256, ⌈H/s⌉, ⌈W/s⌉]. It has `channels` and `strides` (one
+A backbone maps images [N, 3, H, W] to a list of levels [N, C, ⌈H/s⌉, ⌈W/s⌉]. It has `channels` and `strides` (one
 number per level), `stride` (its input's height and width must be multiples of it) and `initialize()`.
 """
 
@@ -19,12 +19,12 @@ from .resnet import RESNET_DESIGNS, ResNet, ResNetDesign
 
 
 def create_fpn(feature_extractor: Callable[[ModelConfig], FeatureExtractor], config: ModelConfig) -> FPN:
-    """P3…P7 over the maps of a feature extractor."""
-    return FPN(feature_extractor(config))
+    """The feature pyramid over the maps of a feature extractor."""
+    return FPN(feature_extractor(config), config.last_level, config.pyramid_channels)
 
 
 def create_c4(design: ResNetDesign, config: ModelConfig) -> ResNet:
-    """C4 alone, of stride 16. It has the 256 channels that the heads take only in ResNets of basic blocks."""
+    """C4 alone, of stride 16. It has 256 channels, as many as the default pyramid, only in ResNets of basic blocks."""
     return ResNet(design, config, outputs=(4,))
 
 
