@@ -21,7 +21,7 @@ def detector_of(config: ModelConfig, bias: float = -1.0) -> Detector:
     detector.initialize()
     for parameter in detector.head.parameters():
         parameter.data = 0.0224 * torch.randn_like(parameter)
-    last = detector.head.cls_head[-1]
+    last = list(detector.head.cls_head.children())[-1]
     assert isinstance(last, nn.Conv2d) and last.bias is not None
     last.bias.data.fill_(bias)
     return detector

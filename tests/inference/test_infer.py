@@ -48,7 +48,7 @@ def make_model(folder: Path, **changes) -> str:
     config = ModelConfig(backbones=("ResNet18FPN",), classes=2, **changes)
     detector = Detector(config)
     detector.initialize()
-    last = detector.head.cls_head[-1]
+    last = list(detector.head.cls_head.children())[-1]
     assert isinstance(last, torch.nn.Conv2d) and last.bias is not None
     torch.nn.init.normal_(last.weight, std=0.3)
     torch.nn.init.constant_(last.bias, -2.5)
