@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -156,6 +157,11 @@ class CocoReader:
                 entries[id] = entry
         if not self.content["images"]:
             raise OdtkError(f"{self.path} lists no images.")
+        for id, entry in entries.items():
+            if not self.has_sources and leads_out(entry["file_name"]):
+                self.fix(
+                    self.place(f"image {id}", entry), "its file_name leads out of the image folder: taken as it is"
+                )
         paths = [self.folder / entry["file_name"] for entry in entries.values()]
         headers = read_headers(paths)
         images: dict[int, Image | None] = {}
@@ -462,3 +468,8 @@ def prepare_ground_truth(truth: dict[str, Any], file: str = "", *, segmentation:
         raise OdtkError(f"The annotations{of} cannot be used: {fault}.")
     kept = [a for a in boxes if not is_degenerate(a["bbox"])]
     return {"images": truth["images"], "categories": categories, "annotations": kept}
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file name, relative to a folder, means a file outside of it."""
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir

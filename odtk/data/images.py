@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import io
 import mmap
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +29,9 @@ import numpy as np
 from PIL import Image as PILImage
 
 EXTENSIONS = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# What Pillow may take a file for, whatever its name says. Others start programs (EPS: Ghostscript) or are no photos.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+LARGE = 25_000_000  # pixels: from here on images are decoded one at a time, as each takes a multiple of 3 bytes a pixel
 EXIF_ORIENTATION = 0x0112  # the tag
 SCAN_THREADS = 16  # reading headers waits for the disk, not for the processor
 PNG_BIT_DEPTH_AT = 24  # offset in the file: signature 8, chunk length 4, "IHDR" 4, width 4, height 4
@@ -44,6 +49,9 @@ UPRIGHT = {
 SWAPS_SIDES = {5, 6, 7, 8}
 
 
+_one_large_image = threading.Lock()
+
+
 class ImageError(Exception):
     """An image file that cannot be used; the message is the reason, without the file's name."""
 
@@ -59,7 +67,7 @@ class Header:
     Attributes:
         width, height: of the stored raster in pixels, before any turn by EXIF.
         orientation: EXIF orientation 1…8; 1 is upright.
-        plain: an 8-bit RGB or grayscale JPEG or PNG, which every decoder reads alike.
+        plain: an 8-bit RGB or grayscale JPEG or PNG below LARGE pixels, which every decoder reads alike.
         rule: the rule by which this kind of image becomes 8-bit RGB; empty where none is needed.
     """
 
@@ -78,7 +86,7 @@ def read_header(path: Path) -> Header:
         ImageError: it is empty, truncated (JPEG and PNG) or not an image of a known format.
     """
     try:
-        with PILImage.open(path) as image:
+        with open_image(path) as image:
             if image.format in ("JPEG", "MPO", "PNG"):
                 with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     _check_end(data, image.format)
@@ -88,6 +96,7 @@ def read_header(path: Path) -> Header:
                 and image.mode in ("RGB", "L")
                 and depth == 8
                 and "transparency" not in image.info
+                and image.width * image.height < LARGE
             )
             return Header(*image.size, _orientation(image), plain, _rule(image, depth))
     except FileNotFoundError:
@@ -98,6 +107,12 @@ def read_header(path: Path) -> Header:
         raise ImageError(_reason(error)) from error
 
 
+def open_image(source: Path | BinaryIO) -> PILImage.Image:
+    """An image file of one of FORMATS, whose pixels are not read yet; raises what Pillow raises."""
+    PILImage.init()
+    return PILImage.open(source, formats=[name for name in FORMATS if name in PILImage.OPEN])
+
+
 def decode(path: Path | BinaryIO, orientation: int = 1) -> np.ndarray:
     """The pixels of an image, uint8 [H, W, 3] RGB, turned by the given EXIF orientation.
 
@@ -105,13 +120,15 @@ def decode(path: Path | BinaryIO, orientation: int = 1) -> np.ndarray:
         ImageError: the file cannot be decoded completely.
     """
     try:
-        with PILImage.open(path) as image:
-            rgb = to_rgb(image)
+        with open_image(path) as image:
+            large = image.width * image.height >= LARGE
+            with _one_large_image if large else nullcontext():
+                rgb = to_rgb(image)
+                if orientation in UPRIGHT:
+                    rgb = rgb.transpose(UPRIGHT[orientation])
+                return np.array(rgb)
     except Exception as error:
         raise ImageError(_reason(error)) from error
-    if orientation in UPRIGHT:
-        rgb = rgb.transpose(UPRIGHT[orientation])
-    return np.array(rgb)
 
 
 def decode_content(content: bytes) -> np.ndarray:
@@ -121,7 +138,7 @@ def decode_content(content: bytes) -> np.ndarray:
         ImageError: it is not an image of a known format, or damaged.
     """
     try:
-        with PILImage.open(io.BytesIO(content)) as image:
+        with open_image(io.BytesIO(content)) as image:
             kind, orientation = image.format or "", _orientation(image)
     except Exception as error:
         raise ImageError(_reason(error)) from error

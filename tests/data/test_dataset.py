@@ -598,3 +598,18 @@ def test_bccd_is_clean(bccd) -> None:
     dataset = read(bccd / "val.json", bccd / "val", training=True)
     assert dataset.faults == [] and len(dataset.images) == 87
     assert sum(len(i.boxes) for i in dataset.images) == 1138
+
+
+def test_a_file_name_that_leads_out_of_the_folder_is_said(coco, tmp_path: Path) -> None:
+    paths = coco()
+    (tmp_path / "images" / "sub").mkdir()
+    (tmp_path / "images" / "a.jpg").rename(tmp_path / "outside.jpg")
+    content = json.loads(paths[0].read_text())
+    content["images"][0]["file_name"] = "sub/../../outside.jpg"
+    paths[0].write_text(json.dumps(content))
+    dataset = Dataset.load(*paths)
+    said = [fault for fault in dataset.faults if "leads out of the image folder" in fault.reason]
+    assert len(said) == 1 and said[0].fixed and len(dataset.images) == len(content["images"])
+    content["images"][0]["file_name"] = "sub/../b.jpg"
+    paths[0].write_text(json.dumps(content))
+    assert not any("leads out" in fault.reason for fault in Dataset.load(*paths).faults)

@@ -1,0 +1,77 @@
+"""Image files: the formats that are opened, and large images."""
+
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PILImage
+
+from odtk.data import images
+from odtk.data.images import FORMATS, ImageError, decode, decode_content, read_header
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n0 0 moveto 9 9 lineto stroke\nshowpage\n"
+
+
+def test_a_file_of_another_format_is_refused_and_starts_no_program(tmp_path: Path, monkeypatch) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "check_call", started)  # how Pillow starts Ghostscript
+    path = tmp_path / "a.jpg"
+    path.write_bytes(EPS)
+    for read in (read_header, decode):
+        with pytest.raises(ImageError, match="not an image of a known format"):
+            read(path)
+    with pytest.raises(ImageError, match="not an image of a known format"):
+        decode_content(EPS)
+
+
+def test_every_format_that_is_promised_is_opened(tmp_path: Path) -> None:
+    PILImage.init()
+    picture = PILImage.effect_noise((24, 16), 60).convert("RGB")
+    for name in FORMATS:
+        if name not in PILImage.SAVE:
+            continue  # a Pillow built without it
+        path = tmp_path / f"picture.{name.lower()}"
+        picture.save(path, "JPEG" if name == "MPO" else name)
+        assert (read_header(path).width, read_header(path).height) == (24, 16)
+        assert decode(path).shape == (16, 24, 3)
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(images, "LARGE", 1000)
+    running, most = 0, {"large": 0, "small": 0}
+    guard = threading.Lock()
+
+    def slow(image: PILImage.Image) -> PILImage.Image:
+        nonlocal running
+        with guard:
+            running += 1
+            kind = "large" if image.width * image.height >= 1000 else "small"
+            most[kind] = max(most[kind], running)
+        time.sleep(0.05)
+        with guard:
+            running -= 1
+        return image.convert("RGB")
+
+    monkeypatch.setattr(images, "to_rgb", slow)
+    for kind, side in (("large", 40), ("small", 20)):
+        path = tmp_path / f"{kind}.png"
+        PILImage.new("RGB", (side, side)).save(path)
+        assert read_header(path).plain == (kind == "small"), "DALI decodes none that is large"
+        threads = [threading.Thread(target=decode, args=(path,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most["large"] == 1 and most["small"] > 1
+
+
+def test_pixels_are_those_of_pillow(tmp_path: Path) -> None:
+    picture = PILImage.effect_noise((24, 16), 60).convert("RGB")
+    picture.save(tmp_path / "a.png")
+    assert np.array_equal(decode(tmp_path / "a.png"), np.asarray(picture))
+    assert np.array_equal(decode(tmp_path / "a.png", 6), np.rot90(np.asarray(picture), -1))
