@@ -48,6 +48,7 @@ from .records import DAMAGED, Fault, Image
 
 CLIP_TOLERANCE = 1.0  # pixels by which a box may leave its image before its clipping is worth a warning
 ID_FAULT = "its id is not a 64-bit integer"
+MAX_MASK_SIDE = MAX_MASK_COORDINATE = 65535  # pixels: the run lengths of a larger mask do not fit pycocotools' 32 bits
 MAX_INT = 2**1023  # JSON's whole numbers have no bound, floats have
 Place = tuple[str, str]  # file and id of a Fault
 
@@ -327,23 +328,31 @@ def is_degenerate(box: Sequence[float]) -> bool:
 
 
 def is_mask(value: Any) -> bool:
-    """Whether pycocotools can draw a "segmentation". It does not check that itself: a NaN makes it use all memory."""
+    """Whether pycocotools can draw a "segmentation".
+
+    It does not check that itself: a NaN or a coordinate of 1e9 makes it use all memory, or crash.
+    """
     if isinstance(value, list):
         return all(
             isinstance(polygon, list)
             and len(polygon) >= 6
             and len(polygon) % 2 == 0
-            and all(is_number(v) and math.isfinite(v) for v in polygon)
+            and all(is_number(v) and abs(v) <= MAX_MASK_COORDINATE for v in polygon)  # false for a NaN
             for polygon in value
         )
     if not isinstance(value, dict):
         return False
     size, counts = value.get("size"), value.get("counts")
-    if not isinstance(size, list) or len(size) != 2 or not all(is_id(side) and side > 0 for side in size):
+    if not isinstance(size, list) or len(size) != 2 or not all(is_mask_side(side) for side in size):
         return False
     if isinstance(counts, list):  # lengths of runs, which together fill the mask
         return all(is_id(run) and run >= 0 for run in counts) and sum(counts) == size[0] * size[1]
     return isinstance(counts, (str, bytes))
+
+
+def is_mask_side(value: Any) -> TypeGuard[int]:
+    """Whether a value can be the width or the height of a mask, in pixels."""
+    return is_id(value) and 0 < value <= MAX_MASK_SIDE
 
 
 def reading_fault(entry: dict[str, Any]) -> str:
@@ -397,10 +406,12 @@ def entry_fault(
         or reference_fault(entry, "category_id", category_ids, floats=True)
         or bbox_fault(entry, rotated=True)
     )
+    if not fault and segmentation and not all(abs(v) <= MAX_MASK_COORDINATE for v in entry["bbox"][:4]):
+        return f"its 'bbox' reaches beyond {MAX_MASK_COORDINATE} pixels, which no mask can"
     if not fault and segmentation and entry.get("segmentation") and not is_mask(entry["segmentation"]):
         return (
             "its 'segmentation' is neither a list of polygons [x, y, x, y, x, y, …] in pixels "
-            "nor an RLE mask {size, counts}"
+            f"nor an RLE mask {{size, counts}}, of at most {MAX_MASK_SIDE} pixels in width and height"
         )
     return fault
 

@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ..boxes import area, coco_to_corners, corners
 from ..config import OdtkError
-from ..data.coco import categories_of, entry_fault, is_number, prepare_ground_truth
+from ..data.coco import categories_of, entry_fault, is_mask_side, is_number, prepare_ground_truth
 from ..data.layouts import load_annotations
 from ..ops import rotated_iou
 from ..text import printable
@@ -204,8 +204,8 @@ def add_missing_masks(indices: Sequence[COCO]) -> None:
         coco.imgs = {
             i: {
                 **image,
-                "width": image.get("width") or math.ceil(extent[i][0]),
-                "height": image.get("height") or math.ceil(extent[i][1]),
+                "width": own if is_mask_side(own := image.get("width")) else math.ceil(extent[i][0]),
+                "height": own if is_mask_side(own := image.get("height")) else math.ceil(extent[i][1]),
             }
             for i, image in coco.imgs.items()
         }

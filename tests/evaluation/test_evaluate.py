@@ -1,6 +1,7 @@
 """COCO figures against bare pycocotools and against counts made by hand; bad input."""
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -285,6 +286,9 @@ SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
         {"size": [200, 300], "counts": [5]},
         {"size": [200, 300], "counts": [60001, -1]},
         {"size": [200], "counts": "abc"},
+        [[*SQUARE[:-1], 1e9]],
+        [[*SQUARE[:-1], -(10**400)]],
+        {"size": [10**9, 10**9], "counts": "abc"},
     ],
 )
 def test_a_malformed_mask_is_named_where_masks_are_scored(mask) -> None:
@@ -330,3 +334,18 @@ def test_broken_files_are_refused_in_one_sentence(tmp_path, content: str) -> Non
         evaluate([], str(tmp_path / "broken.json"))
     with pytest.raises(OdtkError, match=r"nowhere\.json"):
         evaluate(str(tmp_path / "nowhere.json"), str(tmp_path / "truth.json"))
+
+
+def test_sizes_and_boxes_that_no_mask_can_have() -> None:
+    truth = dataset()
+    found = results(truth)
+    expected = evaluate(found, truth, segmentation=True)
+    for width, height in (("80", -64), (10**9, 10**9), (None, 1.5)):
+        changed = copy.deepcopy(truth)
+        for image in changed["images"]:
+            image |= {"width": width, "height": height}
+        assert evaluate(found, changed, segmentation=True).ap == pytest.approx(expected.ap, abs=0.02)
+    truth["annotations"][1]["bbox"] = [0, 0, 1e9, 5]
+    with pytest.raises(OdtkError, match="Annotation 1: its 'bbox' reaches beyond 65535 pixels"):
+        evaluate(found, truth, segmentation=True)
+    evaluate(found, truth)
