@@ -384,3 +384,22 @@ def is_running(pid: int, started: int | None = None) -> bool:
     except (OSError, OverflowError):
         return False
     return True
+
+
+def parse_json(text: str, path: str | os.PathLike[str]) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        OdtkError: it is not JSON (with line and column), or nothing that Python can read: brackets nested thousands
+            deep, a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise OdtkError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from None
+    except RecursionError:
+        raise OdtkError(f"{path} is not usable JSON: its brackets are nested too deeply.") from None
+    except ValueError:  # Python's limit of the digits of an int
+        raise OdtkError(f"{path} is not usable JSON: it has a number of thousands of digits.") from None

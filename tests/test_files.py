@@ -17,6 +17,7 @@ import pytest
 
 from odtk import files
 from odtk.config import OdtkError
+from odtk.files import parse_json
 
 
 def test_a_device_needs_no_folder_to_write_in(tmp_path: Path, monkeypatch) -> None:
@@ -257,3 +258,19 @@ def test_a_lock_on_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OdtkError, match="could not be written: No space left"), files.locked(tmp_path / "m.pth"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"a": [1, 2', "is not valid JSON: Expecting ',' delimiter at line 1, column 12"),
+        ("[" * 200_000, "its brackets are nested too deeply"),
+        ('{"a": ' * 200_000, "its brackets are nested too deeply"),
+        ("9" * 5000, "it has a number of thousands of digits"),
+    ],
+)
+def test_texts_that_are_no_usable_json(text: str, sentence: str) -> None:
+    with pytest.raises(OdtkError, match="x.json is not") as error:
+        parse_json(text, "x.json")
+    assert sentence in str(error.value)
+    assert parse_json('{"a": [1]}', "x.json") == {"a": [1]}

@@ -29,7 +29,6 @@ Training and `odtk check` list every fault (CocoReader); scoring stops at the fi
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -41,6 +40,7 @@ import numpy as np
 
 from ..categories import Category
 from ..config import OdtkError
+from ..files import parse_json
 from .box_format import find_format
 from .images import SWAPS_SIDES, Header, ImageError, MissingImage, read_headers
 from .missing import NearestFiles, none_found
@@ -60,15 +60,12 @@ def load_json(path: Path) -> dict[str, Any]:
         OdtkError: the file is missing or cannot be read, is not JSON (with line and column), or is not COCO's object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is skipped
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is skipped
     except FileNotFoundError:
         raise OdtkError(f"The annotation file {path} does not exist: give the right one with --annotations.") from None
-    except json.JSONDecodeError as error:
-        raise OdtkError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
-        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise OdtkError(f"The annotation file {path} cannot be read: {error}.") from None
+    content = parse_json(text, path)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise OdtkError(f'{path} is not a COCO annotation file: it has no list "images".')
     for name in ("annotations", "categories"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -24,6 +23,7 @@ from ..boxes import area, coco_to_corners, corners
 from ..config import OdtkError
 from ..data.coco import categories_of, entry_fault, is_mask_side, is_number, prepare_ground_truth
 from ..data.layouts import load_annotations
+from ..files import parse_json
 from ..ops import rotated_iou
 from ..text import printable
 
@@ -253,11 +253,12 @@ def read_detections(path: str) -> list[dict[str, Any]]:
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            values = json.load(file)
+            text = file.read()
     except OSError as error:
         raise OdtkError(f"Cannot read the detections {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise OdtkError(f"{path} is not valid JSON: {error}.") from error
+    values = parse_json(text, path)
     return values.get("annotations", values) if isinstance(values, dict) else values
 
 

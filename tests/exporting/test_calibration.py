@@ -16,6 +16,7 @@ from odtk.config import ExportConfig, LoaderConfig, ModelConfig, OdtkError
 from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
 from odtk.exporting import calibration, calibration_table, export
+from odtk.exporting.calibration_table import CalibrationTable
 from odtk.inference import infer
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
@@ -195,3 +196,38 @@ def test_int8_without_images_or_table_is_refused(tmp_path: Path) -> None:
         calibration.load_or_calibrate(empty_graph(), int8_config("", tmp_path), "m", 16)
     with pytest.raises(OdtkError, match="method 'best' does not exist"):
         calibration.activation_ranges(empty_graph(), [], "best", 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"scales": {"images": float("nan")}}, "its 'scales' has nan for images"),
+        ({"scales": {"images": -1}}, "which is not a positive number"),
+        ({"scales": {"images": 0}}, "which is not a positive number"),
+        ({"scales": {"images": True}}, "which is not a positive number"),
+        ({"scales": {"images": "1"}}, "which is not a positive number"),
+        ({"scales": [1]}, "its 'scales' is not an object"),
+        ({"size": [32]}, "its 'size'"),
+        ({"size": [32, -32]}, "its 'size'"),
+        ({"size": 32}, "its 'size'"),
+        ({"images": "a.jpg"}, "its 'images' is not a list of texts"),
+        ({"fp16_layers": [1]}, "its 'fp16_layers' is not a list of texts"),
+        ({"method": None}, "its 'method' is not a text"),
+        ({"model": 3}, "its 'model' is not a text"),
+        ({"layer_costs": {"conv": None}}, "which is not a number"),
+        ({"more": 1}, "'more' is unknown"),
+    ],
+)
+def test_tables_that_cannot_be_right_are_refused(tmp_path: Path, changes: dict, fault: str) -> None:
+    good = CalibrationTable("m", (32, 64), "minmax", ("a.jpg",), {"images": 0.1})
+    path = tmp_path / "t.json"
+    path.write_text(good.to_json())
+    assert calibration_table.load_table(str(path)) == good
+    path.write_text(json.dumps({**json.loads(good.to_json()), **changes}))
+    with pytest.raises(OdtkError, match="is not a calibration table") as error:
+        calibration_table.load_table(str(path))
+    assert fault in str(error.value)
+    for text in ("[]", "{", "[" * 100_000, '{"size": ' + "9" * 5000 + "}", '{"model": "m"}'):
+        path.write_text(text)
+        with pytest.raises(OdtkError):
+            calibration_table.load_table(str(path))
