@@ -30,6 +30,8 @@ class ModelConfig:
         last_level: the feature pyramid has the levels P3…P(last_level): 5, 6 or 7.
         pyramid_channels: of every level of the pyramid.
         head_channels, head_convs: of the head's towers, and how many convolutions each has before its last one.
+        mean, std: of the images it takes: RGB values in [0, 1], from which mean is subtracted before they are divided.
+        padding: of these images: ``mean`` (zero once they are normalized) or ``black`` (zero before).
         ratios, scales, angles: of the anchors (model/anchors.py); ``angles`` is empty for axis-aligned boxes.
         rounded_anchors: rotated anchors as ODTK 0.2 drew them, sides rounded to whole pixels (model/anchors.py).
         norm: ``frozen`` (affine and statistics fixed), ``batch`` or ``group`` (32 groups).
@@ -49,6 +51,9 @@ class ModelConfig:
     pyramid_channels: int = 256
     head_channels: int = 256
     head_convs: int = 4
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    padding: str = "mean"
     ratios: tuple[float, ...] = (1.0, 2.0, 0.5)
     scales: tuple[float, ...] = tuple(4 * 2 ** (i / 3) for i in range(3))
     angles: tuple[float, ...] = ()
@@ -68,6 +73,11 @@ class ModelConfig:
     def rotated(self) -> bool:
         """Whether boxes carry an angle."""
         return bool(self.angles)
+
+    @property
+    def pixels(self) -> dict[str, Any]:
+        """How images are prepared: the fields that LoaderConfig has too."""
+        return {"mean": self.mean, "std": self.std, "padding": self.padding}
 
     @property
     def anchor_free(self) -> bool:
@@ -140,7 +150,8 @@ class LoaderConfig:
       training: the shorter side is drawn from ``jitter`` (inclusive), the longer is capped by ``max_size``;
       ``size`` given (H, W): scaled to fit inside, padded right and bottom to exactly H×W;
       otherwise: the shorter side becomes ``resize``, the longer is capped by ``max_size``.
-    Images of a batch are then zero-padded right and bottom to a common size, a multiple of ``stride``.
+    Images of a batch are then padded right and bottom to a common size, a multiple of ``stride``: with ``padding``
+    ``mean`` by zeros once they are normalized, with ``black`` by what black pixels become.
     ``annotations`` None means every image file of the folder, without boxes.
     """
 
@@ -159,6 +170,7 @@ class LoaderConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    padding: str = "mean"
     loader: str = "dali"
     device: str = "cpu"  # where Batch.images ends: cpu, cuda:0 …
     workers: int = 2

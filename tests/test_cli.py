@@ -82,6 +82,14 @@ def test_every_flag_has_a_help_text(command: str, capsys) -> None:
     assert end.value.code == 0
 
 
+def test_defaults_of_the_dense_head(coco: Path) -> None:
+    model = configured(coco, "--head", "dense").model
+    assert (model.last_level, model.pyramid_channels, model.head_channels, model.head_convs) == (5, 96, 96, 2)
+    assert model.padding == "black" and configured(coco, "--head", "fcos").model.padding == "mean"
+    narrow = configured(coco, "--last-level", "6", "--pyramid-channels", "64", "--head-channels", "32").model
+    assert (narrow.last_level, narrow.pyramid_channels, narrow.head_channels, narrow.head_convs) == (6, 64, 32, 4)
+
+
 def test_defaults_of_train(coco: Path) -> None:
     config = configured(coco)
     assert config.model == ModelConfig(backbones=("ResNet50FPN",), classes=2, norm="frozen")
@@ -416,6 +424,7 @@ def test_check_of_a_folder_without_annotations(coco: Path, capsys) -> None:
 def test_check_says_nothing_of_anchors_where_there_are_none(coco: Path, capsys) -> None:
     argv = ["check", "--annotations", str(coco / "truth.json"), "--backbone", "ResNet18FPN"]
     assert main(argv) == 0 and "anchor" in capsys.readouterr().out
+    assert main([*argv, "--head", "dense"]) == 0 and "anchor" not in capsys.readouterr().out
     assert main([*argv, "--head", "fcos"]) == 0 and "anchor" not in capsys.readouterr().out
     for name in ("1.jpg", "2.jpg"):
         (coco / name).rename(coco / f"other-{name}")

@@ -31,15 +31,15 @@ class Batch:
     """Images, boxes and labels of one step.
 
     Attributes:
-        images: float32 [N, 3, H, W], normalized RGB, padded with zeros at the right and the bottom; on
+        images: float32 [N, 3, H, W], normalized RGB, padded at the right and the bottom (padding_value); on
             ``LoaderConfig.device``.
         boxes: float32 [N, M, 4] (x1, y1, x2, y2) or [N, M, 5] (… theta), pixels of ``images``, inclusive corners,
             zeros where there is no box, M ≥ 1; on the same device.
         labels: int64 [N, M], index of the category, −1 where there is no box; on the same device.
         ids: int64 [N], the dataset's image ids; on the CPU.
         scales: float32 [N, 2], network pixels per image pixel (sx, sy); on the CPU.
-        damaged: bool [N], whether the image could not be decoded, so that it is zeros without boxes; on the CPU. None:
-            no image is.
+        damaged: bool [N], whether the image could not be decoded, so that it is padding without boxes; on the CPU.
+            None: no image is.
     """
 
     images: Tensor
@@ -50,12 +50,19 @@ class Batch:
     damaged: Tensor | None = None
 
 
+def padding_value(config: LoaderConfig) -> np.ndarray:
+    """The normalized RGB of pixels beyond an image, float32 [3]."""
+    if config.padding == "mean":
+        return np.zeros(3, dtype=np.float32)
+    return (-np.array(config.mean) / np.array(config.std)).astype(np.float32)
+
+
 class Loader:
     """Iterates over Batches: without end in training, once over this rank's images in inference.
 
     The sampler decides order, geometry and boxes. A subclass makes the pixels of one batch (``render_batch``); the
     loader's threads call it ahead of their use. An image that proves damaged while it is decoded (the scan before the
-    run cannot find all damage) becomes zeros without boxes, and its file is named once.
+    run cannot find all damage) becomes padding without boxes, and its file is named once.
 
     Attributes:
         sampler: makes the plans of the batches.
@@ -164,10 +171,12 @@ class Loader:
     def render_with_torch(self, plan: BatchPlan) -> Tensor:
         """The normalized images of a plan, float32 [N, 3, H, W], made by Pillow and PyTorch on the CPU."""
         # NumPy and not torch, as several of these run at once and torch would spread each over all cores.
-        images = np.zeros((len(plan.samples), 3, plan.height, plan.width), dtype=np.float32)
+        padding = padding_value(self.config)
+        images = np.empty((len(plan.samples), 3, plan.height, plan.width), dtype=np.float32)
+        images[:] = padding[:, None, None]
         for i, sample in enumerate(plan.samples):
             try:
-                pixels = render(sample)
+                pixels = render(sample, padding)
             except ImageError as error:
                 self._report_damage(sample, error)
                 continue
@@ -177,7 +186,7 @@ class Loader:
     def _report_damage(self, sample: Sample, error: ImageError) -> None:
         if sample.image.path not in self.damaged:
             self.damaged.add(sample.image.path)
-            what = "is replaced by zeros without boxes" if self.config.training else "gets no detections"
+            what = "is replaced by padding without boxes" if self.config.training else "gets no detections"
             print(
                 f"Warning: {printable(sample.image.path)} (image {sample.image.id}) {what}: {error} "
                 f"({plural(len(self.damaged), 'damaged image')} so far).",

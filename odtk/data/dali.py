@@ -22,7 +22,7 @@ from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 from torch import Tensor
 
 from ..config import LoaderConfig
-from .batch import PREFETCH, Loader
+from .batch import PREFETCH, Loader, padding_value
 from .dataset import Dataset
 from .images import ImageError
 from .sampler import BatchPlan, Sample
@@ -94,6 +94,7 @@ class DaliLoader(Loader):
         pipeline = _pipeline(
             self._rotates,
             gpu=self._stream is not None,
+            padding=padding_value(self.config).tolist(),
             batch_size=self.config.batch,
             num_threads=max(1, self.config.workers),
             device_id=None if self._stream is None else self._stream.device_index,
@@ -104,8 +105,8 @@ class DaliLoader(Loader):
 
 
 @dali.pipeline_def
-def _pipeline(rotates: bool, gpu: bool) -> Any:
-    """Encoded images and decisions → float32 [3, height, width], padded with zeros; ``_run`` names the inputs."""
+def _pipeline(rotates: bool, gpu: bool, padding: list[float]) -> Any:
+    """Encoded images and decisions → float32 [3, height, width], padded by [3] values; ``_run`` names the inputs."""
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
     end = fn.external_source(name="end", dtype=types.INT32, ndim=1)
@@ -130,7 +131,8 @@ def _pipeline(rotates: bool, gpu: bool) -> Any:
     if rotates:
         rotation = fn.external_source(name="rotation", dtype=types.FLOAT, ndim=2)
         canvas = fn.external_source(name="canvas", dtype=types.FLOAT, ndim=1)
-        images = fn.warp_affine(images, matrix=rotation, size=canvas, fill_value=0)
+        # fill_value is one number for all channels, so that the images are shifted there and back
+        images = fn.warp_affine(images - padding, matrix=rotation, size=canvas, fill_value=0) + padding
     return fn.crop_mirror_normalize(
         images,
         crop_h=height,
@@ -138,7 +140,7 @@ def _pipeline(rotates: bool, gpu: bool) -> Any:
         crop_pos_x=0.0,
         crop_pos_y=0.0,
         out_of_bounds_policy="pad",
-        fill_values=0,
+        fill_values=padding,
         mean=[0.0],
         std=[1.0],
         dtype=types.FLOAT,

@@ -10,8 +10,11 @@ from PIL import Image as PILImage
 from .sampler import Sample
 
 
-def render(sample: Sample) -> np.ndarray:
+def render(sample: Sample, padding: np.ndarray) -> np.ndarray:
     """The normalized pixels of a sample, float32 [3, H, W] with the height and width of its canvas.
+
+    Args:
+        padding: float32 [3], the value of what a rotation shows beyond the image.
 
     Raises:
         ImageError: the file cannot be decoded.
@@ -25,14 +28,15 @@ def render(sample: Sample) -> np.ndarray:
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)  # [H, W, 3] → [3, H, W]
     # einsum and not @, as the threads of BLAS would wait for each other
     image = np.einsum("ij,jhw->ihw", sample.color[:, :3], planes) + sample.color[:, 3:, None]
-    return image if sample.rotation is None else _rotate(image, sample.rotation, sample.canvas)
+    return image if sample.rotation is None else _rotate(image, sample.rotation, sample.canvas, padding)
 
 
-def _rotate(image: np.ndarray, matrix: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
+def _rotate(image: np.ndarray, matrix: np.ndarray, canvas: tuple[int, int], padding: np.ndarray) -> np.ndarray:
     """Samples image [3, h, w] bilinearly at matrix [2, 3] · (x, y, 1) for each pixel center of the canvas (w, h)."""
     size = torch.tensor([image.shape[2], image.shape[1]])
     x, y = torch.arange(canvas[0]) + 0.5, torch.arange(canvas[1]) + 0.5
     points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(canvas[1], canvas[0])], dim=-1)
     source = points @ torch.from_numpy(matrix).T  # [H, W, 3] · [3, 2] → [H, W, 2]
-    batch = torch.from_numpy(np.ascontiguousarray(image))[None]
-    return F.grid_sample(batch, (2 * source / size - 1)[None], align_corners=False)[0].numpy()
+    beyond = padding[:, None, None]  # grid_sample has zeros there
+    batch = torch.from_numpy(np.ascontiguousarray(image - beyond))[None]
+    return F.grid_sample(batch, (2 * source / size - 1)[None], align_corners=False)[0].numpy() + beyond

@@ -49,7 +49,9 @@ def draw_anchors(path: str, data: LoaderConfig, assign: Assign, folder: str, *, 
     writer = open_pictures(data, folder, rotated=detector.config.rotated)
     written = []
     for image, batch in network_inputs(detector, writer.dataset, data, count):
-        picture = annotate(input_picture(batch, data), anchor_shapes(detector, batch, assign), min_side=LEGIBLE)
+        picture = annotate(
+            input_picture(batch, detector.config), anchor_shapes(detector, batch, assign), min_side=LEGIBLE
+        )
         written.append(writer.save(picture, image, "_anchors.png"))
     return written
 

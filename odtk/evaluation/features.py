@@ -52,7 +52,7 @@ def draw_features(path: str, layer: str, data: LoaderConfig, folder: str, *, cou
             raise OdtkError(f"The layer {name} returns no feature maps: choose a layer inside a backbone.")
         for level, maps in enumerate(outputs):
             title = f"{name}  {tuple(maps.shape[1:])}  {min(MAX_MAPS, maps.shape[1])} of {maps.shape[1]} channels"
-            grid = feature_grid(maps[0], title, input_picture(batch, data))
+            grid = feature_grid(maps[0], title, input_picture(batch, detector.config))
             written.append(writer.save(grid, image, f"_{name}_{level}.png"))
     handle.remove()
     return written

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image as PILImage
 
-from ..config import LoaderConfig, OdtkError
+from ..config import LoaderConfig, ModelConfig, OdtkError
 from ..data.batch import Batch
 from ..data.dataset import Dataset
 from ..data.images import ImageError, decode
@@ -101,15 +101,18 @@ def network_inputs(
 ) -> Iterator[tuple[Image, Batch]]:
     """The first ``count`` images as the detector gets them in inference: resized, padded, normalized, one per batch."""
     size = round_up(data.size, detector.stride) if data.size else None
-    data = replace(data, batch=1, training=False, size=size, stride=detector.stride, rotated=detector.config.rotated)
+    config = detector.config
+    data = replace(
+        data, batch=1, training=False, size=size, stride=detector.stride, rotated=config.rotated, **config.pixels
+    )
     dataset = replace(dataset, images=dataset.images[:count])
     by_id = {image.id: image for image in dataset.images}
     for batch in create_loader(dataset, data):
         yield by_id[int(batch.ids[0])], batch
 
 
-def input_picture(batch: Batch, data: LoaderConfig) -> PILImage.Image:
+def input_picture(batch: Batch, model: ModelConfig) -> PILImage.Image:
     """The first image of a batch as RGB, its normalization undone."""
-    mean, std = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
+    mean, std = torch.tensor(model.mean)[:, None, None], torch.tensor(model.std)[:, None, None]
     pixels = ((batch.images[0].cpu() * std + mean) * 255).round().clamp(0, 255).byte()
     return PILImage.fromarray(pixels.permute(1, 2, 0).numpy())  # [3, H, W] → [H, W, 3]

@@ -13,6 +13,7 @@ from onnx import ModelProto
 from ..config import ExportConfig, LoaderConfig, OdtkError
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
+from ..model.detector import Detector
 from ..text import plural, printable
 from .calibration_table import CalibrationTable, load_table, save_table, table_path
 from .graph import with_outputs
@@ -26,13 +27,15 @@ METHODS = ("entropy", "percentile", "minmax")
 PERCENTILE = 0.9999  # share of the values inside the range of the method "percentile"
 
 
-def load_or_calibrate(model: ModelProto, config: ExportConfig, weights_hash: str, stride: int) -> CalibrationTable:
+def load_or_calibrate(
+    model: ModelProto, config: ExportConfig, weights_hash: str, detector: Detector
+) -> CalibrationTable:
     """The calibration table of an export: ``config.calibration_table`` if that file exists, else a new one, saved.
 
     Args:
         model: the raw float32 graph.
         weights_hash: of the checkpoint (checkpoint.weights_hash); a table of other weights is refused.
-        stride: the detector's; the padded size of images is a multiple of it.
+        detector: what the graph was traced from; it says how images are prepared.
 
     Raises:
         OdtkError: the table belongs to another model or size, the images are unusable, or neither is given.
@@ -54,7 +57,7 @@ def load_or_calibrate(model: ModelProto, config: ExportConfig, weights_hash: str
     if config.calibration_batches is not None:
         limit = min(limit, config.calibration_batches * config.batch[1])
     dataset = sample_images(config.calibration_images, limit, config.seed)
-    images = calibration_images(dataset, config, stride)
+    images = calibration_images(dataset, config, detector)
     ranges = activation_ranges(model, images, config.calibration_method, len(dataset.images))
     scales = scales_of(ranges)
     files = tuple(os.path.relpath(image.path, config.calibration_images) for image in dataset.images)
@@ -93,10 +96,16 @@ def sample_images(folder: str, limit: int, seed: int) -> Dataset:
     return dataset
 
 
-def calibration_images(dataset: Dataset, config: ExportConfig, stride: int) -> Iterator[np.ndarray]:
+def calibration_images(dataset: Dataset, config: ExportConfig, detector: Detector) -> Iterator[np.ndarray]:
     """The dataset's images one by one, prepared as for inference: [1, 3, H, W] float32, normalized, padded."""
     assert config.calibration_images is not None
-    data = LoaderConfig(images=config.calibration_images, batch=1, size=config.size, stride=stride)
+    data = LoaderConfig(
+        images=config.calibration_images,
+        batch=1,
+        size=config.size,
+        stride=detector.stride,
+        **detector.config.pixels,
+    )
     for batch in create_loader(dataset, data):
         yield batch.images.numpy()
 

@@ -107,7 +107,7 @@ def raw_graph(
     model = trace(detector, config.input_size, opset)
     table = None
     if config.precision == "int8":
-        table = load_or_calibrate(model, config, weights_hash(checkpoint.state_dict), detector.stride)
+        table = load_or_calibrate(model, config, weights_hash(checkpoint.state_dict), detector)
         insert_qdq(model, table, tensorrt)
     if config.precision != "fp32":
         to_fp16(model, tensorrt)
@@ -130,6 +130,7 @@ def metadata_of(detector: Detector, checkpoint: Checkpoint, config: ExportConfig
         top_n=config.postprocess.top_n,
         batch=config.batch,
         model=weights_hash(checkpoint.state_dict),
+        **checkpoint.model.pixels,
     )
 
 

@@ -15,7 +15,7 @@ from ..categories import Category, from_pairs, to_pairs
 from ..config import IMAGENET_MEAN, IMAGENET_STD, OdtkError, PostprocessConfig
 from ..model.checkpoint_faults import categories_fault, fits, shown
 
-FORMAT = 2  # version of the fields: in version 1, "postprocessing" was called "ending"
+FORMAT = 3  # version of the fields: 1 calls "postprocessing" "ending", and before 3 there was no "padding"
 ENGINES = (".plan", ".engine")
 POSITIVE = ("size", "stride", "classes", "detections", "top_n", "batch", "std")
 LARGEST = 16 << 20  # bytes of metadata that are unpacked; those of 1,203 classes have 0.04
@@ -43,7 +43,7 @@ class Metadata:
         score_threshold, nms_threshold, detections, top_n: as in config.PostprocessConfig.
         batch: (MIN, OPT, MAX) of an engine, which takes MIN to MAX images; ONNX Runtime takes any number.
         model: hash of the weights (checkpoint.weights_hash).
-        mean, std: of RGB values in [0, 1]; padding is 0 after normalization.
+        mean, std, padding: how images are prepared, as in config.ModelConfig.
         odtk, torch: the versions that wrote the file.
         format: version of these fields.
     """
@@ -63,6 +63,7 @@ class Metadata:
     model: str
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    padding: str = "mean"
     odtk: str = __version__
     torch: str = torch.__version__
     format: int = FORMAT

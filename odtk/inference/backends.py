@@ -37,7 +37,7 @@ class Backend:
         classes: number of classes.
         categories: in the order of the class indices; None if the file has none.
         rotated: boxes have 6 values instead of 4.
-        mean, std: normalization of RGB values in [0, 1]; padding is 0 after it.
+        mean, std, padding: how images are prepared, as in config.ModelConfig.
         max_batch: the most images in one call; None if there is no limit.
         resize, max_size: shorter side and cap of the longer one, in pixels, that a .pth was trained with, if it says.
         input_size: (H, W) that holds nearly all images at that size, see model.checkpoint.Checkpoint.
@@ -57,6 +57,7 @@ class Backend:
     input_size: tuple[int, int] | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    padding: str = "mean"
     max_batch: int | None = None
     precision: str
     thresholds: PostprocessConfig
@@ -78,7 +79,7 @@ class Backend:
         self.size, self.stride = metadata.size, metadata.stride
         self.classes, self.rotated = metadata.classes, metadata.rotated
         self.categories = metadata.categories
-        self.mean, self.std = metadata.mean, metadata.std
+        self.mean, self.std, self.padding = metadata.mean, metadata.std, metadata.padding
         self.precision, self.thresholds = metadata.precision, metadata.thresholds
 
 
@@ -101,6 +102,7 @@ class TorchBackend(Backend):
         self.size, self.stride = None, detector.stride
         self.classes, self.categories = loaded.model.classes, loaded.categories
         self.rotated = loaded.model.rotated
+        self.mean, self.std, self.padding = loaded.model.mean, loaded.model.std, loaded.model.padding
         self.resize, self.max_size = loaded.setting("resize"), loaded.setting("max_size")
         self.input_size = checkpoint.trained_size(loaded)
         self.precision, self.thresholds = precision, thresholds

@@ -115,6 +115,7 @@ def loader_config(data: LoaderConfig, backend: Backend, log: Callable[[str], Non
         stride=backend.stride,
         mean=backend.mean,
         std=backend.std,
+        padding=backend.padding,
         rotated=backend.rotated,
         batch=min(data.batch, backend.max_batch or data.batch),
     )

@@ -116,6 +116,10 @@ def check_model_config(config: ModelConfig) -> None:
         raise OdtkError(f"{', '.join(options)}: only for ResNet backbones, and {config.backbones[0]} is not one.")
     if config.classes < 1:
         raise OdtkError(f"A detector needs at least one class, not {config.classes}.")
+    if config.padding not in ("mean", "black"):
+        raise OdtkError(f"The padding {config.padding!r} does not exist: use mean or black.")
+    if not all(std > 0 for std in config.std):
+        raise OdtkError(f"The std of a detector's pixels must be positive, not {config.std}.")
     if not set(config.dcn) <= {2, 3, 4, 5}:
         raise OdtkError(f"--dcn takes stages 2 to 5, not {', '.join(map(str, config.dcn))}.")
     if not 0 <= config.freeze_at <= 5:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from typing import Any
 
 from ..config import ROTATED_ANGLES, AugmentConfig, LoaderConfig, LossConfig, ModelConfig, OdtkError, TrainConfig
 from ..data.coco import categories_of
@@ -78,6 +79,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
         val_annotations = with_split(settings.val_annotations, "val", strict=True)
         own = settings.val_images or settings.images or image_folder(val_annotations)
         val_data = dataclasses.replace(data, images=own, annotations=val_annotations, training=False)
+    resnet: dict[str, Any] = {RESNET_OPTIONS[name]: True for name in settings.resnet}
     return TrainConfig(
         path=settings.model,
         model=ModelConfig(
@@ -88,6 +90,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
             pyramid_channels=settings.pyramid_channels,
             head_channels=settings.head_channels,
             head_convs=settings.head_convs,
+            padding="black" if settings.head == "dense" else "mean",  # DeepStream pads with black
             ratios=settings.anchor_ratios,
             scales=settings.anchor_scales,
             angles=ROTATED_ANGLES if settings.rotated_bbox else (),
@@ -96,7 +99,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
             dcn=tuple(sorted(set(settings.dcn))),
             dcn_modulated=not settings.dcn_v1,
             grad_checkpoint=settings.grad_checkpoint,
-            **{RESNET_OPTIONS[name]: True for name in settings.resnet},
+            **resnet,
         ),
         data=data,
         val_data=val_data,

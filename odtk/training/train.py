@@ -127,7 +127,7 @@ def set_up(config: TrainConfig, rank: int, world: int) -> Run:
     detector, model = create_model(config, resumed, ranks, rank, world)
     ema = None if config.ema is None else EMA(detector, config.ema)
     dtype = autocast_type(config.precision, device)
-    data = replace(config.data, training=True, stride=detector.stride, rank=rank, world=world)
+    data = replace(config.data, training=True, stride=detector.stride, rank=rank, world=world, **config.model.pixels)
     size = input_size(dataset, data.resize, data.max_size, detector.stride)
     run = Run(
         config=config,

@@ -42,6 +42,7 @@ class Validation:
             config.val_data,
             training=False,
             stride=stride,
+            **config.model.pixels,
             rank=train_data.rank,
             world=train_data.world,
             device=train_data.device,

@@ -29,6 +29,8 @@ MODES: dict[str, dict[str, Any]] = {
     "letterbox": {"size": (128, 96)},
     "training": {"training": True, "jitter": (64, 160), "max_size": 200},
     "training, every augmentation": {"training": True, "jitter": (64, 160), "max_size": 200, "augment": STRONG},
+    "letterbox, black": {"size": (128, 96), "padding": "black", "mean": (0.5, 0.4, 0.3)},
+    "training, black": {"training": True, "jitter": (64, 160), "max_size": 200, "augment": STRONG, "padding": "black"},
 }
 
 

@@ -163,6 +163,25 @@ def test_normalization_without_scaling_is_exact(files) -> None:
     assert batch.images[0, :, 30:].abs().max() == 0
 
 
+def test_black_padding_is_what_black_pixels_become(files) -> None:
+    settings = config(batch=1, resize=30, max_size=40, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), padding="black")
+    batch = list(create_loader(files, settings))[1]
+    below = batch.images[0, :, 30:]
+    assert below.numel()
+    expected = torch.tensor([-0.1 / 0.5, -0.2 / 0.6, -0.3 / 0.7])[:, None, None]
+    torch.testing.assert_close(below, expected.expand_as(below))
+
+
+def test_what_a_rotation_shows_beyond_a_black_image_is_black(tmp_path) -> None:
+    PILImage.new("RGB", (40, 30)).save(tmp_path / "black.png")
+    dataset = Dataset([Image(1, tmp_path / "black.png", 40, 30, np.zeros((0, 4)), np.zeros(0, int))], ())
+    turned = replace(STILL, free_rotate=(30.0, 30.0))
+    settings = config(batch=1, training=True, jitter=(30, 30), max_size=40, augment=turned, padding="black")
+    images = next(iter(create_loader(dataset, settings))).images
+    black = torch.tensor([-m / s for m, s in zip(settings.mean, settings.std, strict=True)])[:, None, None]
+    torch.testing.assert_close(images[0], black.expand_as(images[0]), atol=1e-5, rtol=0)
+
+
 def test_jitter_is_inclusive_and_common_to_the_ranks() -> None:
     dataset = records(8, width=40, height=40)
     settings = config(training=True, jitter=(30, 32), augment=STILL)
@@ -320,9 +339,9 @@ def test_only_rank_0_prints_the_counted_warnings(files, capsys) -> None:
 def test_batches_are_prepared_ahead_of_their_use(files, monkeypatch) -> None:
     rendered: list[Sample] = []
 
-    def counted(sample: Sample) -> np.ndarray:
+    def counted(sample: Sample, padding: np.ndarray) -> np.ndarray:
         rendered.append(sample)
-        return render(sample)
+        return render(sample, padding)
 
     monkeypatch.setattr(batch_module, "render", counted)
     batches = iter(create_loader(files, config(training=True, batch=1, workers=1)))
@@ -339,9 +358,9 @@ def test_batches_are_prepared_ahead_of_their_use(files, monkeypatch) -> None:
 def test_storage_that_does_not_answer_is_named(files: Dataset, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Once for a batch that waits, which comes all the same."""
 
-    def slow(sample: Sample) -> np.ndarray:
+    def slow(sample: Sample, padding: np.ndarray) -> np.ndarray:
         time.sleep(1.5 if sample.image.id == 3 else 0)
-        return render(sample)
+        return render(sample, padding)
 
     loader = TorchLoader(files, config(batch=2))
     whole = [batch.images for batch in loader]

@@ -142,25 +142,27 @@ def refuse_other_tables(config: ExportConfig, path: str, folder: Path) -> None:
     given = dataclasses.replace(config, calibration_table=path)
     graph = empty_graph()
     with pytest.raises(OdtkError, match="is the calibration table of another model"):
-        calibration.load_or_calibrate(graph, given, "another", 16)
+        calibration.load_or_calibrate(graph, given, "another", Detector(C4))
     own = calibration_table.load_table(path)
     with pytest.raises(OdtkError, match="calibrated at 32×32, not 64×64"):
-        calibration.load_or_calibrate(graph, dataclasses.replace(given, size=(64, 64)), own.model, 16)
+        calibration.load_or_calibrate(graph, dataclasses.replace(given, size=(64, 64)), own.model, Detector(C4))
     (folder / "no.json").write_text("{}")
     with pytest.raises(OdtkError, match="is not a calibration table"):
         calibration.load_or_calibrate(
-            graph, dataclasses.replace(given, calibration_table=str(folder / "no.json")), "", 16
+            graph, dataclasses.replace(given, calibration_table=str(folder / "no.json")), "", Detector(C4)
         )
 
 
-def test_calibration_sees_the_tensors_of_inference(pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("padding", ["mean", "black"])
+def test_calibration_sees_the_tensors_of_inference(padding: str, pictures: Path, tmp_path: Path) -> None:
+    model = dataclasses.replace(C4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), padding=padding)
     config = int8_config("", tmp_path, calibration_images=str(pictures))
     dataset = calibration.sample_images(str(pictures), 500, seed=0)
-    seen = list(calibration.calibration_images(dataset, config, 16))
+    seen = list(calibration.calibration_images(dataset, config, Detector(model)))
 
     class Asking:
         size, stride, max_batch, rotated, name = (32, 32), 16, None, False, "a model"
-        mean, std = LoaderConfig.mean, LoaderConfig.std
+        mean, std, padding = model.mean, model.std, model.padding
 
     data = infer.loader_config(LoaderConfig(images=str(pictures)), Asking())  # type: ignore[arg-type]
     whole = Dataset.load(None, pictures)
@@ -193,7 +195,7 @@ def test_too_few_images_and_empty_folders_are_refused(pictures: Path, tmp_path: 
 
 def test_int8_without_images_or_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OdtkError, match="needs --calibration-images DIR, or a --calibration-table"):
-        calibration.load_or_calibrate(empty_graph(), int8_config("", tmp_path), "m", 16)
+        calibration.load_or_calibrate(empty_graph(), int8_config("", tmp_path), "m", Detector(C4))
     with pytest.raises(OdtkError, match="method 'best' does not exist"):
         calibration.activation_ranges(empty_graph(), [], "best", 1)
 

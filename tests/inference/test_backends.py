@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from odtk.categories import Category
-from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
+from odtk.config import ROTATED_ANGLES, ExportConfig, LoaderConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.exporting import export
 from odtk.exporting.metadata import Metadata
 from odtk.inference import backends
+from odtk.inference.infer import loader_config
 from tests.random_models import detector_of, save
 
 CONFIG = ModelConfig(backbones=("ResNet18C4",), classes=2)
@@ -135,7 +137,7 @@ def test_wrong_files_are_refused(tmp_path: Path, paths: tuple[str, str]) -> None
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
     (tmp_path / "model.tflite").touch()
     newer = onnx.load(paths[1])
-    newer.metadata_props[0].value = newer.metadata_props[0].value.replace('"format":2', '"format":99')
+    newer.metadata_props[0].value = newer.metadata_props[0].value.replace('"format":3', '"format":99')
     onnx.save(newer, tmp_path / "newer.onnx")
     damaged = onnx.load(paths[1])
     damaged.metadata_props[0].value = damaged.metadata_props[0].value[:40]
@@ -171,6 +173,22 @@ def test_a_plan_runs_without_onnx() -> None:
 
 def test_metadata_of_the_first_format_are_read(paths: tuple[str, str]) -> None:
     text = onnx.load(paths[1]).metadata_props[0].value
-    first = text.replace('"format":2', '"format":1').replace('"postprocessing":', '"ending":')
+    first = text.replace('"format":3', '"format":1').replace('"postprocessing":', '"ending":')
     assert '"ending":"detections"' in first and '"format":1' in first
     assert Metadata.from_json(first, "m.onnx") == Metadata.from_json(text, "m.onnx")
+
+
+def test_how_images_are_prepared_is_kept_in_checkpoints_and_exported_files(tmp_path: Path) -> None:
+    changes = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "padding": "black"}
+    for path in make(tmp_path, dataclasses.replace(CONFIG, **changes)):  # type: ignore[arg-type]
+        data = loader_config(LoaderConfig("images"), open_cpu(path))
+        assert {name: getattr(data, name) for name in changes} == changes, path
+
+
+def test_files_of_before_pad_with_the_mean(paths: tuple[str, str]) -> None:
+    assert [open_cpu(path).padding for path in paths] == ["mean", "mean"]
+    metadata = open_cpu(paths[1]).metadata
+    assert metadata is not None
+    old = json.loads(metadata.to_json()) | {"format": 2}
+    del old["padding"]
+    assert Metadata.from_json(json.dumps(old), "m.onnx") == metadata

@@ -167,6 +167,8 @@ def test_a_file_of_torchvision_fits_a_feature_extractor(norm: str) -> None:
         ({"freeze_at": 6}, "freeze-at"),
         ({"norm": "layer"}, "layer"),
         ({"head": "yolo"}, "yolo"),
+        ({"padding": "white"}, "padding 'white'.*mean or black"),
+        ({"std": (0.2, 0.0, 0.2)}, "std.*positive"),
         ({"backbones": ("ResNet18C4",), "pyramid_channels": 96}, "ResNet18C4 has levels of 256.*pyramid-channels 256"),
         ({"backbones": ("GhostNetFPN",), "dcn": (4,)}, "dcn.*GhostNetFPN"),
     ],
@@ -177,6 +179,19 @@ def test_what_cannot_be_built_is_refused_in_words(changes: dict, words: str) -> 
         Detector(replace(SMALL, **changes))
 
 
+DENSE = {"head": "dense", "last_level": 5, "pyramid_channels": 32, "head_channels": 24, "head_convs": 2}
+
+
+def test_nothing_in_a_folded_dense_detector_takes_statistics_over_the_map() -> None:
+    """What lies beyond the image, padding for one, cannot change what is found far from it."""
+    model = detector(**DENSE)
+    folded = model.fold()
+    kinds = {type(module) for module in folded.modules() if not list(module.children())}
+    assert kinds <= {nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Identity}, kinds
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(outputs(folded, images), outputs(model, images), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -184,7 +199,7 @@ def test_what_cannot_be_built_is_refused_in_words(changes: dict, words: str) -> 
         {},
         {"angles": ROTATED_ANGLES},
         {"head": "fcos"},
-        {"head": "dense", "last_level": 5, "pyramid_channels": 32, "head_channels": 24, "head_convs": 2},
+        DENSE,
         {"dcn": (4, 5), "deep_stem": True, "avg_down": True},
         {"dcn": (5,), "dcn_modulated": False, "norm": "group"},
         {"backbones": ("RepVGGA0FPN",)},

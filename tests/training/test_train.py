@@ -24,7 +24,10 @@ from torch import Tensor
 
 import odtk.training.train
 from odtk.config import AugmentConfig, LoaderConfig, ModelConfig, OdtkError, TrainConfig
+from odtk.data.batch import Loader
+from odtk.data.dataset import Dataset
 from odtk.data.images import ImageError
+from odtk.data.loader import create_loader
 from odtk.launch import launch
 from odtk.model import checkpoint as files
 from odtk.model.detector import Detector
@@ -260,6 +263,26 @@ def test_a_second_run_on_the_same_file_is_refused(
     train(config)
     assert f"m.pth is in use by process {os.getpid()}" in refusals[0]
     assert training_of(config.path)["iteration"] == 2 and os.listdir(tmp_path) == ["m.pth"]
+
+
+def test_images_are_prepared_as_the_model_says(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and validation, and its checkpoint says it to all that comes after."""
+    made: list[LoaderConfig] = []
+
+    def recorded(images: Dataset, data: LoaderConfig) -> Loader:
+        made.append(data)
+        return create_loader(images, data)
+
+    for module in ("train", "validation"):
+        monkeypatch.setattr(f"odtk.training.{module}.create_loader", recorded)
+    config = with_validation(settings(tmp_path / "m.pth", dataset), iters=1, val_iters=1)
+    model = dataclasses.replace(
+        config.model, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), padding="black", head="dense", head_channels=8
+    )
+    train(dataclasses.replace(config, model=model))
+    assert sorted(data.training for data in made) == [False, True]
+    assert all((data.mean, data.std, data.padding) == (model.mean, model.std, "black") for data in made)
+    assert files.load(config.path).model == model
 
 
 def test_a_stop_before_the_first_iteration_leaves_no_lock(
