@@ -516,7 +516,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         "weights to start from; none: from scratch",
         TEXT,
         "PATH",
-        shown="torchvision's ImageNet weights by URL",
+        shown="ImageNet weights: an installed package's for EfficientNetLite, torchvision's by URL for others",
         section="model",
         changes_result=False,
     )

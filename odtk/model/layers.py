@@ -58,18 +58,18 @@ def scale_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-def create_norm(kind: str, channels: int) -> nn.Module:
+def create_norm(kind: str, channels: int, eps: float = 1e-5) -> nn.Module:
     """A normalization layer of ``kind`` frozen, batch or group (32 groups, or fewer where 32 does not divide).
 
     Raises:
         OdtkError: for any other kind.
     """
     if kind == "frozen":
-        return FrozenBatchNorm2d(channels)
+        return FrozenBatchNorm2d(channels, eps)
     if kind == "batch":
-        return nn.BatchNorm2d(channels)
+        return nn.BatchNorm2d(channels, eps)
     if kind == "group":
-        return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+        return nn.GroupNorm(math.gcd(GROUPS, channels), channels, eps)
     raise OdtkError(f"The norm {kind!r} does not exist: use frozen, batch or group.")
 
 

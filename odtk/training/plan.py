@@ -13,6 +13,7 @@ from typing import Any
 from ..config import ROTATED_ANGLES, AugmentConfig, LoaderConfig, LossConfig, ModelConfig, OdtkError, TrainConfig
 from ..data.coco import categories_of
 from ..data.layouts import image_folder, load_annotations, with_split
+from ..model.backbones.catalog import normalization
 from ..settings import RESNET_OPTIONS, TrainSettings
 
 
@@ -79,6 +80,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
         val_annotations = with_split(settings.val_annotations, "val", strict=True)
         own = settings.val_images or settings.images or image_folder(val_annotations)
         val_data = dataclasses.replace(data, images=own, annotations=val_annotations, training=False)
+    mean, std = normalization(settings.backbone[0])
     resnet: dict[str, Any] = {RESNET_OPTIONS[name]: True for name in settings.resnet}
     return TrainConfig(
         path=settings.model,
@@ -90,6 +92,8 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
             pyramid_channels=settings.pyramid_channels,
             head_channels=settings.head_channels,
             head_convs=settings.head_convs,
+            mean=mean,
+            std=std,
             padding="black" if settings.head == "dense" else "mean",  # DeepStream pads with black
             ratios=settings.anchor_ratios,
             scales=settings.anchor_scales,

@@ -27,8 +27,16 @@ def test_parameters_equal_torchvision(name: str, published: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"),  # 2101.03697 and its repository; timm for GhostNet
-    [("RepVGGA0", 9.11), ("RepVGGA1", 14.09), ("RepVGGB0", 15.82), ("GhostNet", 5.18)],
+    ("name", "millions"),  # 2101.03697 and its repository; timm for GhostNet and EfficientNetLite
+    [
+        ("EfficientNetLite0", 4.65),
+        ("EfficientNetLite1", 5.42),
+        ("EfficientNetLite2", 6.09),
+        ("RepVGGA0", 9.11),
+        ("RepVGGA1", 14.09),
+        ("RepVGGB0", 15.82),
+        ("GhostNet", 5.18),
+    ],
 )
 def test_parameters_equal_the_authors(name: str, millions: float) -> None:
     assert round(classification_parameters(name) / 1e6, 2) == millions

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ...config import ModelConfig
+from ...config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from ..neck import FPN
+from .efficientnet_lite import EFFICIENTNET_LITE_DESIGNS, MEAN, STD, EfficientNetLite
 from .feature_extractor import FeatureExtractor
 from .ghost import GhostNet
 from .mobilenet import MobileNetV2
@@ -31,9 +32,17 @@ def create_c4(design: ResNetDesign, config: ModelConfig) -> ResNet:
 FEATURE_EXTRACTORS: dict[str, Callable[[ModelConfig], FeatureExtractor]] = {
     **{name: partial(ResNet, design) for name, design in RESNET_DESIGNS.items()},
     **{name: partial(RepVGG, design) for name, design in REPVGG_DESIGNS.items()},
+    **{name: partial(EfficientNetLite, design) for name, design in EFFICIENTNET_LITE_DESIGNS.items()},
     "MobileNetV2": MobileNetV2,
     "GhostNet": GhostNet,
 }
 BACKBONES: dict[str, Callable[[ModelConfig], FPN | FeatureExtractor]] = {
     f"{name}FPN": partial(create_fpn, create) for name, create in FEATURE_EXTRACTORS.items()
 } | {f"{name}C4": partial(create_c4, RESNET_DESIGNS[name]) for name in ("ResNet18", "ResNet34")}
+
+
+def normalization(backbone: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """ModelConfig's mean and std that the published weights of a backbone expect."""
+    if backbone.removesuffix("FPN") in EFFICIENTNET_LITE_DESIGNS:
+        return MEAN, STD
+    return IMAGENET_MEAN, IMAGENET_STD
