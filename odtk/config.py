@@ -191,6 +191,7 @@ class TrainConfig:
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     iters: int = 90000
     milestones: tuple[int, ...] = (60000, 80000)
+    lr_schedule: str = "milestones"  # or "flat-cosine", see optimizer.learning_rate
     schedule: float = 1.0  # scales iters and milestones
     warmup: int = 1000
     gamma: float = 0.1

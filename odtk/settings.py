@@ -550,6 +550,12 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         section="schedule",
         changes_result=False,
     )
+    lr_schedule: str = option(
+        TrainConfig.lr_schedule,
+        "how the learning rate falls: by --gamma at --milestones, or along a cosine in the second half",
+        choices=("milestones", "flat-cosine"),
+        section="schedule",
+    )
     milestones: tuple[int, ...] | None = option(
         None,
         "iterations at which the learning rate falls",
@@ -664,6 +670,10 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         if self.jitter is not None:
             rising("--jitter", self.jitter)
         rising("--augment-free-rotate", self.augment_free_rotate)
+        if self.milestones and self.lr_schedule != "milestones":
+            raise OdtkError(
+                f"--milestones and --lr-schedule {self.lr_schedule} both lower the learning rate: keep one."
+            )
         if self.milestones is not None and tuple(sorted(set(self.milestones))) != self.milestones:
             raise OdtkError("--milestones must rise from one to the next.")
 
@@ -688,7 +698,9 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             "epochs": None,
             "jitter": (max(1, round(self.resize * low)), round(self.resize * high)),
             "norm": "frozen" if self.pretrained else "batch",
-            "milestones": tuple(sorted({max(1, round(iters * m / ODTK_ITERS)) for m in ODTK_MILESTONES})),
+            "milestones": tuple(sorted({max(1, round(iters * m / ODTK_ITERS)) for m in ODTK_MILESTONES}))
+            if self.lr_schedule == "milestones"
+            else (),
             "warmup": min(ODTK_WARMUP, iters // 10),
             "val_iters": min(TrainConfig.val_iters, max(1, iters // 5)),
             "lr": TrainConfig.lr * batch * self.accumulate / LR_BATCH,

@@ -159,6 +159,7 @@ def test_what_follows_from_other_settings() -> None:
     assert (run().norm, run(backbone_weights="none").norm) == ("frozen", "batch")
     assert run(backbone_weights="none", fine_tune="a.pth").norm == "frozen" and run(norm="group").norm == "group"
     assert run(full_precision=True).precision == "fp32"
+    assert run(lr_schedule="flat-cosine").milestones == ()
 
     def shape(**given: Any) -> tuple:
         found = run(**given)
@@ -185,6 +186,7 @@ def test_what_follows_from_other_settings() -> None:
         ({"mile_stones": [1]}, "did you mean 'milestones'?"),
         ({"max-sise": 3}, "There is no setting 'max-sise': did you mean 'max_size'?"),
         ({"iters": 5, "epochs": 2}, "--iters and --epochs"),
+        ({"milestones": [5], "lr_schedule": "flat-cosine"}, "--milestones and --lr-schedule flat-cosine both"),
         ({"lr": float("nan")}, "is not a positive number"),
         ({"batch": 10**400}, None),
         ({"lr": 10**400}, "is not a positive number"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 
 from ..config import TrainConfig
 from ..model.detector import Detector
+
+LAST_RATE = 0.05  # of a flat-cosine schedule, relative to the first
 
 
 def create_optimizer(detector: Detector, config: TrainConfig) -> torch.optim.Optimizer:
@@ -31,11 +34,17 @@ def create_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradSca
 def learning_rate(iteration: int, config: TrainConfig) -> float:
     """Learning rate of an iteration, counted from 0.
 
-    It rises linearly from a tenth of config.lr during warm-up, and is multiplied by config.gamma at each milestone.
+    It rises linearly from a tenth of config.lr during warm-up. With the schedule ``milestones`` it is multiplied by
+    config.gamma at each of them. With ``flat-cosine`` it stays until half of the run is done, and then falls along half
+    a cosine to LAST_RATE of config.lr (RTMDet, https://arxiv.org/abs/2212.07784 §3.4).
     """
     rate = config.lr
     if iteration < config.warmup:
         rate *= 0.1 + 0.9 * iteration / config.warmup
+    if config.lr_schedule == "flat-cosine":
+        half = 0.5 * round(config.iters * config.schedule)
+        done = max(0.0, (iteration - half) / half)
+        return rate * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
     return rate * config.gamma ** sum(iteration >= round(m * config.schedule) for m in config.milestones)
 
 

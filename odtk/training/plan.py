@@ -113,6 +113,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
             absolute_angle=settings.absolute_angle,
         ),
         iters=settings.iters,
+        lr_schedule=settings.lr_schedule,
         milestones=settings.milestones,
         schedule=settings.schedule,
         warmup=settings.warmup,

@@ -122,6 +122,16 @@ def test_learning_rate(tmp_path: Path) -> None:
     assert {i: round(learning_rate(i, config), 10) for i in expected} == expected
 
 
+def test_a_flat_cosine_falls_in_the_second_half_to_a_twentieth(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        settings(tmp_path / "m.pth", tmp_path), lr_schedule="flat-cosine", iters=50, schedule=2.0, warmup=10, lr=0.1
+    )
+    rates = [learning_rate(i, config) for i in range(101)]
+    assert rates[0] == pytest.approx(0.01) and rates[10:51] == [pytest.approx(0.1)] * 41
+    assert rates[75] == pytest.approx(0.1 * 1.05 / 2) and rates[100] == pytest.approx(0.005)
+    assert all(a > b for a, b in zip(rates[50:], rates[51:], strict=False))
+
+
 def test_a_loss_is_its_sum_divided_by_the_foreground() -> None:
     sums = torch.tensor([6.0, 3.0], requires_grad=True)
     terms = {"cls": (sums[0], torch.tensor(4.0)), "box": (sums[1], torch.tensor(0.0))}
