@@ -326,6 +326,7 @@ def test_signs_of_life(signs: list[str], warnings: list[str], monkeypatch: pytes
 HANGS = """
 import os, signal, threading, time
 from odtk import launch
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup around the tests has it ignored
 launch.REPEAT_SECONDS, launch.EXIT_SECONDS, launch.STOP_SECONDS = 0.5, 0.5, {deadline}
 try:
     with launch.catch_stop_signals() as signals:
