@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 from . import __version__, commands
 from .config import OdtkError
 from .settings import (
-    PRESETS,
     SWITCH,
     BenchmarkSettings,
     CheckSettings,
@@ -133,7 +132,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Settings]) -> None:
             sections[one.section] = parser.add_argument_group(one.section)
         more: dict[str, Any] = {"help": f"{one.help} ({default_of(cls, name, one)})".replace("%", "%%")}
         if one.check is SWITCH:
-            more["action"] = "store_true"
+            more["action"] = argparse.BooleanOptionalAction  # --no-… takes back what a settings file says
         else:
             more["metavar"] = one.metavar or (f"{{{','.join(map(str, one.choices))}}}" if one.choices else name.upper())
             if one.count is not None:
@@ -153,10 +152,14 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Settings]) -> None:
                 default=argparse.SUPPRESS,
                 help="same as --loader dali (off)",
             )
-    parser.add_argument("--settings", metavar="YAML", help="file of settings, by their flags' names (none)")
-    if cls is TrainSettings:
+    suppress = argparse.SUPPRESS
+    parser.add_argument(
+        "--settings", metavar="YAML", default=suppress, help="file of settings, by their flags' names (none)"
+    )
+    if cls.PRESETS:
+        names = tuple(cls.PRESETS)
         parser.add_argument(
-            "--preset", choices=tuple(PRESETS), help="settings as a whole: odtk is NVIDIA's ODTK (none)"
+            "--preset", choices=names, default=suppress, help="settings as a whole: odtk is NVIDIA's ODTK (none)"
         )
 
 
@@ -179,22 +182,5 @@ def shown(value: Any) -> str:
 def settings_of(args: argparse.Namespace) -> Settings:
     """Flags over a settings file over a preset over the defaults."""
     cls = COMMANDS[args.command][0]
-    given = {name: value for name, value in vars(args).items() if name in options(cls)}
-    preset = PRESETS[args.preset] if getattr(args, "preset", None) else {}
-    return cls.of({**preset, **(read_settings(args.settings, cls) if args.settings else {}), **given})
-
-
-def read_settings(path: str, cls: type[Settings]) -> dict[str, Any]:
-    """The settings in a YAML file, checked one by one so that an error names the file."""
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
-    except OSError as error:
-        raise OdtkError(f"Cannot read the settings {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise OdtkError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise OdtkError(f"{path} holds no settings: write one `name: value` per line.")
-    return cls.checked(values, path)
+    names = {*options(cls), "settings", "preset"}
+    return cls.of({name: value for name, value in vars(args).items() if name in names})

@@ -127,9 +127,10 @@ def train(settings: TrainSettings, master: str | None = None) -> str:
     """Trains, or resumes, and returns the path of the checkpoint."""
     from . import launch
     from .training.plan import plan
+    from .training.run import continued
     from .training.train import train
 
-    config = plan(settings, launch.world_size(settings.devices))
+    config = plan(continued(settings), launch.world_size(settings.devices))
     launch.launch(functools.partial(explained, train), config, devices=settings.devices, master=master)
     return config.path
 

@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .config import (
     AugmentConfig,
@@ -184,7 +184,15 @@ S = TypeVar("S", bound="Settings")
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of all: checks every value, however it was given."""
+    """Base of all: checks every value, however it was given.
+
+    Attributes:
+        PRESETS: values as a whole, by name.
+        REPLACES: setting → those that a lower layer's word on it decided, and that go when it is given anew.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __post_init__(self) -> None:
         for name, one in options(type(self)).items():
@@ -227,22 +235,63 @@ class Settings:
 
     @classmethod
     def of(cls: type[S], values: Mapping[str, Any]) -> S:
-        """The settings of values by name.
+        """The settings of values by name: those of ``settings``, a YAML file, and of a ``preset`` lie below them.
 
         Raises:
             OdtkError: as checked, or something required is missing, or the values contradict each other.
         """
-        given = cls.checked(values)
+        own = dict(values)
+        path, preset = own.pop("settings", None), own.pop("preset", None)
+        file = read_settings(path) if path is not None else {}
+        preset = file.pop("preset", None) if preset is None else preset
+        return cls.layered(cls.presets(preset), cls.checked(file, str(path)), own)
+
+    @classmethod
+    def layered(cls: type[S], *layers: Mapping[str, Any]) -> S:
+        """The settings of several layers, of which the later stand over the earlier.
+
+        What an earlier layer says of something that a later one decides otherwise goes with it: milestones with another
+        length, jitter with another size (see ``REPLACES``).
+
+        Raises:
+            OdtkError: as of.
+        """
+        given: dict[str, Any] = {}
+        for layer in layers:
+            new = cls.checked(layer)
+            for name in new:
+                for other in cls.REPLACES.get(name, ()):
+                    given.pop(other, None)
+            given.update(new)
         for f in dataclasses.fields(cls):
             if f.default is dataclasses.MISSING and given.get(f.name) is None:
                 one = f.metadata["option"]
                 raise OdtkError(
                     f"{one.metavar if one.positional else flag(f.name) + ' ' + str(one.metavar)} is required."
                 )
-        return cls(**given)
+        found = cls(**given)
+        object.__setattr__(found, "_given", frozenset(given))
+        return found
+
+    @classmethod
+    def presets(cls, name: str | None) -> dict[str, Any]:
+        """The values of a preset; none without a name.
+
+        Raises:
+            OdtkError: there is no such preset.
+        """
+        if name is None:
+            return {}
+        if name not in cls.PRESETS:
+            listed = ", ".join(cls.PRESETS) or "none for this command"
+            raise OdtkError(f"There is no preset {name!r}: there is {listed}.")
+        return dict(cls.PRESETS[name])
 
     def given(self) -> list[str]:
-        """Names of the settings that differ from their defaults."""
+        """Names of the settings that were given, or, of settings made directly, that differ from their defaults."""
+        known: frozenset[str] | None = getattr(self, "_given", None)
+        if known is not None:
+            return [name for name in options(type(self)) if name in known]
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
 
     def to_dict(self) -> dict[str, Any]:
@@ -376,6 +425,37 @@ def _model(suffixes: str, help: str) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Presets
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "odtk": {  # NVIDIA's ODTK 0.2.6, whole but for the learning rate, which is scaled with the batch
+        "backbone": ("ResNet50FPN",),
+        "head": "retinanet",
+        "resize": 800,
+        "max_size": 1333,
+        "jitter": (640, 1024),
+        "iters": 90000,
+        "milestones": (60000, 80000),
+        "schedule": 1.0,
+        "warmup": 1000,
+        "gamma": 0.1,
+        "regularization_l2": 0.0001,
+        "clip_grad": 0.0,
+        "norm": "frozen",
+        "val_iters": 8000,
+        "anchor_ious": (0.4, 0.5),
+        "anchor_scales": tuple(4 * 2 ** (i / 3) for i in range(3)),
+        "anchor_ratios": (1.0, 2.0, 0.5),
+        "augment_brightness": 0.002,
+        "augment_contrast": 0.002,
+        "augment_hue": 0.0002,
+        "augment_saturation": 0.002,
+    },
+}
+LENGTH = ("iters", "epochs", "milestones", "warmup", "val_iters")  # what one word on the length of a run decides
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The commands
 
 
@@ -383,9 +463,19 @@ def _model(suffixes: str, help: str) -> Any:
 class TrainSettings(_Devices, _Loader, _Anchors):
     """`odtk train`, and what a checkpoint keeps of a run."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"iters": LENGTH, "epochs": LENGTH, "resize": ("jitter",)}
+
     model: str = _model("pth", "checkpoint to write; training resumes from it if it exists")
 
-    annotations: str = option(dataclasses.MISSING, f"annotations to train on: {FORMATS}", TEXT, "PATH", section="data")
+    annotations: str = option(
+        dataclasses.MISSING,
+        f"annotations to train on: {FORMATS}",
+        TEXT,
+        "PATH",
+        section="data",
+        changes_result=False,  # what is in them is compared, not where they lie
+    )
     images: str | None = option(
         None, "folder of the images", TEXT, "DIR", shown="beside the annotations", section="data", changes_result=False
     )
@@ -999,29 +1089,21 @@ class SynthSettings(Settings):
     seed: int = option(0, "of everything that is drawn at random", SEED, "N")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Presets
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The values in a YAML file by name, not yet checked.
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "odtk": {  # NVIDIA's ODTK 0.2.6, whole
-        "backbone": ("ResNet50FPN",),
-        "head": "retinanet",
-        "resize": 800,
-        "max_size": 1333,
-        "jitter": (640, 1024),
-        "iters": 90000,
-        "milestones": (60000, 80000),
-        "schedule": 1.0,
-        "warmup": 1000,
-        "gamma": 0.1,
-        "regularization_l2": 0.0001,
-        "val_iters": 8000,
-        "anchor_ious": (0.4, 0.5),
-        "anchor_scales": tuple(4 * 2 ** (i / 3) for i in range(3)),
-        "anchor_ratios": (1.0, 2.0, 0.5),
-        "augment_brightness": 0.002,
-        "augment_contrast": 0.002,
-        "augment_hue": 0.0002,
-        "augment_saturation": 0.002,
-    },
-}
+    Raises:
+        OdtkError: it cannot be read, or is no YAML of names and values.
+    """
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise OdtkError(f"Cannot read the settings {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise OdtkError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise OdtkError(f"{path} holds no settings: write one `name: value` per line.")
+    return values

@@ -378,8 +378,9 @@ def test_damaged_images_are_left_out_of_training_and_resuming_is_exact(coco: Pat
     one, other = checkpoint.load(str(whole)), checkpoint.load(str(halves))
     assert one.training is not None and one.training["loader"]["images"] == 2
     assert all(torch.equal(one.state_dict[name], other.state_dict[name]) for name in one.state_dict)
-    sentence = fails(capsys, *short_training(coco, halves))
-    assert "--skip-damaged" in sentence
+    assert main(short_training(coco, halves)) == 0, "a resumed run keeps the setting"
+    capsys.readouterr()
+    assert "--skip-damaged" in fails(capsys, *short_training(coco, halves), "--no-skip-damaged")
 
 
 def test_training_goes_on_with_a_category_without_annotations(coco: Path, tmp_path: Path, capsys) -> None:
@@ -724,3 +725,26 @@ def test_the_length_in_epochs(coco: Path) -> None:
 def test_an_unknown_argument_is_named_with_the_nearest_flag(argv: list[str], sentence: str, capsys) -> None:
     assert main(argv) == 1
     assert sentence in capsys.readouterr().err
+
+
+def test_what_is_not_given_again_is_resumed_as_it_was(trained: Path, coco: Path, capsys) -> None:
+    alone = ["train", str(trained), "--annotations", str(coco / "truth.json"), "--iters", "2", "--devices", "cpu"]
+    assert main(alone) == 0, "backbone, size, weights and batch come from the checkpoint"
+    assert checkpoint.load(trained).setting("resize") == 64
+    capsys.readouterr()
+    assert "(--resize 64 → 800)" in fails(capsys, *alone, "--resize", "800")
+    sentence = fails(capsys, *alone, "--anchor-scales", "3", "4", "--norm", "group")
+    assert "--anchor-scales 4 5.03968 6.3496 → 3 4" in sentence and "--norm batch → group" in sentence
+
+
+def test_annotations_are_compared_by_what_is_in_them(trained: Path, coco: Path, capsys) -> None:
+    moved = coco / "elsewhere.json"
+    moved.write_text((coco / "truth.json").read_text())
+    again = ["train", str(trained), "--annotations", str(moved), "--images", str(coco), "--devices", "cpu"]
+    assert main([*again, "--iters", "2"]) == 0
+    content = json.loads(moved.read_text())
+    content["annotations"][0]["bbox"][2] -= 5
+    moved.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert "trained on other images or boxes" in fails(capsys, *again, "--iters", "3")
+    assert main([*again, "--iters", "3", "--override-settings"]) == 0

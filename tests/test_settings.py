@@ -131,7 +131,9 @@ def test_flags_stand_over_the_file_and_the_file_over_the_preset(tmp_path: Path) 
         "train", "m.pth", "--annotations", "a", "--preset", "odtk", "--settings", path, "--resize", "200"
     )
     assert isinstance(found, TrainSettings)
-    assert (found.iters, found.resize, found.lr, found.jitter) == (50, 200, 0.001, (640, 1024))
+    assert (found.iters, found.resize, found.lr, found.jitter) == (50, 200, 0.001, None)
+    assert found.milestones is None and found.warmup is None, "the preset's are those of another length"
+    assert found.gamma == 0.1 and found.norm == "frozen"
 
 
 def test_the_preset_is_odtk_whole() -> None:
@@ -242,3 +244,31 @@ def test_settings_of_other_commands() -> None:
     assert InferSettings(model="m.onnx", detections=50).thresholds == {"detections": 50}
     assert ExportSettings(model="m.pth", output="m.onnx", size=(800,)).height_width == (800, 800)
     assert ExportSettings(model="m.pth", output="m.onnx").height_width is None
+
+
+def test_one_word_on_the_length_stands_over_a_lower_layers(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("preset: odtk\niters: 100\nskip_damaged: true\n")
+    base = ["train", "m.pth", "--annotations", "a"]
+    for found in (
+        from_flags(*base, "--preset", "odtk", "--epochs", "2"),
+        from_flags(*base, "--settings", path, "--epochs", "2"),
+        TrainSettings.of({"model": "m.pth", "annotations": "a", "settings": path, "epochs": 2}),
+        TrainSettings.of({"model": "m.pth", "annotations": "a", "preset": "odtk", "epochs": 2}),
+    ):
+        assert isinstance(found, TrainSettings)
+        assert (found.iters, found.epochs, found.milestones, found.norm) == (None, 2, None, "frozen")
+    found = from_flags(*base, "--settings", path)
+    assert isinstance(found, TrainSettings) and found.iters == 100 and found.skip_damaged
+    found = from_flags(*base, "--settings", path, "--no-skip-damaged")
+    assert isinstance(found, TrainSettings) and not found.skip_damaged
+    with pytest.raises(OdtkError, match="There is no preset 'yolo': there is odtk"):
+        TrainSettings.of({"model": "m", "annotations": "a", "preset": "yolo"})
+    with pytest.raises(OdtkError, match="none for this command"):
+        InferSettings.of({"model": "m", "preset": "odtk"})
+
+
+def test_given_are_those_that_were_named_even_with_their_default() -> None:
+    found = TrainSettings.of({"model": "m", "annotations": "a", "resize": 800})
+    assert set(found.given()) == {"model", "annotations", "resize"}
+    assert set(TrainSettings(model="m", annotations="a", iters=5).given()) == {"model", "annotations", "iters"}

@@ -13,6 +13,7 @@ What a checkpoint holds of a run (Checkpoint.training):
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from ..categories import Category
 from ..config import ModelConfig, OdtkError, TrainConfig
 from ..data.batch import Loader
+from ..data.dataset import Dataset
 from ..files import check_writable, locked, remove_abandoned
 from ..model.checkpoint import Checkpoint, load, load_weights
 from ..model.checkpoint_faults import is_number, is_weights, weights_fault
@@ -36,6 +38,14 @@ from .optimizer import EMA
 from .validation import Validation
 
 MAY_CHANGE = {"freeze_at", "norm_eval", "grad_checkpoint", "zero_init"}  # model settings that a resumed run may change
+FLAGS = {  # of ModelConfig's fields that have a flag of another name
+    "backbones": "backbone",
+    "scales": "anchor_scales",
+    "ratios": "anchor_ratios",
+    "angles": "rotated_bbox",
+    "dcn_modulated": "dcn_v1",
+}
+ANEW = {"model", "annotations", "devices", "override", "override_settings"}  # settings that a resumed run is given anew
 SCHEDULE = ("lr", "iters", "schedule", "warmup", "milestones", "gamma")  # what the learning rate depends on
 
 
@@ -214,11 +224,10 @@ def find_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoin
         )
     if fault := run_fault(found):
         raise OdtkError(damaged_run(config.path, fault))
-    for name in (field.name for field in fields(ModelConfig) if field.name not in MAY_CHANGE):
-        theirs, ours = getattr(found.model, name), getattr(config.model, name)
-        if theirs != ours:
-            flag = f"pass --norm {theirs} to resume it, " if name == "norm" else ""  # its default depends on others
-            raise OdtkError(f"{config.path} was trained with {name} {theirs}, not {ours}: {flag}{advice}.")
+    if changes := model_changes(found.model, config.model):
+        raise OdtkError(
+            f"{config.path} is a run of another model ({', '.join(changes)}): resume it as it was, {advice}."
+        )
     refuse_other_settings(config, found)
     if found.categories != categories:
         raise OdtkError(
@@ -245,9 +254,63 @@ def refuse_other_settings(config: TrainConfig, found: Checkpoint) -> None:
         )
 
 
+def model_changes(old: ModelConfig, new: ModelConfig) -> list[str]:
+    """What a resumed run may not change about its model and does: ``--flag old → new``."""
+    names = [field.name for field in fields(ModelConfig) if field.name not in MAY_CHANGE]
+    pairs = [(name, as_given(name, getattr(old, name)), as_given(name, getattr(new, name))) for name in names]
+    return [f"{flag(FLAGS.get(n, n))} {words(a)} → {words(b)}" for n, a, b in pairs if a != b]
+
+
+def as_given(name: str, value: Any) -> Any:
+    """A value of ModelConfig as its flag says it."""
+    return bool(value) if name == "angles" else not value if name == "dcn_modulated" else value
+
+
+def continued(settings: TrainSettings) -> TrainSettings:
+    """The settings of a run that is resumed: those that were given when it began, under those that are given now.
+
+    Raises:
+        OdtkError: the file cannot be read.
+    """
+    if settings.override or not os.path.exists(settings.model):
+        return settings
+    old = load(settings.model).settings
+    if old is None:
+        return settings
+    now = {name: getattr(settings, name) for name in settings.given()}
+    known = [name for name in old.get("given", ()) if name in options(TrainSettings) and name not in ANEW]
+    kept = {name: old[name] for name in known if old.get(name) is not None}
+    if "epochs" in known:
+        kept["iters"] = old["iters"]  # which they came to
+    if {"iters", "epochs"} & now.keys():
+        kept.pop("iters", None)
+    if settings.annotations != old.get("annotations"):
+        kept.pop("images", None)
+    return TrainSettings.layered({**kept, **now})
+
+
+def dataset_hash(dataset: Dataset) -> str:
+    """A hash of what is learned from: images by id and size, boxes, labels and categories, wherever the files lie."""
+    digest = hashlib.sha256(repr([(c.id, c.name) for c in dataset.categories]).encode())
+    for image in dataset.images:
+        digest.update(repr((image.id, image.path.name, image.width, image.height)).encode())
+        digest.update(image.boxes.tobytes() + image.labels.tobytes())
+    return digest.hexdigest()
+
+
+def refuse_other_data(config: TrainConfig, found: Checkpoint, now: str) -> None:
+    """Raises OdtkError if a resumed run's images or boxes have changed, unless that is overridden."""
+    then = found.setting("data")
+    if then is not None and then != now and not config.override_settings:
+        raise OdtkError(
+            f"{config.path} was trained on other images or boxes than {config.data.annotations} has now: take the "
+            "former, or pass --override-settings to continue with these."
+        )
+
+
 def words(value: Any) -> str:
     """A setting's value for a message."""
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return " ".join(map(words, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 

@@ -27,7 +27,7 @@ from ..text import plural
 from .log import Meter, RunLog, closing_line, notice_if_slow, print_line
 from .loss import detection_loss, normalize
 from .optimizer import EMA, autocast_type, create_optimizer, create_scaler, learning_rate
-from .run import Run, best_path, find_run, own_files, trained_weights
+from .run import Run, best_path, dataset_hash, find_run, own_files, refuse_other_data, trained_weights
 from .validation import Validation
 
 READ_EVERY = {"cuda": 20, "cpu": 1}  # iterations between readings of the losses, for which the host waits
@@ -123,6 +123,9 @@ def set_up(config: TrainConfig, rank: int, world: int) -> Run:
     )
     check_classes(config, dataset.categories)
     resumed = find_run(config, dataset.categories)
+    data_hash = dataset_hash(dataset)
+    if resumed is not None:
+        refuse_other_data(config, resumed, data_hash)
     ranks = CpuGroup(world)
     detector, model = create_model(config, resumed, ranks, rank, world)
     ema = None if config.ema is None else EMA(detector, config.ema)
@@ -143,7 +146,7 @@ def set_up(config: TrainConfig, rank: int, world: int) -> Run:
         autocast=torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         scaler=create_scaler(dtype, device),
         loader=create_loader(dataset, data),
-        settings=None if config.settings is None else {**config.settings, "input_size": list(size)},
+        settings=None if config.settings is None else {**config.settings, "input_size": list(size), "data": data_hash},
         validation=None if config.val_data is None else Validation(config, dataset.categories, detector.stride, ranks),
     )
     if resumed is not None:

@@ -521,7 +521,7 @@ def test_what_a_run_refuses(tmp_path: Path, dataset: Path) -> None:
     train(config)
     group = dataclasses.replace(config.model, norm="group")
     refused |= {
-        "was trained with norm batch, not group: pass --norm batch to resume it, pass --override": dataclasses.replace(
+        r"another model \(--norm batch → group\): resume it as it was, pass --override": dataclasses.replace(
             config, model=group
         ),
         "trained without --ema": dataclasses.replace(config, ema=0.9),
