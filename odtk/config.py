@@ -206,7 +206,7 @@ class TrainConfig:
     override: bool = False
     override_settings: bool = False  # resume although settings that change the result differ from the run's
     accumulate: int = 1
-    clip_grad: float | None = None
+    clip_grad: float | None = 5.0  # cap of the gradient's norm; None: no cap
     ema: float | None = None
     logdir: str | None = None
     post_metrics: str | None = None

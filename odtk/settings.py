@@ -698,7 +698,9 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         "N",
         section="schedule",
     )
-    clip_grad: float = option(5.0, "cap of the gradient's norm, 0 for none", NUMBER, "NORM", section="schedule")
+    clip_grad: float = option(
+        TrainConfig.clip_grad, "cap of the gradient's norm, 0 for none", NUMBER, "NORM", section="schedule"
+    )
     ema: float | None = option(
         None,
         "decay of an exponential moving average of the weights, 0.9998 for example",
