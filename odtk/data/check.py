@@ -15,9 +15,12 @@ import numpy as np
 from ..text import plural
 from .dataset import Dataset, read
 from .images import ImageError, decode
-from .records import DAMAGED, Fault, Image
+from .layouts import find_source
+from .records import DAMAGED, OTHER_FORMAT, Fault, Image
+from .yolo import stray_labels
 
 FEW_BOXES = 10  # a category with fewer is remarked on
+STRAY_LABELS = "labels without an image"
 DECODING_DAMAGE = "image damaged in its pixels: zeros without boxes in training, no detections in infer"
 
 
@@ -67,11 +70,13 @@ class CheckReport:
         return found
 
     def summary(self, resize: int, max_size: int) -> list[str]:
-        """Lines about images, boxes and categories.
+        """Lines about images, boxes and categories; none where no box was read, as its format is another.
 
         Args:
             resize, max_size: shorter side and cap of the longer side of the network's input in pixels.
         """
+        if any(fault.rule == OTHER_FORMAT for fault in self.faults):
+            return []
         images = self.dataset.images
         empty = sum(not len(image.boxes) for image in images)
         lines = [plural(len(images), "usable image")]
@@ -131,6 +136,9 @@ def check(
     """
     dataset = read(annotations, images, rotated=rotated, training=annotations is not None)
     faults, remarks = list(dataset.faults), [*_identical_annotations(dataset), *_categories(dataset)]
+    if annotations is not None and (source := find_source(annotations)).format == "yolo":
+        strays = stray_labels(source.path, source.split or "train", Path(images).expanduser())
+        remarks += [Fault(file, "", STRAY_LABELS, True, STRAY_LABELS) for file in strays]
     if pixels:
         for image, reason in _damage(dataset.images):
             if reason:

@@ -44,7 +44,7 @@ from ..files import parse_json
 from .box_format import find_format
 from .images import SWAPS_SIDES, Header, ImageError, MissingImage, read_headers
 from .missing import NearestFiles, none_found
-from .records import DAMAGED, Fault, Image
+from .records import DAMAGED, OTHER_FORMAT, Fault, Image
 
 CLIP_TOLERANCE = 1.0  # pixels by which a box may leave its image before its clipping is worth a warning
 ID_FAULT = "its id is not a 64-bit integer"
@@ -222,7 +222,7 @@ class CocoReader:
         sizes = image_sizes(self.content, images)
         fault = format_fault(self.content.get("annotations", []), sizes, self.path)
         if fault:
-            self.refuse(self.place(""), "boxes in another format", fault)
+            self.refuse(self.place(""), OTHER_FORMAT, fault)
         return bool(fault)
 
     def read_boxes(self, images: dict[int, Image | None], labels: dict[int, int]) -> None:

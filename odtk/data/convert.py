@@ -158,12 +158,11 @@ def mend_boxes(content: dict[str, Any], folder: Path, box_format: str) -> None:
     """Turns boxes of another format into x y w h in pixels."""
     sizes = sizes_of(content, folder) if box_format == "normalized" else {}
     for i, entry in enumerate(content["annotations"]):
-        if len(entry["bbox"]) != 4:
-            raise OdtkError(
-                f"Annotation {entry.get('id', f'at position {i}')} has an angle: --from is for boxes of four numbers."
-            )
+        if len(entry["bbox"]) != 4 and box_format == "normalized":  # of which side of the image, tools do not agree
+            name = entry.get("id", f"at position {i}")
+            raise OdtkError(f"Annotation {name} has an angle: --from normalized is for boxes of four numbers.")
         width, height = sizes.get(entry["image_id"], (1, 1))
-        entry["bbox"] = BOX_FORMATS[box_format](entry["bbox"], width, height)
+        entry["bbox"] = BOX_FORMATS[box_format](entry["bbox"][:4], width, height) + entry["bbox"][4:]
         if box_format == "normalized" and is_normalized(entry.get("segmentation")):
             entry["segmentation"] = [
                 [value * (height if i % 2 else width) for i, value in enumerate(outline)]

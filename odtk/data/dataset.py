@@ -121,6 +121,8 @@ def read(
         return read_images(list_images(images), rotated)
     assert isinstance(images, (str, Path))  # of annotations: one folder
     folder = Path(images).expanduser()
+    if folder.is_file():
+        raise OdtkError(f"{folder} is a file: with --annotations, --images takes the folder of the images.")
     if not folder.is_dir():
         raise OdtkError(f"The image folder {folder} does not exist: give the right one with --images.")
     content, folder, path = load_annotations(annotations, folder, rotated=rotated)

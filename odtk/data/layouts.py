@@ -102,11 +102,12 @@ def with_split(annotations: str, split: str, *, strict: bool = False) -> str:
 
 
 def parse(annotations: str | Path) -> tuple[Path, str | None]:
-    """PATH or PATH:SPLIT → the path, and the split if one is named."""
+    """PATH or PATH:SPLIT → the path, and the split if one is named; valid and validation mean val."""
     text = os.path.expanduser(annotations)
     path, colon, split = text.rpartition(":")
-    if colon and split in yolo.SPLITS and not os.path.exists(text):
-        return Path(path), split
+    meant = next((name for name, names in yolo.SPLITS.items() if split in names), None)
+    if colon and meant and not os.path.exists(text):
+        return Path(path), meant
     return Path(text), None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from .images import SWAPS_SIDES, Header, decode
 
 DAMAGED = "damaged image"  # the rule of a Fault that leaves an image out where that is asked for
+OTHER_FORMAT = "boxes in another format"  # the rule of the Fault after which no box is read
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import numpy as np
 import yaml
 
 from ..config import OdtkError
+from .box_format import fraction_fault
 from .images import EXTENSIONS, SWAPS_SIDES, ImageError, read_headers
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # names of each in data.yaml
@@ -88,7 +89,7 @@ def load(
             f"None of the {len(labels)} images of {path}, {split}, has labels: that of {names[first]} would be "
             f"{label_path(names[first])}."
         )
-    return assemble(labels, folder, categories, rotated), folder
+    return assemble(labels, folder, categories, rotated, path), folder
 
 
 def find_images(
@@ -119,6 +120,46 @@ def find_images(
     root = Path(os.path.commonpath([os.path.dirname(file) for file in listed]))
     names = {os.path.relpath(file, root).replace(os.sep, "/"): file for file in listed}
     return names, images or root
+
+
+def stray_labels(path: Path, split: str, images: Path | None = None) -> list[str]:
+    """The files in the folders of a split's labels that are of no image, sorted; takes the same as load.
+
+    Those of other splits' images and of unlisted images beside the listed ones are of an image.
+    """
+    content = read_yaml(path)
+    used: set[str] = set()
+    stems: dict[str, set[str]] = {}  # of the images whose labels are in a folder
+    seen: set[tuple[str, str]] = set()
+    folders: set[str] = set()
+    for other in splits_of(content):
+        try:
+            names, folder = find_images(content, path, other, images if other == split else None)
+        except OdtkError:  # that split has no images here
+            continue
+        for name, image in names.items():
+            if (file := find_labels(image, folder, name, path.parent)) is None:
+                continue
+            used.add(os.path.realpath(file))
+            place, beside = os.path.dirname(file), os.path.dirname(folder / name)
+            if other == split:
+                folders.add(place)
+            if (place, beside) not in seen:
+                seen.add((place, beside))
+                files = map(os.path.splitext, os.listdir(beside))
+                stems.setdefault(place, set()).update(stem for stem, end in files if end.lower() in EXTENSIONS)
+    return [
+        str(file)
+        for place in sorted(folders)
+        for file in sorted(Path(place).glob("*.txt"))
+        if os.path.realpath(file) not in used and file.stem not in stems[place] and is_labels(file, content)
+    ]
+
+
+def is_labels(file: Path, content: dict[str, Any]) -> bool:
+    """Whether a .txt is labels and no list of classes or images, or a text of a tool's."""
+    entries = read_labels(str(file), {number: number for number in range(len(content["names"]))})
+    return any("values" in entry for entry in entries)
 
 
 def read_names(content: dict[str, Any], path: Path) -> list[dict[str, Any]]:
@@ -226,7 +267,7 @@ def find_labels(image: str, folder: Path, name: str, base: Path) -> str | None:
 
 
 def assemble(
-    labels: dict[str, str | None], folder: Path, categories: list[dict[str, Any]], rotated: bool | None
+    labels: dict[str, str | None], folder: Path, categories: list[dict[str, Any]], rotated: bool | None, path: Path
 ) -> dict[str, Any]:
     """The content of a COCO file.
 
@@ -234,6 +275,10 @@ def assemble(
         labels: the file of its labels, or None, by the name of each image in the folder.
         categories: of read_names.
         rotated: as load takes it.
+        path: of the data.yaml, for the sentence of an error.
+
+    Raises:
+        OdtkError: the labels are all in another format.
     """
     ids = {category["class"]: category["id"] for category in categories}
     images: list[dict[str, Any]] = []
@@ -253,6 +298,8 @@ def assemble(
                 entry["unreadable"] = f"the size of its image is not known, as of {folder / name}: {header}"
             entry |= {"id": len(annotations) + 1, "image_id": id, "size": size}
             annotations.append(entry)
+    if fault := fraction_fault([entry["values"] for entry in annotations if "values" in entry]):
+        raise OdtkError(f"The labels of {path} cannot be used: {fault}.")
     usable = [entry for entry in annotations if "unreadable" not in entry]
     if rotated is None:
         rotated = all(is_rectangle(entry) for entry in usable) and not all(is_upright(entry) for entry in usable)

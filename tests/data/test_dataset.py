@@ -16,6 +16,7 @@ from odtk.categories import Category
 from odtk.config import OdtkError
 from odtk.data.check import check
 from odtk.data.coco import CocoReader, load_json, prepare_ground_truth
+from odtk.data.convert import convert
 from odtk.data.dataset import Dataset, read
 from odtk.data.images import ImageError, decode, read_header
 from odtk.data.missing import NearestFiles
@@ -193,6 +194,12 @@ def test_missing_files_are_one_sentence(coco, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(OdtkError, match="has no images"):
         Dataset.load(None, tmp_path / "empty")
+
+
+def test_a_file_given_as_the_folder_of_images_is_said(coco) -> None:
+    path, folder = coco()
+    with pytest.raises(OdtkError, match=r"a\.jpg is a file: with --annotations, --images takes the folder"):
+        read(path, folder / "a.jpg")
 
 
 def test_rotated_boxes(coco) -> None:
@@ -444,6 +451,8 @@ def test_boxes_in_another_format_are_refused_with_the_command_that_converts_them
         target = path.with_name("annotations-xywh.json")
         assert f"`odtk convert {path} {target} --to coco --from {format}`" in sentence
     assert len(read(path, folder, training=True).faults) == 1  # not one for each box
+    report = check(path, folder)
+    assert report.refused == 1 and report.summary(60, 100) == []  # not "2 usable images, 2 of them without boxes"
     with pytest.raises(OdtkError, match=f"--from {format}`"):  # scoring sees it too
         prepare_ground_truth(json.loads(path.read_text()), str(path))
 
@@ -466,12 +475,26 @@ def test_one_large_object_in_each_image_is_not_taken_for_another_format(coco) ->
         assert not [f for f in read(*coco(annotations=entries)).faults if not f.fixed]
 
 
-def test_a_rotated_set_is_asked_only_whether_it_is_in_pixels(coco) -> None:
+def test_a_rotated_set_may_leave_its_images_but_must_be_in_pixels(coco) -> None:
     leaving = [box(i, 7, 4, [15 - i, 10, 30, 25, 0.5]) for i in range(10)]  # as x1 y1 x2 y2 they would fit
     assert read(*coco(annotations=leaving), rotated=True).images[0].boxes.shape == (10, 5)
     assert "--from xyxy" in refusal(coco(annotations=[entry | {"bbox": entry["bbox"][:4]} for entry in leaving]))
     small = [box(i, 7, 4, [0.3, 0.2, 0.5, 0.25, 1.5]) for i in range(10)]
     assert "--from normalized" in refusal(coco(annotations=small), rotated=True)
+
+
+@pytest.mark.parametrize("count", [12, 100])
+def test_rotated_boxes_that_are_corners_are_refused(coco, count, tmp_path) -> None:
+    def turned(format: str) -> list[dict[str, Any]]:
+        return [entry | {"bbox": [*entry["bbox"], 0.1 * i % 3]} for i, entry in enumerate(boxes_in(format, count))]
+
+    path, folder = coco(annotations=turned("xyxy"))
+    sentence = refusal((path, folder), rotated=True)
+    assert "x1 y1 x2 y2 theta" in sentence and "--from xyxy`" in sentence
+    convert(str(path), str(tmp_path / "mended.json"), "coco", box_format="xyxy")  # the command that it names
+    mended = json.loads((tmp_path / "mended.json").read_text())["annotations"]
+    assert [entry["bbox"] for entry in mended] == [pytest.approx(entry["bbox"]) for entry in turned("xywh")]
+    assert not [fault for fault in read(tmp_path / "mended.json", folder, rotated=True).faults if not fault.fixed]
 
 
 def test_faults_are_shown_at_the_source_of_their_entry(tmp_path) -> None:

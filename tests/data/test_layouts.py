@@ -103,6 +103,8 @@ def test_training_takes_train_and_measuring_takes_val(layout, tmp_path: Path, tr
     assert load_annotations(with_split(str(tmp_path), "val")).path == paths[1]
     assert with_split(f"{tmp_path}:train", "val") == f"{tmp_path}:train", "what is named stays"
     assert with_split(str(paths[0]), "val") == str(paths[0]), "a file is one split"
+    for name in ("valid", "validation"):
+        assert load_annotations(f"{tmp_path}:{name}").path == paths[1]
     with pytest.raises(OdtkError, match=r"has no split 'test': give .*:train or .*:val\."):
         load_annotations(f"{tmp_path}:test")
     with pytest.raises(OdtkError, match=r"is not divided into splits: give it without :val\."):

@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 
 from odtk.categories import Category
 from odtk.config import OdtkError
+from odtk.data.check import STRAY_LABELS, check
 from odtk.data.dataset import Dataset, read
 from odtk.data.layouts import image_folder, load_annotations
 from odtk.data.records import DAMAGED
@@ -248,3 +249,72 @@ def test_damaged_files_are_errors_of_ours_or_datasets(yolo) -> None:
             outcomes.add("refused")
         files[which].write_bytes(kept[which])
     assert outcomes == {"read", "refused"}
+
+
+def labels_of(boxes: np.ndarray) -> str:
+    """Lines of class 0 with the given numbers [n, k]."""
+    return "".join("0 " + " ".join(f"{value:.6f}" for value in row) + "\n" for row in boxes)
+
+
+def corners_in(count: int) -> np.ndarray:
+    """Random boxes [n, 4], x1 y1 x2 y2 in fractions."""
+    generator = np.random.default_rng(count)
+    size = generator.uniform(0.05, 0.4, (count, 2))
+    low = generator.random((count, 2)) * (1 - size)
+    return np.concatenate([low, low + size], axis=1)
+
+
+@pytest.mark.parametrize("count", [10, 28, 200])
+def test_labels_that_are_corners_are_refused(yolo, count) -> None:
+    path = yolo(labels_of(corners_in(count)))
+    (path.parent / "labels" / "train" / "b.txt").write_text("")
+    with pytest.raises(OdtkError, match=r"these are x1 y1 x2 y2; YOLO wants cx cy w h as fractions of the image\.$"):
+        load_annotations(path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 28, 200])
+@pytest.mark.parametrize("size", [0.2, 0.9, 1.0])
+def test_correct_labels_are_not_taken_for_corners(yolo, count, size) -> None:
+    generator = np.random.default_rng(count)
+    sizes = size * generator.uniform(0.8, 1, (count, 2))
+    centers = sizes / 2 + generator.random((count, 2)) * (1 - sizes)
+    noise = generator.normal(0, 0.01, (count, 4))  # boxes drawn a little beyond the image
+    path = yolo(labels_of(np.concatenate([centers, sizes], axis=1) + noise))
+    assert len(load_annotations(path).content["annotations"]) == count + 1
+
+
+def test_outlines_are_not_judged_as_boxes(yolo) -> None:
+    corners = corners_in(30)
+    path = yolo(labels_of(corners[:, [0, 1, 2, 1, 2, 3, 0, 3]]))
+    assert len(load_annotations(path).content["annotations"]) == 31
+
+
+@pytest.mark.parametrize("line", ["0 20 15 10 6", "0 5 5 20 5 20 15 5 15"])
+def test_labels_in_pixels_are_refused(yolo, line) -> None:
+    path = yolo(f"{line}\n" * 2)
+    with pytest.raises(OdtkError, match=r"2 of 3 objects with numbers above 1: these are pixels, YOLO wants fractions"):
+        load_annotations(path)
+    path = yolo(f"{line}\n" + "0 0.5 0.5 0.2 0.2\n" * 3)  # one mistake is not a format
+    assert len(load_annotations(path).content["annotations"]) == 5
+
+
+def test_labels_without_an_image_are_noted(yolo, tmp_path: Path) -> None:
+    path = yolo()
+    folder = path.parent / "images" / "train"
+    labels = path.parent / "labels" / "train"
+    (labels / "classes.txt").write_text("cat\ndog\n")  # of a tool's
+    assert STRAY_LABELS not in {remark.rule for remark in check(path, folder).remarks}
+    for name in ("gone", "lost"):
+        (labels / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    report = check(path, folder)
+    found = [line for line in report.lines(verbose=False) if STRAY_LABELS in line]
+    assert found == [f"note    2 × {STRAY_LABELS}, first {labels / 'gone.txt'}"] and not report.refused
+
+
+def test_labels_of_another_split_or_of_an_unlisted_image_are_of_an_image(yolo) -> None:
+    path = yolo(train="train.txt", val="val.txt")
+    (path.parent / "train.txt").write_text("images/train/a.jpg\n")
+    folder = path.parent / "images" / "train"
+    for val in ("images/train/b.jpg\n", "images/val/c.jpg\n"):
+        (path.parent / "val.txt").write_text(val)
+        assert STRAY_LABELS not in {remark.rule for remark in check(path, folder).remarks}
