@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.3.0"
 
 if TYPE_CHECKING:
-    from .api import evaluate, export, infer, load, train
+    from .api import benchmark, check, convert, evaluate, export, infer, load, synth, train, visualize
     from .config import OdtkError
     from .inference.predict import Detections, Model
 
@@ -22,11 +22,30 @@ _HOMES = {
     "infer": "api",
     "export": "api",
     "evaluate": "api",
+    "check": "api",
+    "convert": "api",
+    "benchmark": "api",
+    "visualize": "api",
+    "synth": "api",
     "OdtkError": "config",
     "Model": "inference.predict",
     "Detections": "inference.predict",
 }
-__all__ = ["Detections", "Model", "OdtkError", "evaluate", "export", "infer", "load", "train"]
+__all__ = [
+    "Detections",
+    "Model",
+    "OdtkError",
+    "benchmark",
+    "check",
+    "convert",
+    "evaluate",
+    "export",
+    "infer",
+    "load",
+    "synth",
+    "train",
+    "visualize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,13 +14,37 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from . import commands
-from .settings import EvaluateSettings, ExportSettings, InferSettings, TrainSettings
+from .config import OdtkError
+from .settings import (
+    FRACTION,
+    BenchmarkSettings,
+    CheckSettings,
+    ConvertSettings,
+    EvaluateSettings,
+    ExportSettings,
+    InferSettings,
+    SynthSettings,
+    TrainSettings,
+    VisualizeSettings,
+)
 
 if TYPE_CHECKING:
     from .evaluation.evaluate import Metrics
     from .inference.predict import Model
 
 Path = str | os.PathLike[str]
+
+
+def named(settings: dict[str, Any], **positional: Path | None) -> dict[str, Any]:
+    """All settings of a call by name; what was given by its place is not None.
+
+    Raises:
+        OdtkError: a setting was given twice.
+    """
+    for name, value in positional.items():
+        if value is not None and name in settings:
+            raise OdtkError(f"{name} is given twice: {os.fspath(value)!r} and {settings[name]!r}; keep one.")
+    return {**settings, **{name: value for name, value in positional.items() if value is not None}}
 
 
 def load(
@@ -45,6 +69,11 @@ def load(
         size, resize, max_size, loader: as the flags of `odtk infer`; None: the size that the model was trained or
             exported for.
     """
+    if threshold is not None:
+        try:
+            FRACTION(threshold)
+        except (TypeError, ValueError):
+            raise OdtkError(f"threshold: {threshold!r} is not {FRACTION.words}.") from None
     settings = InferSettings.of(
         {
             "model": model,
@@ -59,42 +88,94 @@ def load(
         return commands.load(settings, device=device, precision=precision)
 
 
-def train(model: Path, **settings: Any) -> str:
+def train(model: Path | None = None, /, **settings: Any) -> str:
     """`odtk train`: trains into ``model``, or resumes the run that is in it, and returns its path.
 
     Args:
         settings: settings.TrainSettings by name; ``annotations`` is required. None means: no preference.
     """
     with commands.explaining():
-        return commands.train(TrainSettings.of({"model": model, **settings}))
+        return commands.train(TrainSettings.of(named(settings, model=model)))
 
 
-def infer(model: Path, **settings: Any) -> list[dict[str, Any]] | None:
+def infer(model: Path | None = None, /, **settings: Any) -> list[dict[str, Any]] | None:
     """`odtk infer`: COCO results of every image, also written to ``output``; None where several processes ran.
 
     Args:
         settings: settings.InferSettings by name.
     """
     with commands.explaining():
-        return commands.infer(InferSettings.of({"model": model, **settings}))
+        return commands.infer(InferSettings.of(named(settings, model=model)))
 
 
-def export(model: Path, output: Path, **settings: Any) -> bool:
+def export(model: Path | None = None, output: Path | None = None, /, **settings: Any) -> bool:
     """`odtk export`: writes the artifact; whether it passed ``verify``, if that was asked for.
 
     Args:
         settings: settings.ExportSettings by name.
     """
     with commands.explaining():
-        verdict = commands.export(ExportSettings.of({"model": model, "output": output, **settings}))
+        verdict = commands.export(ExportSettings.of(named(settings, model=model, output=output)))
     return verdict is None or verdict.passed
 
 
-def evaluate(detections: Path, **settings: Any) -> Metrics:
+def evaluate(detections: Path | None = None, /, **settings: Any) -> Metrics:
     """`odtk evaluate`: prints and returns the COCO figures of a detections file.
 
     Args:
         settings: settings.EvaluateSettings by name; ``annotations`` is required.
     """
     with commands.explaining():
-        return commands.evaluate(EvaluateSettings.of({"detections": detections, **settings}))
+        return commands.evaluate(EvaluateSettings.of(named(settings, detections=detections)))
+
+
+def check(annotations: Path | None = None, /, **settings: Any) -> bool:
+    """`odtk check`: prints what is wrong with a dataset; whether training would start on it.
+
+    Of a folder without annotations (``images``): whether none of its images is damaged.
+
+    Args:
+        settings: settings.CheckSettings by name.
+    """
+    with commands.explaining():
+        return commands.check(CheckSettings.of(named(settings, annotations=annotations)))
+
+
+def convert(source: Path | None = None, target: Path | None = None, /, **settings: Any) -> None:
+    """`odtk convert`: writes annotations in another format, and prints what was written.
+
+    Args:
+        settings: settings.ConvertSettings by name; ``to`` is required. ``box_format`` is the flag --from.
+    """
+    with commands.explaining():
+        commands.convert(ConvertSettings.of(named(settings, source=source, target=target)))
+
+
+def benchmark(model: Path | None = None, /, **settings: Any) -> None:
+    """`odtk benchmark`: times a model and prints a table; ``output`` names a JSON file for the figures.
+
+    Args:
+        settings: settings.BenchmarkSettings by name.
+    """
+    with commands.explaining():
+        commands.benchmark(BenchmarkSettings.of(named(settings, model=model)))
+
+
+def visualize(model: Path | None = None, /, **settings: Any) -> list[str]:
+    """`odtk visualize`: draws pictures, and returns their paths.
+
+    Args:
+        settings: settings.VisualizeSettings by name.
+    """
+    with commands.explaining():
+        return commands.visualize(VisualizeSettings.of(named(settings, model=model)))
+
+
+def synth(folder: Path | None = None, /, **settings: Any) -> None:
+    """`odtk synth`: draws a dataset of shapes into ``folder``: train/, val/, train.json and val.json.
+
+    Args:
+        settings: settings.SynthSettings by name.
+    """
+    with commands.explaining():
+        commands.synth(SynthSettings.of(named(settings, folder=folder)))

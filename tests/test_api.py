@@ -33,7 +33,8 @@ def test_importing_odtk_imports_the_standard_library_only() -> None:
 
 
 def test_every_public_name_has_a_home() -> None:
-    assert {"Detections", "Model", "OdtkError", "evaluate", "export", "infer", "load", "train"} == set(odtk.__all__)
+    functions = {"benchmark", "check", "convert", "evaluate", "export", "infer", "load", "synth", "train", "visualize"}
+    assert {"Detections", "Model", "OdtkError"} | functions == set(odtk.__all__)
     for name in odtk.__all__:
         assert callable(getattr(odtk, name)) and name in dir(odtk)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
@@ -64,7 +65,7 @@ def test_a_path_stands_for_a_list_of_one() -> None:
         ({"device": "tpu"}, "device: 'tpu' is not cpu, cuda or cuda:N"),
         ({"device": "meta"}, "device: 'meta' is not"),
         ({"precision": "fp8"}, "precision: 'fp8' is not one of mixed, fp16, bf16, fp32"),
-        ({"threshold": 2}, "--score-threshold: 2 is not a number from 0 to 1"),
+        ({"threshold": 2}, "^threshold: 2 is not a number from 0 to 1"),
         ({"size": (0, 4)}, "--size: 0 is not a positive whole number"),
         ({"loader": "pil"}, "--loader: 'pil' is not one of dali, torch"),
     ],
@@ -87,3 +88,35 @@ def test_the_threshold_is_applied_and_nothing_is_printed(model: str, coco: Path,
     assert 0 < len(high) < len(low) and high.scores.min() > 0.6 > low.scores.min()
     assert odtk.load(model, size=(48, 64)).data.size == (48, 64)
     assert capfd.readouterr().out == ""
+
+
+def test_commands_on_a_dataset_are_functions(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = tmp_path / "data"
+    odtk.synth(data, images=5, size=64, classes=2)
+    assert "Drew 5 images of 64×64 pixels" in capsys.readouterr().out
+    annotations = data / "train.json"
+    assert odtk.check(annotations, images=data / "train", resize=64) is True
+    assert "0 faults would stop training" in capsys.readouterr().out
+    next((data / "train").iterdir()).unlink()
+    assert odtk.check(annotations=annotations, images=data / "train") is False
+    odtk.convert(data / "val.json", tmp_path / "voc", to="voc", images=data / "val", lossy=True)
+    assert list((tmp_path / "voc").rglob("*.xml"))
+    drawn = odtk.visualize(annotations=data / "val.json", images=data / "val", output=tmp_path / "pictures", count=1)
+    assert len(drawn) == 1 and Path(drawn[0]).is_file()
+
+
+def test_benchmark_is_a_function(model: str, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    odtk.benchmark(model, size=64, iters=1, warmup=0, devices="cpu", output=figures)
+    assert figures.is_file()
+
+
+def test_a_setting_that_is_given_twice_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(OdtkError, match="^model is given twice: 'a' and 'x'; keep one"):
+        odtk.train("a", model="x", annotations="a.json")
+    with pytest.raises(OdtkError, match="^output is given twice"):
+        odtk.export("a.pth", Path("b.onnx"), output="c.onnx")
+    with pytest.raises(OdtkError, match="MODEL.pth is required"):
+        odtk.train(annotations="a.json")
+    with pytest.raises(OdtkError, match="--to .* is required"):
+        odtk.convert("a.json", "b")

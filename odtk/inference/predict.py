@@ -222,6 +222,18 @@ def pixels_of(image: ImageLike) -> np.ndarray:
     )
 
 
+def listed(images: FilePath) -> list[Path]:
+    """As list_images, where no flag is to be named.
+
+    Raises:
+        OdtkError: what is named does not exist, or holds no images.
+    """
+    try:
+        return list_images(images)
+    except OdtkError as error:
+        raise OdtkError(str(error).replace(" with --images", "")) from None
+
+
 def name_of(image: ImageLike, number: int) -> str:
     """What messages call an image: its path, or its number."""
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"image {number}"
@@ -235,8 +247,11 @@ def record(image: ImageLike, number: int, header: Any, rotated: bool) -> Image:
 
     Raises:
         ImageError: it cannot be read.
+        OdtkError: it is a folder.
     """
     path = Path(os.path.expanduser(name_of(image, number)))
+    if isinstance(header, ImageError) and os.path.isdir(path):
+        raise OdtkError(f"{path} is a folder: predict takes it alone, a list holds single images.")
     if isinstance(header, ImageError):
         raise header
     if header is not None:
@@ -357,7 +372,7 @@ class Model:
         single = isinstance(images, (str, os.PathLike, bytes, bytearray, PILImage.Image, np.ndarray, Tensor))
         groups: Iterable[Sequence[ImageLike]]
         if isinstance(images, (str, os.PathLike)):
-            paths = list_images(images)
+            paths = listed(images)
             single, groups = os.path.isfile(os.path.expanduser(images)), [paths]
         elif single:
             groups = [[images]]  # type: ignore[list-item]
