@@ -142,7 +142,7 @@ def match_categories(
 
     Raises:
         OdtkError: an id has two names, no id is common to both, or a model without categories has another number of
-            classes.
+            classes. Equal names under other ids are said to be so, but not matched: results hold ids.
     """
     if backend.categories is None:
         if not annotated:
@@ -156,6 +156,12 @@ def match_categories(
         return tuple(annotated)
     own = {c.id: c.name for c in backend.categories}
     theirs = {c.id: c.name for c in annotated}
+    if renumbered := same_names(own, theirs):
+        name, mine, other = renumbered
+        raise OdtkError(
+            f"The model and the annotations have the same category names under other ids ('{name}' is {mine} in the "
+            f"model, {other} in the annotations): use annotations with the ids of those that the model was trained on."
+        )
     for id in own.keys() & theirs.keys():
         if own[id] != theirs[id]:
             raise OdtkError(
@@ -174,6 +180,14 @@ def match_categories(
         names = format_categories({i: own[i] for i in extra})
         log(f"Warning: the model detects categories that the annotations do not have and that are not scored: {names}.")
     return tuple(backend.categories)
+
+
+def same_names(own: dict[int, str], theirs: dict[int, str]) -> tuple[str, int, int] | None:
+    """The first name with its two ids, where both have the same names, each once, but not under the same ids."""
+    mine, other = ({name: id for id, name in names.items()} for names in (own, theirs))
+    if own == theirs or mine.keys() != other.keys() or not len(own) == len(theirs) == len(mine):
+        return None
+    return next((name, id, other[name]) for name, id in mine.items() if id != other[name])
 
 
 def format_categories(names: dict[int, str]) -> str:

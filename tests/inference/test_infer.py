@@ -241,6 +241,9 @@ def test_categories_of_the_model_and_of_the_annotations() -> None:
         match(CATEGORIES, (cat, Category(9, "cow")))
     with pytest.raises(OdtkError, match="nothing in common"):
         match(CATEGORIES, (Category(1, "cat"),))
+    for ids in ((3, 9), (0, 1), (cat.id + 1, cat.id)):  # one, none, and swapped ids in common
+        with pytest.raises(OdtkError, match=r"same category names under other ids \('.*' is \d+ in the model, \d+ in"):
+            match(CATEGORIES, (Category(ids[0], "dog"), Category(ids[1], "cat")))
     with pytest.raises(OdtkError, match="2 classes and the annotations 1 category:"):
         match(None, (cat,))
 
