@@ -322,6 +322,8 @@ def closing_line(path: str, best: str | None, ap: float) -> str:
     """
     chosen, output = best or path, os.path.splitext(path)[0] + ".onnx"
     said = f"{best} is the best: AP {ap:.3f}" if best else f"{path} is trained"
+    if best and ap == 0:
+        said += "; no object of the validation set was found yet, train longer"
     if ap < 0:
         said += "; --val-annotations would say its AP"
     return printable(f"{said}. Next: odtk export {shlex.quote(chosen)} {shlex.quote(output)}")

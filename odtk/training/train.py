@@ -251,7 +251,7 @@ def validate(run: Run, validation: Validation, log: RunLog | None) -> None:
     result = validation.run(detector, run.autocast)
     if log is not None and result is not None:
         metrics, pictures = result
-        if metrics.ap > run.best_ap:
+        if metrics.ap >= max(0, run.best_ap):  # the later of equals is trained longer; no ground truth gives −1
             run.best_ap = metrics.ap
             for path in (best_path(run.config.path), run.config.path):  # both, so that a resumed run knows the best AP
                 with notice_if_slow(f"saving {path}"):

@@ -197,7 +197,7 @@ def test_a_run_from_start_to_end(tmp_path: Path, dataset: Path, capsys: pytest.C
     assert "[4/4]  validation: AP 0." in said
     best, exported = tmp_path / "m.best.pth", tmp_path / "m.onnx"
     ap = training_of(best)["best"]
-    assert said.endswith(f"{best} is the best: AP {ap:.3f}. Next: odtk export {best} {exported}\n")
+    assert f"{best} is the best: AP {ap:.3f}" in said and said.endswith(f". Next: odtk export {best} {exported}\n")
 
     found = files.load(config.path)
     assert found.training is not None and found.training["iteration"] == 4
