@@ -7,8 +7,10 @@
 
 What the target's format cannot hold is a loss, which is refused with its reason, or accepted with ``lossy``:
 
-  YOLO   crowds (left out), masks and key points (their boxes are written)
-  VOC    the same; rotated boxes (the boxes around them are written); categories without boxes, or of the same name
+  YOLO   crowds (left out), key points, and masks but those of one outline around which the box lies (their boxes are
+         written; so are those of all masks if one box is rotated)
+  VOC    crowds, key points and all masks; rotated boxes (the boxes around them are written); categories without boxes,
+         or of the same name
 
 Names of images and categories are kept. Ids are kept where the format has them: YOLO's classes are 0, 1, 2 …, so other
 ids of categories are written to ``category_ids`` in data.yaml; VOC has no ids.
@@ -32,7 +34,7 @@ from ..config import OdtkError
 from ..files import check_writable, os_error_reason, write_json
 from ..text import plural
 from . import voc
-from .coco import ID_FAULT, categories_of, entry_fault, is_id, is_number, load_json, reading_fault
+from .coco import ID_FAULT, categories_of, entry_fault, is_id, is_mask, is_number, load_json, reading_fault
 from .images import SWAPS_SIDES, Header, read_headers
 from .layouts import find_source, load_annotations, parse, sources
 from .yolo import corners_of
@@ -46,6 +48,7 @@ CARRIED = {  # keys of an annotation that mean something to every format
     *("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "keypoints", "num_keypoints"),
 }
 Sizes = dict[int, tuple[int, int]]  # (width, height) in pixels by image id
+SAME_BOX = 1e-3  # pixels between the sides of a box and those of the one around its mask that are equal
 SAME = 0.02  # pixels between the corners of a mask and those of its box that are equal, as both are rounded
 
 
@@ -185,9 +188,11 @@ def losses(content: dict[str, Any], to: str) -> list[str]:
     kept = [entry for entry in entries if not is_lost_crowd(entry, to)]
     used = {entry["category_id"] for entry in kept}
     names = Counter(str(category.get("name", category["id"])) for category in content["categories"])
+    holds_outlines = to == "yolo" and not has_rotated(content)
+    masks = [entry for entry in kept if entry.get("segmentation") and not is_outline_of_box(entry)]
     found = [
         (sum(is_lost_crowd(entry, to) for entry in entries), "crowd", "crowds"),
-        (sum(bool(entry.get("segmentation")) and not is_outline_of_box(entry) for entry in kept), "mask", "masks"),
+        (sum(not (holds_outlines and outline_of(entry)) for entry in masks), "mask", "masks"),
         (sum(bool(entry.get("keypoints")) for entry in kept), "set of key points", "sets of key points"),
     ]
     if to == "voc":
@@ -214,6 +219,27 @@ def is_lost_crowd(entry: dict[str, Any], to: str) -> bool:
 
 def is_turned(entry: dict[str, Any]) -> bool:
     return len(entry["bbox"]) == 5 and entry["bbox"][4] != 0
+
+
+def has_rotated(content: dict[str, Any]) -> bool:
+    return any(len(entry["bbox"]) == 5 for entry in content["annotations"])
+
+
+def outline_of(entry: dict[str, Any]) -> list[float]:
+    """The mask as the one outline [x, y, x, y, …] in pixels that YOLO can hold; empty if it is another or none.
+
+    YOLO makes the box from the outline, so it must be the one around it.
+    """
+    mask = entry.get("segmentation")
+    if not isinstance(mask, list) or len(mask) != 1 or not is_mask(mask) or is_outline_of_box(entry):
+        return []
+    points = np.array(mask[0], dtype=np.float64).reshape(-1, 2)  # [2·k] → [k, 2]
+    x, y, w, h = entry["bbox"][:4]
+    around = np.concatenate([points.min(axis=0), points.max(axis=0)])
+    same = (np.abs(around - (x, y, x + w, y + h)) <= SAME_BOX).all()
+    if len(points) == 4:  # which could be read as a rotated box: closed, it is none
+        points = np.concatenate([points, points[:1]])
+    return points.reshape(-1).tolist() if same else []
 
 
 def is_outline_of_box(entry: dict[str, Any]) -> bool:
@@ -326,7 +352,8 @@ def objects_of(content: dict[str, Any], to: str) -> dict[int, list[dict[str, Any
 def write_yolo(
     content: dict[str, Any], names: dict[int, PurePosixPath], sizes: Sizes, folder: Path, place: Path
 ) -> None:
-    """Writes data.yaml, train.txt, labels/ and the link; OBB's four corners for all boxes if one is rotated.
+    """Writes data.yaml, train.txt, labels/ and the link; OBB's four corners for all boxes if one is rotated, else
+    outlines for the masks that are one.
 
     Args:
         names, sizes: of the images, by their ids; the names are relative to the folder.
@@ -341,7 +368,7 @@ def write_yolo(
     categories = sorted(content["categories"], key=lambda category: category["id"])
     ids = [category["id"] for category in categories]
     label = {id: number for number, id in enumerate(ids)}
-    rotated = any(len(entry["bbox"]) == 5 for entry in content["annotations"])
+    rotated = has_rotated(content)
     for id, entries in objects_of(content, "yolo").items():
         width, height = sizes[id]
         lines = []
@@ -349,6 +376,8 @@ def write_yolo(
             x, y, w, h = entry["bbox"][:4]
             if rotated:
                 values = (corners_of(entry["bbox"]) / (width, height)).reshape(-1).tolist()  # [4, 2] → [8]
+            elif outline := outline_of(entry):
+                values = (np.array(outline).reshape(-1, 2) / (width, height)).reshape(-1).tolist()  # [2·k], fractions
             else:
                 values = [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]
             lines.append(" ".join([str(label[entry["category_id"]]), *(f"{value:.12g}" for value in values)]) + "\n")

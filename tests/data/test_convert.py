@@ -176,6 +176,42 @@ def test_a_mask_that_only_repeats_the_box_is_no_loss(tmp_path: Path) -> None:
     assert not any(line.startswith("Lost") for line in convert(str(path), str(tmp_path / "there"), "yolo"))
 
 
+def test_masks_of_one_outline_are_kept_as_outlines_of_yolo(tmp_path: Path) -> None:
+    masks: dict[tuple[float, ...], list[float]] = {
+        (1.0, 2.0, 8.0, 9.5): [1, 2, 9, 4, 5, 11.5],
+        (10.0, 10.0, 20.0, 20.0): [20, 10, 30, 20, 20, 30, 10, 20],  # a square on its corner, which is no rotated box
+    }
+    for chosen in (masks, dict(list(masks.items())[1:])):
+        entries = [box(i, 10, 4, list(bbox), segmentation=[mask]) for i, (bbox, mask) in enumerate(chosen.items())]
+        path = write_coco(tmp_path, annotations=entries)
+        target = tmp_path / f"there{len(chosen)}"
+        assert not any("Lost" in line for line in convert(str(path), str(target), "yolo"))
+        assert boxes_of(target) == boxes_of(path, nearly=True)
+        back = load_annotations(target).content["annotations"]
+        assert [entry["segmentation"][0][: len(mask)] for entry, mask in zip(back, chosen.values(), strict=True)] == [
+            pytest.approx(mask) for mask in chosen.values()
+        ]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"segmentation": [[1, 2, 9, 4, 5, 11], [1, 2, 9, 4, 5, 11.5]]},  # two outlines
+        {"segmentation": [[1, 2, 9, 4, 5, 11.51]]},  # which would give another box
+        {"segmentation": {"size": [48, 64], "counts": [0, 48 * 64]}},
+        {"bbox": [1, 2, 8, 9.5, 0.0]},  # then all boxes are written as four corners
+    ],
+)
+def test_other_masks_are_lost_to_yolo(tmp_path: Path, changed: dict[str, Any]) -> None:
+    entry = box(1, 10, 4, [1, 2, 8, 9.5], segmentation=[[1, 2, 9, 4, 5, 11.5]]) | changed
+    path = write_coco(tmp_path, annotations=[entry])
+    with pytest.raises(OdtkError, match=r"YOLO cannot hold 1 mask of "):
+        convert(str(path), str(tmp_path / "there"), "yolo")
+    convert(str(path), str(tmp_path / "there"), "yolo", lossy=True)
+    (kept,) = load_annotations(tmp_path / "there").content["annotations"]
+    assert kept["bbox"][:4] == pytest.approx([1, 2, 8, 9.5])
+
+
 def test_difficult_objects_of_voc_stay_difficult(tmp_path: Path) -> None:
     hard = box(1, 10, 4, [5, 5, 10, 4], iscrowd=1, difficult=1, truncated=1)
     path = write_coco(tmp_path, annotations=[hard, box(2, 20, 9, [1, 1, 5, 5])])
