@@ -79,23 +79,6 @@ def explained(job: Callable[..., Any], config: Any, rank: int = 0, world: int = 
 # What several commands need
 
 
-def share(batch: int, world: int) -> int:
-    """The part of a global --batch that each of `world` processes gets.
-
-    Raises:
-        OdtkError: it cannot be shared out equally.
-    """
-    if batch % world:
-        near = batch - batch % world or world
-        raise OdtkError(f"--batch {batch} does not divide by the {world} devices: {near} does.")
-    return batch // world
-
-
-def workers_of(world: int) -> int:
-    """Threads or processes that read images, per device."""
-    return max(1, min(8, (os.cpu_count() or 1) // world))
-
-
 def images_of(images: str | None, annotations: str | None) -> str:
     """The image folder: the one given, else the one where the images of the annotations are, else this one."""
     if images or not annotations:
@@ -171,6 +154,8 @@ def load(settings: InferSettings, *, device: str | None = None, precision: str =
 
 def infer_config(settings: InferSettings, world: int) -> InferConfig:
     """What each process of an inference is told."""
+    from .launch import share, workers_of
+
     given = settings.images or ()
     annotations = measured(settings.annotations)
     folder = images_of(given[0] if given else None, annotations)
@@ -341,10 +326,10 @@ def benchmark(settings: BenchmarkSettings, master: str | None = None) -> None:
     world = launch.world_size(settings.devices)
     data = LoaderConfig(
         images=settings.images or "",
-        batch=share(settings.batch or world, world),
+        batch=launch.share(settings.batch or world, world),
         size=settings.height_width,
         loader=settings.loader,
-        workers=workers_of(world),
+        workers=launch.workers_of(world),
         world=world,
     )
     config = BenchmarkConfig(

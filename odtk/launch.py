@@ -60,6 +60,23 @@ def world_size(devices: str | int | None = None) -> int:
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else parse_devices(devices)[1]
 
 
+def share(batch: int, world: int) -> int:
+    """The part of a global --batch that each of `world` processes gets.
+
+    Raises:
+        OdtkError: it cannot be shared out equally.
+    """
+    if batch % world:
+        near = batch - batch % world or world
+        raise OdtkError(f"--batch {batch} does not divide by the {world} devices: {near} does.")
+    return batch // world
+
+
+def workers_of(world: int) -> int:
+    """Threads or processes that read images, per device."""
+    return max(1, min(8, (os.cpu_count() or 1) // world))
+
+
 def launch(job: Job, config: Any, *, devices: str | int | None = None, master: str | None = None) -> Any:
     """Calls ``job(config, rank, world)`` in every process of a run, with rank, world and device set in ``config.data``.
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from typing import Any
 
 from ..config import ROTATED_ANGLES, AugmentConfig, LoaderConfig, LossConfig, ModelConfig, OdtkError, TrainConfig
 from ..data.coco import categories_of
 from ..data.layouts import image_folder, load_annotations, with_split
+from ..launch import share, workers_of
 from ..model.backbones.catalog import normalization
 from ..settings import RESNET_OPTIONS, TrainSettings
 
@@ -25,9 +25,6 @@ def plan(settings: TrainSettings, world: int) -> TrainConfig:
     """
     content, images, _ = load_annotations(settings.annotations, settings.images)
     batch = settings.batch or 2 * world
-    if batch % world:
-        near = batch - batch % world or world
-        raise OdtkError(f"--batch {batch} does not divide by the {world} devices: {near} does.")
     iters = settings.iters or TrainConfig.iters
     if settings.epochs is not None:
         iters = max(1, math.ceil(settings.epochs * len(content["images"]) / (batch * settings.accumulate)))
@@ -54,7 +51,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
         images=images,
         annotations=settings.annotations,
         skip_damaged=settings.skip_damaged,
-        batch=settings.batch // world,
+        batch=share(settings.batch, world),
         training=True,
         resize=settings.resize,
         max_size=settings.max_size,
@@ -71,7 +68,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
             saturation=settings.augment_saturation,
         ),
         loader=settings.loader,
-        workers=max(1, min(8, (os.cpu_count() or 1) // world)),
+        workers=workers_of(world),
         seed=settings.seed,
         world=world,
     )
