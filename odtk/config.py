@@ -189,6 +189,7 @@ class TrainConfig:
     val_data: LoaderConfig | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    optimizer: str = "sgd"  # or "adamw", see optimizer.create_optimizer
     iters: int = 90000
     milestones: tuple[int, ...] = (60000, 80000)
     lr_schedule: str = "milestones"  # or "flat-cosine", see optimizer.learning_rate

@@ -32,7 +32,11 @@ from .config import (
 
 HEADS = ("retinanet", "fcos", "dense")
 DENSE = {"last_level": 5, "pyramid_channels": 96, "head_channels": 96, "head_convs": 2}  # of the dense head, by default
-LR_BATCH = 16  # the default learning rate is meant for this global batch and scaled to others
+LR_BATCH = 16  # the default learning rate of SGD is meant for this global batch and scaled to others
+ADAMW_LR, ADAMW_BATCH = 0.001, 8  # that of AdamW, and its batch; scaled with the root, https://arxiv.org/abs/2205.10287
+DENSE_SGD_LR = 0.04  # for LR_BATCH
+ADAMW_DECAY = 0.05
+DENSE_EMA = 0.99
 FORMATS = "COCO JSON, YOLO's data.yaml, or a folder of one of them or of Pascal VOC; :SPLIT names a split"
 RESNET_OPTIONS = {  # of --resnet → fields of ModelConfig
     "caffe-stride": "caffe_stride",
@@ -431,6 +435,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "odtk": {  # NVIDIA's ODTK 0.2.6, whole but for the learning rate, which is scaled with the batch
         "backbone": ("ResNet50FPN",),
         "head": "retinanet",
+        "optimizer": "sgd",
+        "lr_schedule": "milestones",
         "resize": 800,
         "max_size": 1333,
         "jitter": (640, 1024),
@@ -640,10 +646,18 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         section="schedule",
         changes_result=False,
     )
-    lr_schedule: str = option(
-        TrainConfig.lr_schedule,
+    optimizer: str | None = option(
+        None,
+        "what updates the weights; adamw does not let norms and biases decay",
+        choices=("sgd", "adamw"),
+        shown="sgd; adamw for --head dense from pretrained weights",
+        section="schedule",
+    )
+    lr_schedule: str | None = option(
+        None,
         "how the learning rate falls: by --gamma at --milestones, or along a cosine in the second half",
         choices=("milestones", "flat-cosine"),
+        shown=f"{TrainConfig.lr_schedule}; flat-cosine for --head dense without --milestones",
         section="schedule",
     )
     milestones: tuple[int, ...] | None = option(
@@ -679,10 +693,18 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         "learning rate",
         POSITIVE,
         "RATE",
-        shown=f"{TrainConfig.lr:g} for a batch of {LR_BATCH}, scaled with the batch",
+        shown=f"sgd: {TrainConfig.lr:g} ({DENSE_SGD_LR:g} for --head dense) for a batch of {LR_BATCH}, scaled with the "
+        f"batch; adamw: {ADAMW_LR:g} for a batch of {ADAMW_BATCH}, scaled with its root",
         section="schedule",
     )
-    regularization_l2: float = option(TrainConfig.weight_decay, "weight decay", NUMBER, "DECAY", section="schedule")
+    regularization_l2: float | None = option(
+        None,
+        "weight decay",
+        NUMBER,
+        "DECAY",
+        shown=f"{TrainConfig.weight_decay:g}; {ADAMW_DECAY:g} for adamw",
+        section="schedule",
+    )
     precision: str | None = option(
         None,
         "of the forward and backward pass",
@@ -703,10 +725,10 @@ class TrainSettings(_Devices, _Loader, _Anchors):
     )
     ema: float | None = option(
         None,
-        "decay of an exponential moving average of the weights, 0.9998 for example",
+        "decay of an exponential moving average of the weights, 0.9998 for example; 0 for none",
         FRACTION,
         "DECAY",
-        shown="none",
+        shown=f"none; {DENSE_EMA:g} for --head dense",
         section="schedule",
     )
     seed: int = option(TrainConfig.seed, "of everything that is drawn at random", SEED, "N", section="schedule")
@@ -762,7 +784,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         if self.jitter is not None:
             rising("--jitter", self.jitter)
         rising("--augment-free-rotate", self.augment_free_rotate)
-        if self.milestones and self.lr_schedule != "milestones":
+        if self.milestones and self.lr_schedule not in (None, "milestones"):
             raise OdtkError(
                 f"--milestones and --lr-schedule {self.lr_schedule} both lower the learning rate: keep one."
             )
@@ -783,6 +805,13 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         shape = DENSE if self.head == "dense" else {name: getattr(ModelConfig, name) for name in DENSE}
         if any(name.endswith("C4") for name in self.backbone):  # a level as wide as the default pyramid's
             shape = {**shape, "pyramid_channels": ModelConfig.pyramid_channels}
+        dense = self.head == "dense"
+        optimizer = self.optimizer or ("adamw" if dense and self.pretrained else TrainConfig.optimizer)
+        schedule = self.lr_schedule or ("flat-cosine" if dense and not self.milestones else TrainConfig.lr_schedule)
+        if optimizer == "adamw":
+            lr = ADAMW_LR * math.sqrt(batch * self.accumulate / ADAMW_BATCH)
+        else:
+            lr = (DENSE_SGD_LR if dense else TrainConfig.lr) * batch * self.accumulate / LR_BATCH
         follows: dict[str, Any] = {
             "batch": batch,
             "iters": iters,
@@ -791,11 +820,15 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             "jitter": (max(1, round(self.resize * low)), round(self.resize * high)),
             "norm": "frozen" if self.pretrained else "batch",
             "milestones": tuple(sorted({max(1, round(iters * m / ODTK_ITERS)) for m in ODTK_MILESTONES}))
-            if self.lr_schedule == "milestones"
+            if schedule == "milestones"
             else (),
             "warmup": min(ODTK_WARMUP, iters // 10),
             "val_iters": min(TrainConfig.val_iters, max(1, iters // 5)),
-            "lr": TrainConfig.lr * batch * self.accumulate / LR_BATCH,
+            "optimizer": optimizer,
+            "lr_schedule": schedule,
+            "lr": lr,
+            "regularization_l2": ADAMW_DECAY if optimizer == "adamw" else TrainConfig.weight_decay,
+            "ema": DENSE_EMA if dense else None,
             "precision": "fp32" if self.full_precision else None,
             **shape,
         }

@@ -707,6 +707,17 @@ def test_a_run_is_resumed_with_its_settings(trained: Path, coco: Path, capsys) -
     assert main([*more, "--augment-hue", "0.5"]) == 0, "a longer run, and logs, are no other settings"
 
 
+def test_a_file_older_than_a_setting_is_resumed_with_what_was_done_then(trained: Path, coco: Path, capsys) -> None:
+    content = torch.load(trained, weights_only=True)
+    for name in ("optimizer", "lr_schedule"):
+        del content["settings"][name]
+    del content["training"]["schedule"]["optimizer"]
+    torch.save(content, trained)
+    again = [*short_training(coco, trained), "--iters", "2", "--lr-schedule", "milestones"]
+    assert "trained by --optimizer sgd" in fails(capsys, *again, "--optimizer", "adamw", "--override-settings")
+    assert main([*again, "--optimizer", "sgd"]) == 0
+
+
 def test_the_length_in_epochs(coco: Path) -> None:
     config = configured(coco, "--epochs", "3", "--batch", "4", "--accumulate", "2")
     assert (config.iters, config.warmup) == (1, 0)  # 2 images

@@ -163,6 +163,19 @@ def test_what_follows_from_other_settings() -> None:
     assert run(full_precision=True).precision == "fp32"
     assert run(lr_schedule="flat-cosine").milestones == ()
 
+    def recipe(**given: Any) -> tuple:
+        found = run(**given)
+        return found.optimizer, found.lr, found.regularization_l2, found.lr_schedule, found.ema
+
+    assert recipe(batch=8) == recipe(batch=8, head="fcos") == ("sgd", 0.005, 0.0001, "milestones", None)
+    assert recipe(batch=8, head="dense") == ("adamw", 0.001, 0.05, "flat-cosine", 0.99)
+    assert recipe(batch=32, head="dense")[1] == 0.002, "the root of the batch"
+    assert recipe(batch=8, head="dense", backbone_weights="none") == ("sgd", 0.02, 0.0001, "flat-cosine", 0.99)
+    assert recipe(batch=8, optimizer="adamw") == ("adamw", 0.001, 0.05, "milestones", None)
+    given = {"optimizer": "sgd", "lr": 0.3, "regularization_l2": 0.2, "lr_schedule": "milestones", "ema": 0.5}
+    assert recipe(batch=8, head="dense", **given) == tuple(given.values())
+    assert recipe(head="dense", milestones=(5,))[3] == "milestones"
+
     def shape(**given: Any) -> tuple:
         found = run(**given)
         return found.last_level, found.pyramid_channels, found.head_channels, found.head_convs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 
@@ -14,14 +15,39 @@ LAST_RATE = 0.05  # of a flat-cosine schedule, relative to the first
 
 
 def create_optimizer(detector: Detector, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD over all parameters. Frozen ones have no gradient and are skipped; a resumed run may unfreeze them."""
-    optimizer = torch.optim.SGD(
-        detector.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
-    )
-    for parameter in detector.parameters():
-        # If fp16's scaler skips the first step, the fused update would leave a buffer of its own uninitialized.
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    """The optimizer that config.optimizer names, over all parameters (see parameter_groups).
+
+    Frozen parameters have no gradient and are skipped; a resumed run may unfreeze them.
+    """
+    groups = parameter_groups(detector, config)
+    optimizer: torch.optim.Optimizer
+    # All states are made here: if fp16's scaler skips the first step, SGD's fused update would leave a buffer of its
+    # own uninitialized; and a resumed run can tell which states belong in its file.
+    if config.optimizer == "adamw":  # https://arxiv.org/abs/1711.05101
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        for parameter in detector.parameters():
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    else:
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        for parameter in detector.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def parameter_groups(detector: Detector, config: TrainConfig) -> list[dict[str, Any]]:
+    """The groups of an optimizer: all parameters in one, or those without weight decay in a second one.
+
+    Norms and biases, which are the parameters of at most one dimension, do not decay under AdamW and in the dense head.
+    Under SGD the parameters of the other heads all decay, as in ODTK 0.2.
+    """
+    parameters = list(detector.parameters())
+    if config.optimizer == "sgd" and config.model.head != "dense":
+        return [{"params": parameters, "weight_decay": config.weight_decay}]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
 
 
 def create_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:

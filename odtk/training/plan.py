@@ -46,6 +46,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
     """The stages' own configs, from settings that are resolved, and from the folder of the images."""
     assert settings.batch and settings.iters and settings.classes and settings.jitter and settings.lr
     assert settings.last_level and settings.pyramid_channels and settings.head_channels and settings.head_convs
+    assert settings.optimizer and settings.lr_schedule and settings.regularization_l2 is not None
     assert settings.norm and settings.milestones is not None and settings.warmup is not None and settings.val_iters
     data = LoaderConfig(
         images=images,
@@ -109,6 +110,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
             foreground_iou=settings.anchor_ious[1],
             absolute_angle=settings.absolute_angle,
         ),
+        optimizer=settings.optimizer,
         iters=settings.iters,
         lr_schedule=settings.lr_schedule,
         milestones=settings.milestones,
@@ -125,7 +127,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
         override_settings=settings.override_settings,
         accumulate=settings.accumulate,
         clip_grad=settings.clip_grad or None,
-        ema=settings.ema,
+        ema=settings.ema or None,
         logdir=settings.logdir,
         post_metrics=settings.post_metrics,
         seed=settings.seed,

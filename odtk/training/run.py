@@ -2,9 +2,10 @@
 
 What a checkpoint holds of a run (Checkpoint.training):
     iteration    optimizer steps done
-    optimizer    state of SGD, its momentum above all
+    optimizer    state of SGD or AdamW: momentum, moments
     scaler       state of the GradScaler
-    schedule     lr, iters … of the run, for people to read; a resumed run takes its schedule from the flags
+    schedule     lr, iters … of the run, for people to read; a resumed run takes its schedule from the flags, but for
+                 the name of its optimizer (files without it: SGD)
     average      the weights that are trained, if the run keeps an EMA (then ``state_dict`` is the EMA), else None
     best         highest validation AP so far, −1 before the first validation
     rng          state of rank 0's torch generator (the loader has a seed of its own)
@@ -46,7 +47,7 @@ FLAGS = {  # of ModelConfig's fields that have a flag of another name
     "dcn_modulated": "dcn_v1",
 }
 ANEW = {"model", "annotations", "devices", "override", "override_settings"}  # settings that a resumed run is given anew
-SCHEDULE = ("lr", "iters", "schedule", "warmup", "milestones", "gamma")  # what the learning rate depends on
+SCHEDULE = ("optimizer", "lr", "iters", "schedule", "warmup", "milestones", "gamma")  # what a step depends on
 
 
 @dataclass
@@ -229,6 +230,13 @@ def find_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoin
             f"{config.path} is a run of another model ({', '.join(changes)}): resume it as it was, {advice}."
         )
     refuse_other_settings(config, found)
+    schedule = found.training.get("schedule")
+    optimizer = schedule.get("optimizer", "sgd") if isinstance(schedule, dict) else "sgd"
+    if optimizer != config.optimizer:
+        raise OdtkError(
+            f"{config.path} was trained by --optimizer {optimizer}, whose state --optimizer {config.optimizer} cannot "
+            f"continue: {advice}."
+        )
     if found.categories != categories:
         raise OdtkError(
             f"{config.path} was trained on other categories than those of {config.data.annotations}: {advice}."
@@ -243,7 +251,10 @@ def refuse_other_settings(config: TrainConfig, found: Checkpoint) -> None:
     if config.settings is None or found.settings is None or config.override_settings:
         return
     known = options(TrainSettings)
-    old, new = TrainSettings.of({k: v for k, v in found.settings.items() if k in known}).to_dict(), config.settings
+    new = config.settings
+    before = TrainSettings.of({k: v for k, v in found.settings.items() if k in known})
+    # Settings that are newer than the file are those of its head.
+    old = before.resolved(batch=before.batch or 1, iters=before.iters or 1, classes=before.classes or 1).to_dict()
     given = {*found.settings.get("given", ()), *new.get("given", ())}  # the others follow from these
     names = [n for n, one in known.items() if one.changes_result and n in given and old[n] != new[n]]
     if names:

@@ -30,6 +30,7 @@ from .optimizer import EMA, autocast_type, create_optimizer, create_scaler, lear
 from .run import Run, best_path, dataset_hash, find_run, own_files, refuse_other_data, trained_weights
 from .validation import Validation
 
+OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 READ_EVERY = {"cuda": 20, "cpu": 1}  # iterations between readings of the losses, for which the host waits
 
 
@@ -201,7 +202,8 @@ def opening_line(run: Run, dtype: torch.dtype, world: int) -> str:
     return (
         f"{begin}: {'+'.join(config.model.backbones)}, {plural(config.model.classes, 'class', 'classes')}, "
         f"{plural(iters, 'iteration')}, batch {batch} on {world} × {run.device.type}, "
-        f"{str(dtype).removeprefix('torch.')}, learning rate {config.lr:g}, warm-up {config.warmup}."
+        f"{str(dtype).removeprefix('torch.')}, {OPTIMIZERS[config.optimizer]}, learning rate {config.lr:g}, "
+        f"warm-up {config.warmup}."
     )
 
 

@@ -33,7 +33,7 @@ from odtk.model import checkpoint as files
 from odtk.model.detector import Detector
 from odtk.training.log import MetricsPoster, closing_line
 from odtk.training.loss import detection_loss, normalize
-from odtk.training.optimizer import EMA, learning_rate
+from odtk.training.optimizer import EMA, create_optimizer, learning_rate
 from odtk.training.train import train
 
 COLORS = {3: ("red", (220, 40, 40)), 7: ("green", (40, 220, 40))}
@@ -141,8 +141,9 @@ def test_a_loss_is_its_sum_divided_by_the_foreground() -> None:
     assert sums.grad is not None and sums.grad.tolist() == [0.25, 1.0]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_first_step_that_overflows_leaves_no_momentum(
-    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     """fp16's scaler skips that step; the momentum of the fused update must not be uninitialized memory then."""
 
@@ -154,12 +155,57 @@ def test_a_first_step_that_overflows_leaves_no_momentum(
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
     torch.use_deterministic_algorithms(True)  # new memory is NaN
     try:
-        train(settings(tmp_path / "m.pth", dataset, iters=2))
+        train(settings(tmp_path / "m.pth", dataset, iters=2, optimizer=optimizer, lr=0.001))
     finally:
         torch.use_deterministic_algorithms(False)
     saved = files.load(str(tmp_path / "m.pth"))
     assert saved.training is not None and saved.training["scaler"]["scale"] == 0.5
+    steps = {int(state["step"]) for state in saved.training["optimizer"]["state"].values() if "step" in state}
+    assert steps == ({1} if optimizer == "adamw" else set()), "a skipped step is none of AdamW's"
     assert all(tensor.isfinite().all() for tensor in saved.state_dict.values())
+
+
+def test_norms_and_biases_do_not_decay_under_adamw(tmp_path: Path, dataset: Path) -> None:
+    model = ModelConfig(backbones=("ResNet18C4",), classes=2, norm="batch")
+    config = settings(tmp_path / "m.pth", dataset, weight_decay=0.5, lr=0.1, optimizer="adamw", model=model)
+    detector = Detector(model)
+    before = {name: tensor.detach().clone() for name, tensor in detector.named_parameters()}
+    optimizer = create_optimizer(detector, config)
+    for name, parameter in detector.named_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        if name == "backbones.ResNet18C4.conv1.weight":
+            parameter.grad[0, 0, 0, 0] = 3.0
+    optimizer.step()
+    for name, parameter in detector.named_parameters():
+        # Without a gradient the moments are 0, and what remains of AdamW's step is w ← w − lr · decay · w.
+        decays = not (name.endswith("bias") or ".bn" in name or "downsample.1" in name)
+        expected = before[name] * (1 - 0.1 * 0.5 * decays)
+        if name == "backbones.ResNet18C4.conv1.weight":
+            expected[0, 0, 0, 0] -= 0.1  # the first step is lr · m̂ / √v̂ = lr · sign(gradient)
+        torch.testing.assert_close(parameter.detach(), expected, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("head", "optimizer", "sizes"),
+    [
+        ("retinanet", "sgd", 1),
+        ("fcos", "sgd", 1),
+        ("retinanet", "adamw", 2),
+        ("dense", "sgd", 2),
+        ("dense", "adamw", 2),
+    ],
+)
+def test_groups_of_an_optimizer(tmp_path: Path, dataset: Path, head: str, optimizer: str, sizes: int) -> None:
+    model = ModelConfig(backbones=("ResNet18FPN",), head=head, classes=2, norm="batch", last_level=5, head_convs=1)
+    detector = Detector(model)
+    config = settings(tmp_path / "m.pth", dataset, model=model, optimizer=optimizer, weight_decay=0.25)
+    groups = create_optimizer(detector, config).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0][:sizes]
+    assert sum(len(group["params"]) for group in groups) == len(list(detector.parameters()))
+    if sizes == 1:
+        assert [id(p) for p in groups[0]["params"]] == [id(p) for p in detector.parameters()]
+    else:
+        assert min(p.dim() for p in groups[0]["params"]) == 4 and max(p.dim() for p in groups[1]["params"]) == 1
 
 
 def test_a_run_resumed_in_another_precision_gets_a_new_scaler(tmp_path: Path, dataset: Path) -> None:
@@ -192,7 +238,7 @@ def test_a_run_from_start_to_end(tmp_path: Path, dataset: Path, capsys: pytest.C
     config = with_validation(settings(tmp_path / "m.pth", dataset, val_iters=2, precision="mixed"))
     train(config)
     said = capsys.readouterr().out
-    assert "2 classes, 4 iterations, batch 2 on 1 × cpu, bfloat16, learning rate 0.01, warm-up 2." in said
+    assert "2 classes, 4 iterations, batch 2 on 1 × cpu, bfloat16, SGD, learning rate 0.01, warm-up 2." in said
     assert re.search(r"\[4/4\]  loss \d\.\d+  cls \d\.\d+  box \d\.\d+  lr 1\.00e-03  [\d.]+ im/s  0:00:00 left", said)
     assert "[4/4]  validation: AP 0." in said
     best, exported = tmp_path / "m.best.pth", tmp_path / "m.onnx"
@@ -371,10 +417,18 @@ def test_a_damaged_run_is_refused_and_stays_as_it_is(tmp_path: Path, dataset: Pa
         assert Path(config.path).read_bytes() == before and os.listdir(tmp_path) == ["m.pth"]
 
 
+@pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "fp32"), ("adamw", "fp32"), ("adamw", "fp16")])
 def test_a_stopped_run_is_resumed_exactly(
-    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path,
+    dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    optimizer: str,
+    precision: str,
 ) -> None:
-    whole = settings(tmp_path / "whole.pth", dataset, ema=0.9, clip_grad=5.0, accumulate=2, logdir=str(tmp_path / "a"))
+    logdir = str(tmp_path / "a")
+    whole = settings(tmp_path / "whole.pth", dataset, ema=0.9, clip_grad=5.0, accumulate=2, logdir=logdir)
+    whole = dataclasses.replace(whole, optimizer=optimizer, precision=precision, lr=0.001)
     train(whole)
     parts = dataclasses.replace(whole, path=str(tmp_path / "parts.pth"), logdir=str(tmp_path / "b"))
     with monkeypatch.context() as patch:
@@ -392,6 +446,7 @@ def test_a_stopped_run_is_resumed_exactly(
     a, b = files.load(whole.path), files.load(parts.path)
     assert files.weights_hash(a.state_dict) == files.weights_hash(b.state_dict)
     assert a.training is not None and b.training is not None
+    assert a.training["schedule"]["optimizer"] == optimizer
     for name in ("average", "optimizer", "scaler", "rng", "loader"):
         torch.testing.assert_close(a.training[name], b.training[name], rtol=0, atol=0)
     assert files.weights_hash(a.state_dict) != files.weights_hash(a.training["average"])
@@ -525,6 +580,9 @@ def test_what_a_run_refuses(tmp_path: Path, dataset: Path) -> None:
             config, model=group
         ),
         "trained without --ema": dataclasses.replace(config, ema=0.9),
+        "trained by --optimizer sgd, whose state --optimizer adamw cannot": dataclasses.replace(
+            config, optimizer="adamw"
+        ),
         "is not a checkpoint": settings(dataset / "data.json", dataset),
         "other categories": other_categories(config, tmp_path / "other.json"),
     }
