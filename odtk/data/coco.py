@@ -45,6 +45,7 @@ from .box_format import find_format
 from .images import SWAPS_SIDES, Header, ImageError, MissingImage, read_headers
 from .missing import NearestFiles, none_found
 from .records import DAMAGED, OTHER_FORMAT, Fault, Image
+from .table import AnnotationTable, Rows, decode, plain_rows, positions
 
 CLIP_TOLERANCE = 1.0  # pixels by which a box may leave its image before its clipping is worth a warning
 ID_FAULT = "its id is not a 64-bit integer"
@@ -59,12 +60,30 @@ def load_json(path: Path) -> dict[str, Any]:
     Raises:
         OdtkError: the file is missing or cannot be read, is not JSON (with line and column), or is not COCO's object.
     """
+    return parse_content(read_text(path), path)
+
+
+def load_boxes(path: Path) -> dict[str, Any]:
+    """As load_json, but what no dataset needs (outlines, areas …) may be left out, and the annotations may be an
+    AnnotationTable, which is read and checked many times faster.
+
+    Raises:
+        OdtkError: as load_json.
+    """
+    text = read_text(path)
+    return decode(text) or parse_content(text, path)
+
+
+def read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is skipped
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is skipped
     except FileNotFoundError:
         raise OdtkError(f"The annotation file {path} does not exist: give the right one with --annotations.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise OdtkError(f"The annotation file {path} cannot be read: {error}.") from None
+
+
+def parse_content(text: str, path: Path) -> dict[str, Any]:
     content = parse_json(text, path)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise OdtkError(f'{path} is not a COCO annotation file: it has no list "images".')
@@ -227,34 +246,55 @@ class CocoReader:
 
     def read_boxes(self, images: dict[int, Image | None], labels: dict[int, int]) -> None:
         """Gives the images their boxes and labels; ``labels`` maps a category id to its class index."""
-        found: dict[int, list[tuple[list[float], int]]] = {id: [] for id in images}
-        seen: set[Any] = set()
-        for position, entry in enumerate(self.content.get("annotations", [])):
-            where = self.place(f"annotation {entry.get('id', f'at position {position}')}", entry)
-            if "id" in entry and str(entry["id"]) in seen:
-                self.fix(where, "duplicate annotation id: both annotations are kept")
-            seen.add(str(entry.get("id")))
-            unread, of = reading_fault(entry), entry.get("image_id")
-            damaged = is_id(of) and of in images and images[of] is None  # then the image is the fault
-            if unread and not (damaged and "category_id" in entry):
-                self.refuse(where, "unreadable annotation", unread)
-                continue
-            if reason := reference_fault(entry, "image_id", images):
-                self.refuse(where, "unknown image", reason)
-                continue
-            if reason := reference_fault(entry, "category_id", labels):
-                self.refuse(where, "unknown category", reason)
-                continue
-            image_id, label = entry["image_id"], labels[entry["category_id"]]
-            image = images[image_id]
-            box = self.read_box(where, entry, image) if image is not None else None
-            self.boxes_of_label[label] += image is None or box is not None
-            if box is not None:
-                found[image_id].append((box, label))
-        for id, image in images.items():
-            if image is not None and found[id]:
-                image.boxes = np.array([box for box, _ in found[id]], dtype=np.float64)
-                image.labels = np.array([label for _, label in found[id]], dtype=np.int64)
+        entries = self.content.get("annotations", [])
+        if isinstance(entries, AnnotationTable):
+            rows = plain_rows(entries, images, labels, CLIP_TOLERANCE, rotated=self.rotated)
+        else:
+            rows = Rows.none_of(len(entries), 5 if self.rotated else 4)
+        self.boxes_of_label.update(dict(enumerate(np.bincount(rows.label[rows.kept]).tolist())))
+        repeated = repeated_ids(entries)
+        number_of = {id: number for number, id in enumerate(images)}
+        for position in np.flatnonzero(~rows.kept).tolist():
+            found = self.read_annotation(position, entries[position], images, labels, repeated=bool(repeated[position]))
+            if found is not None:
+                image_id, rows.label[position], rows.boxes[position] = found
+                rows.image[position], rows.kept[position] = number_of[image_id], True
+        rows.give_to(list(images.values()))
+
+    def read_annotation(
+        self,
+        position: int,
+        entry: dict[str, Any],
+        images: dict[int, Image | None],
+        labels: dict[int, int],
+        *,
+        repeated: bool,
+    ) -> tuple[int, int, list[float]] | None:
+        """The id of the image, the label and the usable part of an annotation's box; None where there is none.
+
+        Args:
+            position: of the annotation in the file, from 0.
+            repeated: an earlier one has its id.
+        """
+        where = self.place(f"annotation {entry.get('id', f'at position {position}')}", entry)
+        if repeated:
+            self.fix(where, "duplicate annotation id: both annotations are kept")
+        unread, of = reading_fault(entry), entry.get("image_id")
+        damaged = is_id(of) and of in images and images[of] is None  # then the image is the fault
+        if unread and not (damaged and "category_id" in entry):
+            self.refuse(where, "unreadable annotation", unread)
+            return None
+        if reason := reference_fault(entry, "image_id", images):
+            self.refuse(where, "unknown image", reason)
+            return None
+        if reason := reference_fault(entry, "category_id", labels):
+            self.refuse(where, "unknown category", reason)
+            return None
+        image_id, label = entry["image_id"], labels[entry["category_id"]]
+        image = images[image_id]
+        box = self.read_box(where, entry, image) if image is not None else None
+        self.boxes_of_label[label] += image is None or box is not None
+        return None if box is None else (image_id, label, box)
 
     def read_box(self, where: Place, entry: dict[str, Any], image: Image) -> list[float] | None:
         """The usable part of an annotation's box, (x, y, w, h) or (x, y, w, h, theta); None where there is none."""
@@ -352,6 +392,18 @@ def is_mask_side(value: Any) -> TypeGuard[int]:
     return is_id(value) and 0 < value <= MAX_MASK_SIDE
 
 
+def repeated_ids(entries: Sequence[dict[str, Any]]) -> Sequence[bool] | np.ndarray:
+    """Which annotations have the id of an earlier one."""
+    if isinstance(entries, AnnotationTable) and entries.columns is not None:
+        return entries.columns.repeated
+    seen: set[str] = set()
+    repeated = []
+    for entry in entries:
+        repeated.append("id" in entry and str(entry["id"]) in seen)
+        seen.add(str(entry.get("id")))
+    return repeated
+
+
 def reading_fault(entry: dict[str, Any]) -> str:
     """Why a reader of another format (yolo.py, voc.py) found an entry unreadable, or an empty string."""
     reason = entry.get("unreadable")
@@ -431,19 +483,29 @@ def format_fault(entries: Sequence[dict[str, Any]], sizes: Mapping[int, tuple[in
         sizes: (width, height) in pixels by image id.
         path: of the annotations, for the command.
     """
-    boxes, frames = [], []
+    if isinstance(entries, AnnotationTable) and (columns := entries.columns) is not None:
+        known, place = positions(columns.image_id, list(sizes))
+        used = known & columns.has_area
+        boxes = np.concatenate([columns.bbox[used, :4], columns.numbers[used, None]], axis=1)
+        frames = np.array(list(sizes.values()), dtype=np.float64).reshape(-1, 2)[place[used]]
+        return find_format(boxes, frames, path) if len(boxes) else ""
+    listed, listed_frames = [], []
     for entry in entries:
         id = entry.get("image_id")
         if is_id(id) and id in sizes and not bbox_fault(entry, rotated=True) and not is_degenerate(entry["bbox"]):
-            boxes.append(entry["bbox"][:4] + [len(entry["bbox"])])
-            frames.append(sizes[id])
-    return find_format(np.array(boxes, dtype=np.float64), np.array(frames, dtype=np.float64), path) if boxes else ""
+            listed.append(entry["bbox"][:4] + [len(entry["bbox"])])
+            listed_frames.append(sizes[id])
+    if not listed:
+        return ""
+    return find_format(np.array(listed, dtype=np.float64), np.array(listed_frames, dtype=np.float64), path)
 
 
 def categories_of(content: dict[str, Any]) -> list[dict[str, Any]]:
     """The categories of a COCO file; where it lists none, categories made from its annotations' category ids."""
+    if content.get("categories"):
+        return content["categories"]
     found = {a["category_id"] for a in content.get("annotations", []) if is_id(a.get("category_id"))}
-    return content.get("categories") or [{"id": id, "name": str(id)} for id in sorted(found)]
+    return [{"id": id, "name": str(id)} for id in sorted(found)]
 
 
 def prepare_ground_truth(truth: dict[str, Any], file: str = "", *, segmentation: bool = False) -> dict[str, Any]:

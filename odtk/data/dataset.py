@@ -125,7 +125,7 @@ def read(
         raise OdtkError(f"{folder} is a file: with --annotations, --images takes the folder of the images.")
     if not folder.is_dir():
         raise OdtkError(f"The image folder {folder} does not exist: give the right one with --images.")
-    content, folder, path = load_annotations(annotations, folder, rotated=rotated)
+    content, folder, path = load_annotations(annotations, folder, rotated=rotated, boxes_only=True)
     found, categories, faults = CocoReader(content, path, folder, rotated, training).read()
     return Dataset(found, categories, faults, rotated)
 

@@ -23,7 +23,7 @@ def plan(settings: TrainSettings, world: int) -> TrainConfig:
     Raises:
         OdtkError: annotations that cannot be read, or a batch that cannot be shared out.
     """
-    content, images, _ = load_annotations(settings.annotations, settings.images)
+    content, images, _ = load_annotations(settings.annotations, settings.images, boxes_only=True)
     batch = settings.batch or 2 * world
     iters = settings.iters or TrainConfig.iters
     if settings.epochs is not None:
