@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.3.0"
 
 if TYPE_CHECKING:
-    from .api import benchmark, check, convert, evaluate, export, infer, load, synth, train, visualize
+    from .api import benchmark, check, convert, evaluate, export, infer, info, load, synth, train, visualize
     from .config import OdtkError
     from .inference.predict import Detections, Model
 
@@ -27,6 +27,7 @@ _HOMES = {
     "benchmark": "api",
     "visualize": "api",
     "synth": "api",
+    "info": "api",
     "OdtkError": "config",
     "Model": "inference.predict",
     "Detections": "inference.predict",
@@ -41,6 +42,7 @@ __all__ = [
     "evaluate",
     "export",
     "infer",
+    "info",
     "load",
     "synth",
     "train",

@@ -23,6 +23,7 @@ from .settings import (
     EvaluateSettings,
     ExportSettings,
     InferSettings,
+    InfoSettings,
     SynthSettings,
     TrainSettings,
     VisualizeSettings,
@@ -179,3 +180,16 @@ def synth(folder: Path | None = None, /, **settings: Any) -> None:
     """
     with commands.explaining():
         commands.synth(SynthSettings.of(named(settings, folder=folder)))
+
+
+def info(model: Path | None = None, /, **settings: Any) -> dict[str, Any]:
+    """`odtk info`: prints and returns what this machine can do, or what the file ``model`` says of itself.
+
+    Returns:
+        Plain values by name, as `odtk info --json` prints them.
+
+    Args:
+        settings: settings.InfoSettings by name.
+    """
+    with commands.explaining():
+        return commands.info(InfoSettings.of(named(settings, model=model)))

@@ -343,9 +343,9 @@ def benchmark(settings: BenchmarkSettings, master: str | None = None) -> None:
     launch.launch(functools.partial(explained, benchmark), config, devices=settings.devices, master=master)
 
 
-def info(settings: InfoSettings) -> None:
-    """Prints what this machine can do, or what a file says of itself."""
-    from .info import describe_file, environment, print_environment, print_file
+def info(settings: InfoSettings) -> dict[str, Any]:
+    """Prints and returns what this machine can do, or what a file says of itself."""
+    from .describe import describe_file, environment, print_environment, print_file
 
     found = describe_file(settings.model) if settings.model else environment()
     if settings.json:
@@ -354,6 +354,7 @@ def info(settings: InfoSettings) -> None:
         print_file(found)
     else:
         print_environment(found)
+    return found
 
 
 def visualize(settings: VisualizeSettings) -> list[str]:

@@ -708,8 +708,8 @@ class TrainSettings(_Devices, _Loader, _Anchors):
     precision: str | None = option(
         None,
         "of the forward and backward pass",
-        choices=("fp16", "bf16", "fp32"),
-        shown="mixed: fp16 on GPUs, bf16 on CPUs",
+        choices=("mixed", "fp16", "bf16", "fp32"),
+        shown="mixed, which is fp16 on GPUs and bf16 on CPUs",
         section="schedule",
     )
     full_precision: bool = switch("same as --precision fp32", section="schedule")
@@ -829,7 +829,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             "lr": lr,
             "regularization_l2": ADAMW_DECAY if optimizer == "adamw" else TrainConfig.weight_decay,
             "ema": DENSE_EMA if dense else None,
-            "precision": "fp32" if self.full_precision else None,
+            "precision": "fp32" if self.full_precision else "mixed",
             **shape,
         }
         kept = ("batch", "iters", "classes", "epochs")

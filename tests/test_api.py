@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ def test_importing_odtk_imports_the_standard_library_only() -> None:
 
 
 def test_every_public_name_has_a_home() -> None:
-    functions = {"benchmark", "check", "convert", "evaluate", "export", "infer", "load", "synth", "train", "visualize"}
+    functions = {"benchmark", "check", "convert", "evaluate", "export", "infer", "info", "load", "synth", "train"}
+    functions |= {"visualize"}
     assert {"Detections", "Model", "OdtkError"} | functions == set(odtk.__all__)
     for name in odtk.__all__:
         assert callable(getattr(odtk, name)) and name in dir(odtk)
@@ -52,6 +54,12 @@ def test_an_unknown_keyword_is_offered_the_nearest_setting(model: str) -> None:
         odtk.infer(model, score_treshold=0.5)
     with pytest.raises(OdtkError, match="did you mean 'iters'"):
         odtk.train("m.pth", annotations="a.json", iter=5)
+
+
+def test_info_returns_what_it_prints(model: str, capsys) -> None:
+    found = odtk.info(model, json=True)
+    assert found["file"] == model and json.loads(capsys.readouterr().out) == json.loads(json.dumps(found))
+    assert odtk.info()["versions"]["odtk"] == odtk.__version__
 
 
 def test_a_path_stands_for_a_list_of_one() -> None:

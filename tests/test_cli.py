@@ -267,7 +267,7 @@ def test_a_benchmark_takes_one_image_per_device(tmp_path: Path, monkeypatch) -> 
         (("--lr", "fast"), 1, "'fast' is not a positive number"),
         (("--iters", "0"), 1, "positive whole number"),
         (("--anchor-ious", "0.4", "1.5"), 1, "from 0 to 1"),
-        (("--precision", "fp8"), 1, "'fp8' is not one of fp16, bf16, fp32"),
+        (("--precision", "fp8"), 1, "'fp8' is not one of mixed, fp16, bf16, fp32"),
         (("--nonsense",), 1, "--nonsense"),
         (("--devices", "all"), 1, "number of GPUs, cpu or cpu:N"),
     ],
@@ -539,7 +539,7 @@ def torch_error() -> Exception:
 
 
 def test_interruption_system_errors_and_debugging(monkeypatch, capsys) -> None:
-    import odtk.info
+    import odtk.describe
 
     for error, sentence in (
         (KeyboardInterrupt(), "Interrupted."),
@@ -554,7 +554,7 @@ def test_interruption_system_errors_and_debugging(monkeypatch, capsys) -> None:
         def fail(error=error) -> None:
             raise error
 
-        monkeypatch.setattr(odtk.info, "environment", fail)
+        monkeypatch.setattr(odtk.describe, "environment", fail)
         assert sentence in fails(capsys, "info")
     monkeypatch.setenv("ODTK_DEBUG", "1")
     assert main(["info"]) == 1
@@ -688,6 +688,7 @@ def test_a_checkpoint_tells_its_settings(trained: Path, capsys) -> None:
     assert main(["info", str(trained)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["lr", "0.000625"] for line in lines), lines
+    assert any(line.split() == ["precision", "mixed"] for line in lines), lines
     assert any(line.split() == ["input_size", "64", "96"] for line in lines)
     assert any(line.split()[:1] == ["odtk"] for line in lines)
     assert main(["info", str(trained), "--json"]) == 0

@@ -26,7 +26,7 @@ ORDER = [
     {"evaluation"},
     {"training"},
     {"deploy"},
-    {"info"},
+    {"describe"},
     {"commands"},
     {"api"},
     {"cli"},

@@ -1,4 +1,4 @@
-"""What this machine can do: what `odtk info` gathers and prints."""
+"""What this machine can do, and what a file says of itself: what `odtk info` gathers and prints."""
 
 from __future__ import annotations
 
