@@ -216,8 +216,19 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class VideoConfig:
+    """A video to detect in, and how it is read."""
+
+    source: str  # a file, an address such as rtsp://…, or a camera such as /dev/video0
+    every: int = 1  # detect in each n-th frame
+    realtime: bool = False  # read a file as fast as it plays, and drop frames that wait too long, like a camera
+    transport: str = "tcp"  # of RTSP: tcp or udp
+    track: bool = False  # give the same object the same number in every frame
+
+
+@dataclass(frozen=True)
 class InferConfig:
-    """One inference run: `odtk infer` fills it, infer.infer() runs it."""
+    """One inference run: `odtk infer` fills it, infer.infer() or stream.infer_video() runs it."""
 
     path: str  # .pth, .onnx, .plan, .engine
     data: LoaderConfig  # its resize and max_size are those below, or those that the model was trained with
@@ -228,7 +239,8 @@ class InferConfig:
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     explicit: tuple[str, ...] = ()  # fields of postprocess that the user gave: a file that has others is refused
     draw: str | None = None
-    draw_threshold: float | None = None  # None: evaluation.operating_point.choose decides
+    draw_threshold: float | None = None  # None: evaluation.operating_point.choose decides, of a video 0.3
+    video: VideoConfig | None = None  # instead of images
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..boxes import circumscribe, coco_to_corners
 from ..categories import Category
-from ..config import InferConfig, LoaderConfig, OdtkError
+from ..config import InferConfig, LoaderConfig, OdtkError, VideoConfig
 from ..data.batch import Loader
 from ..data.dataset import Dataset
 from ..data.images import ImageError, decode, decode_content, read_header, read_headers, to_rgb
@@ -29,16 +30,18 @@ from ..data.listing import list_images
 from ..data.loader import create_loader
 from ..data.records import Image
 from ..ranks import silent
-from ..text import plural
+from ..text import plural, printable
 from .backends import Backend, open_backend
 from .detect import box_outlines, coco_results, detect_batches
 from .drawing import annotate, coco_to_shapes
 from .infer import as_trained, describe_size, loader_config, match_categories
+from .video import Frame, Video, is_video, shown_name
 
 FilePath: TypeAlias = str | os.PathLike[str]
 InMemory: TypeAlias = bytes | bytearray | PILImage.Image | np.ndarray | Tensor
 ImageLike: TypeAlias = FilePath | InMemory
 BATCH = 2  # images at a time, as `odtk infer` has it on one device
+VIDEO_BATCHES = 4  # batches of a video file that are prepared together, while others are computed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,9 +57,10 @@ class Detections:
         categories: of the model, in the order of the class indices.
         size: (width, height) of the image in pixels; of a file, turned as its EXIF orientation says. (0, 0) if it
             could not be read.
-        image_id: position of the image in what was given, from 1.
+        image_id: position of the image in what was given, from 1; of a video, the frame's index, from 0.
         path: of the image's file; None if it came from memory.
         error: why the image could not be read, where damaged images are skipped; else None.
+        frame: of a video: its index, its time and its pixels; else None.
     """
 
     rows: np.ndarray
@@ -65,12 +69,13 @@ class Detections:
     image_id: int = 1
     path: Path | None = None
     error: str | None = None
+    frame: Frame | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __repr__(self) -> str:
-        where = self.path or f"image {self.image_id}"
+        where = self.path or f"{'frame' if self.frame else 'image'} {self.image_id}"
         return f"<Detections in {where}: {self.error or plural(len(self), 'object')}>"
 
     @property
@@ -165,11 +170,13 @@ class Detections:
         """A copy of the image with the boxes, names and scores drawn on it, of the same size.
 
         Args:
-            image: the image that was given to predict; None: its file.
+            image: the image that was given to predict; None: its file, or its frame of a video.
 
         Raises:
-            OdtkError: there is no file, it cannot be read, or the image has another size.
+            OdtkError: there is no file or frame, it cannot be read, or the image has another size.
         """
+        if image is None and self.frame is not None:
+            image = self.frame.pixels
         if image is None:
             if self.path is None:
                 raise OdtkError("draw(image) needs the image: it was not given to predict as a file.")
@@ -256,10 +263,19 @@ def record(image: ImageLike, number: int, header: Any, rotated: bool) -> Image:
         raise header
     if header is not None:
         return Image.from_header(number, path, header, header.orientation, rotated=rotated)
-    pixels = pixels_of(image)
+    return in_memory(pixels_of(image), number, path, rotated)
+
+
+def in_memory(pixels: np.ndarray, number: int, name: FilePath, rotated: bool) -> Image:
+    """Pixels, uint8 [H, W, 3] RGB, as an image for the loader; its name is for messages."""
     boxes, labels = np.zeros((0, 5 if rotated else 4)), np.zeros(0, dtype=np.int64)
     height, width = pixels.shape[:2]
-    return Image(number, path, width, height, boxes, labels, plain=False, pixels=pixels)
+    return Image(number, Path(name), width, height, boxes, labels, plain=False, pixels=pixels)
+
+
+def warn(line: str) -> None:
+    """Says on stderr what becomes of a video."""
+    print(f"Warning: {printable(line)}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,6 +350,7 @@ class Model:
         batch: int = ...,
         stream: Literal[True],
         skip_damaged: bool = ...,
+        every: int = ...,
     ) -> Iterator[Detections]: ...
 
     def predict(
@@ -343,8 +360,9 @@ class Model:
         batch: int = BATCH,
         stream: bool = False,
         skip_damaged: bool = False,
+        every: int = 1,
     ) -> Any:
-        """Finds the objects in one image, or in several, in their order.
+        """Finds the objects in one image, in several, or in a video, in their order.
 
         The detections are those of `odtk infer` with the same ``batch``. Where images are not fitted into one size
         (``model.data.size`` is None), those of a batch are padded to a common one, and padding changes detections a
@@ -355,11 +373,15 @@ class Model:
             images: RGB. One image: a path, the bytes of an image file, a PIL image, a NumPy array uint8 [H, W, 3] or a
                 torch tensor uint8 [3, H, W]. Several: a folder (with its subfolders, sorted), a pattern such as
                 ``scans/*.jpg``, or any iterable of images. Files and their bytes are turned by their EXIF
-                orientation; everything else is taken as it is.
-            batch: images at a time.
+                orientation; everything else is taken as it is. With ``stream``, a video: a file, an address such as
+                rtsp://…, or a camera such as /dev/video0 (video.py says what becomes of frames that come too fast, and
+                of a camera that is lost); its Detections have a ``frame``.
+            batch: images at a time; of a live video at most, as it does not wait for frames.
             stream: give an iterator that predicts while it is read; from an iterator it takes a batch at a time, so
                 that a camera never ends.
-            skip_damaged: an image that cannot be read gives Detections without objects, which have an ``error``.
+            skip_damaged: an image that cannot be read gives Detections without objects, which have an ``error``; a
+                video file that is damaged or cut off ends with a warning in place of an error.
+            every: of a video, detect in each n-th frame only.
 
         Returns:
             Detections of one image, a list of them for several, or with ``stream`` an iterator of them.
@@ -369,6 +391,14 @@ class Model:
         """
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise OdtkError(f"batch: {batch!r} is not a positive whole number.")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise OdtkError(f"every: {every!r} is not a positive whole number.")
+        if isinstance(images, (str, os.PathLike)) and is_video(images):
+            if not stream:
+                raise OdtkError(
+                    f"{shown_name(os.fspath(images))} is a video: pass stream=True to get frame after frame."
+                )
+            return self._predict_video(VideoConfig(os.fspath(images), every), batch, skip_damaged)
         single = isinstance(images, (str, os.PathLike, bytes, bytearray, PILImage.Image, np.ndarray, Tensor))
         groups: Iterable[Sequence[ImageLike]]
         if isinstance(images, (str, os.PathLike)):
@@ -393,6 +423,25 @@ class Model:
         for group in groups:
             yield from self._predict_group(group, done + 1, batch, skip)
             done += len(group)
+
+    def _predict_video(self, config: VideoConfig, batch: int, skip: bool) -> Iterator[Detections]:
+        with Video(config, log=warn) as video:
+            yield from self.predict_frames(video, batch)
+        if video.fault and not skip:
+            raise OdtkError(f"{video.fault.rstrip('.')}; skip_damaged=True goes on without the rest.")
+        if video.fault:
+            warn(video.fault)
+
+    def predict_frames(self, video: Video, batch: int) -> Iterator[Detections]:
+        """The Detections of a video's frames as they come, each with its ``frame``."""
+        while frames := video.take(batch if video.live else batch * VIDEO_BATCHES):
+            images = {f.index: in_memory(f.pixels, f.index, video.name, self.rotated) for f in frames}
+            found = self._detect(images, batch)
+            for frame in frames:
+                rows, image = next(found), images[frame.index]
+                assert not isinstance(rows, ImageError)  # there is no file that could be damaged
+                yield Detections(rows, self.categories, (image.width, image.height), frame.index, frame=frame)
+            next(found, None)  # to its end, where the loader is put back
 
     def _predict_group(self, group: Sequence[ImageLike], first: int, batch: int, skip: bool) -> Iterator[Detections]:
         numbered = list(enumerate(group, start=first))
