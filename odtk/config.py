@@ -134,6 +134,7 @@ class AugmentConfig:
 
     flip: float = 0.5  # probability
     crop: float = 1.0  # probability of a random crop that keeps boxes (SSD, https://arxiv.org/abs/1512.02325 §2.2)
+    scale: tuple[float, float] = (1.0, 1.0)  # range of a random factor, see sampler.random_view
     rotate: bool = False  # by a random multiple of 90 degrees
     free_rotate: tuple[float, float] = (0.0, 0.0)  # degrees, uniform in the range
     brightness: float = 0.002

@@ -37,6 +37,7 @@ ADAMW_LR, ADAMW_BATCH = 0.001, 8  # that of AdamW, and its batch; scaled with th
 DENSE_SGD_LR = 0.04  # for LR_BATCH
 ADAMW_DECAY = 0.05
 DENSE_EMA = 0.99
+DENSE_SCALE = (0.75, 4 / 3)
 FORMATS = "COCO JSON, YOLO's data.yaml, or a folder of one of them or of Pascal VOC; :SPLIT names a split"
 RESNET_OPTIONS = {  # of --resnet → fields of ModelConfig
     "caffe-stride": "caffe_stride",
@@ -452,6 +453,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "anchor_ious": (0.4, 0.5),
         "anchor_scales": tuple(4 * 2 ** (i / 3) for i in range(3)),
         "anchor_ratios": (1.0, 2.0, 0.5),
+        "augment_crop": 1.0,
+        "augment_scale": (1.0, 1.0),
         "augment_brightness": 0.002,
         "augment_contrast": 0.002,
         "augment_hue": 0.0002,
@@ -526,7 +529,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         POSITIVE_INT,
         ("MIN", "MAX"),
         count=2,
-        shown="0.8 to 1.28 of --resize",
+        shown="0.8 to 1.28 of --resize, or --resize itself with --augment-scale",
         section="data",
     )
 
@@ -734,11 +737,22 @@ class TrainSettings(_Devices, _Loader, _Anchors):
     seed: int = option(TrainConfig.seed, "of everything that is drawn at random", SEED, "N", section="schedule")
 
     augment_rotate: bool = switch("turn by multiples of 90 degrees", section="augmentation")
-    augment_crop: float = option(
-        AugmentConfig.crop,
+    augment_crop: float | None = option(
+        None,
         "probability of a crop that keeps boxes; 0 suits short training from scratch",
         FRACTION,
         "PROBABILITY",
+        shown=f"{AugmentConfig.crop:g}; 0 for --head dense",
+        section="augmentation",
+    )
+    augment_scale: tuple[float, ...] | None = option(
+        None,
+        "enlarge by a factor from this range in a frame that keeps its size: above 1 a part of the image fills it, "
+        "below 1 the image lies in padding; 1 1: off",
+        POSITIVE,
+        ("LOW", "HIGH"),
+        count=2,
+        shown="off; 0.75 1.333 for --head dense",
         section="augmentation",
     )
     augment_free_rotate: tuple[float, ...] = option(
@@ -784,6 +798,8 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         if self.jitter is not None:
             rising("--jitter", self.jitter)
         rising("--augment-free-rotate", self.augment_free_rotate)
+        if self.augment_scale is not None:
+            rising("--augment-scale", self.augment_scale)
         if self.milestones and self.lr_schedule not in (None, "milestones"):
             raise OdtkError(
                 f"--milestones and --lr-schedule {self.lr_schedule} both lower the learning rate: keep one."
@@ -801,11 +817,13 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         Args:
             batch: images per step over all devices.
         """
-        low, high = (side / ODTK_RESIZE for side in ODTK_JITTER)
+        dense = self.head == "dense"
+        factors = self.augment_scale or (DENSE_SCALE if dense else AugmentConfig.scale)
+        # Where images vary in a frame, the frame itself need not.
+        low, high = (side / ODTK_RESIZE for side in ODTK_JITTER) if factors == (1.0, 1.0) else (1.0, 1.0)
         shape = DENSE if self.head == "dense" else {name: getattr(ModelConfig, name) for name in DENSE}
         if any(name.endswith("C4") for name in self.backbone):  # a level as wide as the default pyramid's
             shape = {**shape, "pyramid_channels": ModelConfig.pyramid_channels}
-        dense = self.head == "dense"
         optimizer = self.optimizer or ("adamw" if dense and self.pretrained else TrainConfig.optimizer)
         schedule = self.lr_schedule or ("flat-cosine" if dense and not self.milestones else TrainConfig.lr_schedule)
         if optimizer == "adamw":
@@ -817,7 +835,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             "iters": iters,
             "classes": classes,
             "epochs": None,
-            "jitter": (max(1, round(self.resize * low)), round(self.resize * high)),
+            "jitter": (max(1, round(self.resize * low)), max(1, round(self.resize * high))),
             "norm": "frozen" if self.pretrained else "batch",
             "milestones": tuple(sorted({max(1, round(iters * m / ODTK_ITERS)) for m in ODTK_MILESTONES}))
             if schedule == "milestones"
@@ -829,6 +847,8 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             "lr": lr,
             "regularization_l2": ADAMW_DECAY if optimizer == "adamw" else TrainConfig.weight_decay,
             "ema": DENSE_EMA if dense else None,
+            "augment_crop": 0.0 if dense else AugmentConfig.crop,
+            "augment_scale": factors,
             "precision": "fp32" if self.full_precision else "mixed",
             **shape,
         }

@@ -172,6 +172,10 @@ def test_what_follows_from_other_settings() -> None:
     assert recipe(batch=32, head="dense")[1] == 0.002, "the root of the batch"
     assert recipe(batch=8, head="dense", backbone_weights="none") == ("sgd", 0.02, 0.0001, "flat-cosine", 0.99)
     assert recipe(batch=8, optimizer="adamw") == ("adamw", 0.001, 0.05, "milestones", None)
+    assert (run(head="dense").augment_scale, run(head="dense").augment_crop) == ((0.75, 4 / 3), 0)
+    assert (run(head="fcos").augment_scale, run(head="fcos").augment_crop) == ((1, 1), 1)
+    assert run(head="dense", resize=240).jitter == run(augment_scale=(0.5, 2), resize=240).jitter == (240, 240)
+    assert run(head="dense", resize=240, augment_scale=(1, 1)).jitter == (192, 307)
     given = {"optimizer": "sgd", "lr": 0.3, "regularization_l2": 0.2, "lr_schedule": "milestones", "ema": 0.5}
     assert recipe(batch=8, head="dense", **given) == tuple(given.values())
     assert recipe(head="dense", milestones=(5,))[3] == "milestones"
@@ -203,6 +207,7 @@ def test_what_follows_from_other_settings() -> None:
         ({"iters": 5, "epochs": 2}, "--iters and --epochs"),
         ({"milestones": [5], "lr_schedule": "flat-cosine"}, "--milestones and --lr-schedule flat-cosine both"),
         ({"lr": float("nan")}, "is not a positive number"),
+        ({"augment_scale": [0, 1]}, "--augment-scale: 0 is not a positive number"),
         ({"batch": 10**400}, None),
         ({"lr": 10**400}, "is not a positive number"),
         ({"annotations": None}, "--annotations PATH is required"),
@@ -243,6 +248,11 @@ def test_files_that_are_no_settings(text: str, sentence: str, tmp_path: Path) ->
         from_flags("train", "m.pth", "--annotations", "a", "--settings", path)
     with pytest.raises(OdtkError, match="Cannot read"):
         from_flags("train", "m.pth", "--annotations", "a", "--settings", tmp_path / "none.yaml")
+
+
+def test_a_range_must_rise() -> None:
+    with pytest.raises(OdtkError, match=r"--augment-scale 2 0.5: the first number must not be above the second"):
+        TrainSettings.of({"model": "m.pth", "annotations": "a", "augment_scale": [2, 0.5]})
 
 
 def test_settings_of_other_commands() -> None:

@@ -40,6 +40,7 @@ class DaliLoader(Loader):
         super().__init__(dataset, config, threads=1 + PREFETCH)  # these read files, and one at a time runs the pipeline
         augment = config.augment
         self._rotates = config.training and (augment.rotate or augment.free_rotate != (0.0, 0.0))
+        self._places = config.training and augment.scale != (1.0, 1.0)
         self._pipeline: Any = None
         self._lock = Lock()
         self._stream = None if config.device == "cpu" else torch.cuda.Stream(config.device)
@@ -65,14 +66,17 @@ class DaliLoader(Loader):
             pipeline = self._build()
         inputs = {
             "encoded": encoded,
-            "start": _array([sample.crop[:2] for sample in samples], np.int32),
-            "end": _array([sample.crop[2:] for sample in samples], np.int32),
-            "size": _array([sample.size[::-1] for sample in samples], np.float32),
+            "start": _array([sample.view.crop[:2] for sample in samples], np.int32),
+            "end": _array([sample.view.crop[2:] for sample in samples], np.int32),
+            "size": _array([sample.view.size[::-1] for sample in samples], np.float32),
             "flip": _array([sample.flip for sample in samples], np.int32),
             "color": np.stack([sample.color for sample in samples]),
             "height": np.full(len(samples), plan.height, dtype=np.float32),
             "width": np.full(len(samples), plan.width, dtype=np.float32),
         }
+        if self._places:
+            inputs["place"] = -_array([sample.view.place for sample in samples], np.int32)
+            inputs["frame"] = _array([sample.view.frame for sample in samples], np.int32)
         if self._rotates:
             rotations = [NO_ROTATION if sample.rotation is None else sample.rotation for sample in samples]
             inputs["rotation"] = np.stack(rotations)
@@ -92,7 +96,9 @@ class DaliLoader(Loader):
 
     def _build(self) -> Any:
         pipeline = _pipeline(
-            self._rotates,
+            rotates=self._rotates,
+            freely=self.config.augment.free_rotate != (0.0, 0.0),
+            places=self._places,
             gpu=self._stream is not None,
             padding=padding_value(self.config).tolist(),
             batch_size=self.config.batch,
@@ -105,7 +111,7 @@ class DaliLoader(Loader):
 
 
 @dali.pipeline_def
-def _pipeline(rotates: bool, gpu: bool, padding: list[float]) -> Any:
+def _pipeline(rotates: bool, freely: bool, places: bool, gpu: bool, padding: list[float]) -> Any:
     """Encoded images and decisions → float32 [3, height, width], padded by [3] values; ``_run`` names the inputs."""
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
@@ -128,11 +134,20 @@ def _pipeline(rotates: bool, gpu: bool, padding: list[float]) -> Any:
     images = fn.resize(images, size=size, dtype=types.FLOAT)  # bilinear, antialiased, like Pillow
     images = fn.flip(images, horizontal=flip)
     images = fn.coord_transform(images, MT=color)
+    if places:
+        place = fn.external_source(name="place", dtype=types.INT32, ndim=1)
+        frame = fn.external_source(name="frame", dtype=types.INT32, ndim=1)
+        images = fn.slice(
+            images, start=place, shape=frame, axis_names="WH", out_of_bounds_policy="pad", fill_values=padding
+        )
     if rotates:
         rotation = fn.external_source(name="rotation", dtype=types.FLOAT, ndim=2)
         canvas = fn.external_source(name="canvas", dtype=types.FLOAT, ndim=1)
-        # fill_value is one number for all channels, so that the images are shifted there and back
-        images = fn.warp_affine(images - padding, matrix=rotation, size=canvas, fill_value=0) + padding
+        if freely:
+            # fill_value is one number for all channels, so that the images are shifted there and back
+            images = fn.warp_affine(images - padding, matrix=rotation, size=canvas, fill_value=0) + padding
+        else:  # quarter turns, which show nothing beyond the frame
+            images = fn.warp_affine(images, matrix=rotation, size=canvas, interp_type=types.INTERP_NN)
     return fn.crop_mirror_normalize(
         images,
         crop_h=height,

@@ -14,20 +14,28 @@ def render(sample: Sample, padding: np.ndarray) -> np.ndarray:
     """The normalized pixels of a sample, float32 [3, H, W] with the height and width of its canvas.
 
     Args:
-        padding: float32 [3], the value of what a rotation shows beyond the image.
+        padding: float32 [3], the value of what is shown beyond the image.
 
     Raises:
         ImageError: the file cannot be decoded.
     """
-    x1, y1, x2, y2 = sample.crop
+    view = sample.view
+    x1, y1, x2, y2 = view.crop
     pixels = sample.image.decode()[y1:y2, x1:x2]
-    if sample.size != (x2 - x1, y2 - y1):
-        pixels = np.asarray(PILImage.fromarray(pixels).resize(sample.size, PILImage.Resampling.BILINEAR))
+    if view.size != (x2 - x1, y2 - y1):
+        pixels = np.asarray(PILImage.fromarray(pixels).resize(view.size, PILImage.Resampling.BILINEAR))
     if sample.flip:
         pixels = pixels[:, ::-1]
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)  # [H, W, 3] → [3, H, W]
     # einsum and not @, as the threads of BLAS would wait for each other
     image = np.einsum("ij,jhw->ihw", sample.color[:, :3], planes) + sample.color[:, 3:, None]
+    if view.frame != view.size:
+        scaled = image
+        image = np.broadcast_to(padding[:, None, None], (3, view.frame[1], view.frame[0])).copy()
+        (x, y), (width, height) = view.place, view.size
+        image[:, y : y + height, x : x + width] = scaled
+    if sample.quarter_turns:
+        return np.rot90(image, sample.quarter_turns, axes=(1, 2))
     return image if sample.rotation is None else _rotate(image, sample.rotation, sample.canvas, padding)
 
 

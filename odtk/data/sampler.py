@@ -1,14 +1,17 @@
 """Decides everything about each image of each batch; the loaders only produce the pixels.
 
-A decision depends on (seed, epoch, image) alone and never on what ran before. So both loaders give the same boxes, and
-a resumed run gives the batches that it would have given without the interruption.
+A decision depends on the seed, the epoch, the image and the number of the batch alone, and never on what ran before. So
+both loaders give the same boxes, and a resumed run gives the batches that it would have given without the interruption.
 
 Order in training: the epochs' permutations form one endless stream. Global batch k takes the next batch × world images
 of it, and rank r takes the r-th part of those. Each image comes once per epoch over all ranks, a batch may span two
 epochs, and every rank has the same number of batches. In inference rank r takes the images r, r + world, ….
 
-Geometry of an image: crop → scale → flip → rotate → pad at the right and the bottom. All of it but the padding is one
-affine map of continuous coordinates (pixel i covers [i, i + 1]) from the image to the network's input.
+Geometry of an image: crop → scale → flip → place in a frame → rotate → pad at the right and the bottom. All of it but
+the padding is one affine map of continuous coordinates (pixel i covers [i, i + 1]) from the image to the network's
+input.
+
+Quarter turns keep the batch in one orientation: all of its images lie or all stand, so that they need no square.
 """
 
 from __future__ import annotations
@@ -40,16 +43,33 @@ YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 
 
 
 @dataclass(frozen=True)
+class View:
+    """What is seen of an image, and where.
+
+    Attributes:
+        crop: (x1, y1, x2, y2) in pixels of the image, x2 and y2 exclusive.
+        size: (width, height) in pixels to which the crop is scaled.
+        frame: (width, height) in pixels of the padding that the scaled crop is placed on; ``size`` if it fills it.
+        place: (x, y) in pixels of the frame, where the upper left corner of the scaled crop lies.
+    """
+
+    crop: tuple[int, int, int, int]
+    size: tuple[int, int]
+    frame: tuple[int, int]
+    place: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class Sample:
     """What is to be done with one image.
 
     Attributes:
         image: the image and its boxes in the dataset.
-        crop: (x1, y1, x2, y2) in pixels of the image, x2 and y2 exclusive.
-        size: (width, height) in pixels to which the crop is scaled.
-        flip: mirror left to right after scaling.
+        view: what is seen of it, and where.
+        flip: mirror left to right after scaling, before the crop is placed on its frame.
         color: float32 [3, 4]; normalized RGB = color · (R, G, B, 1) with R, G, B in 0…255.
-        rotation: float32 [2, 3], the map from the rotated to the scaled image in continuous coordinates, or None.
+        rotation: float32 [2, 3], the map from the rotated to the former frame in continuous coordinates, or None.
+        quarter_turns: counterclockwise, if the rotation is nothing but these, so that pixels only move; else 0.
         canvas: (width, height) in pixels after the rotation.
         boxes: float32 [n, 4] (x1, y1, x2, y2) or [n, 5] (… theta), pixels of the network's input, inclusive corners.
         labels: int64 [n], index of the category.
@@ -57,11 +77,11 @@ class Sample:
     """
 
     image: Image
-    crop: tuple[int, int, int, int]
-    size: tuple[int, int]
+    view: View
     flip: bool
     color: np.ndarray
     rotation: np.ndarray | None
+    quarter_turns: int
     canvas: tuple[int, int]
     boxes: np.ndarray
     labels: np.ndarray
@@ -100,8 +120,10 @@ class Sampler:
         """The plan of batch ``number``, counted from 0: without end in training, below ``len()`` in inference."""
         config = self.config
         if config.training:
-            target = int(self._generator(BATCH, number).integers(config.jitter[0], config.jitter[1] + 1))
-            samples = [self._augmented_sample(epoch, index, target) for epoch, index in self._stream(number)]
+            generator = self._generator(BATCH, number)
+            target = int(generator.integers(config.jitter[0], config.jitter[1] + 1))
+            stands = bool(generator.integers(2))
+            samples = [self._augmented_sample(epoch, index, target, stands) for epoch, index in self._stream(number)]
         else:
             first = config.rank + number * config.batch * config.world
             indices = range(first, len(self.dataset.images), config.world)[: config.batch]
@@ -131,10 +153,11 @@ class Sampler:
             scale = min(config.size[0] / image.height, config.size[1] / image.width)
         else:
             scale = _resize_scale(image.width, image.height, config.resize, config.max_size)
-        crop = (0, 0, image.width, image.height)
-        return self._make_sample(image, crop, scale, False, 0, 0.0, np.eye(3, 4), image.boxes, image.labels)
+        size = _scaled_size(image.width, image.height, scale)
+        view = View((0, 0, image.width, image.height), size, size)
+        return self._make_sample(image, view, False, 0, 0.0, np.eye(3, 4), image.boxes, image.labels)
 
-    def _augmented_sample(self, epoch: int, index: int, target: int) -> Sample:
+    def _augmented_sample(self, epoch: int, index: int, target: int, stands: bool) -> Sample:
         image, augment = self.dataset.images[index], self.config.augment
         generator = self._generator(IMAGE, epoch, index)
         flip = bool(generator.random() < augment.flip)
@@ -142,17 +165,20 @@ class Sampler:
         degrees = float(generator.uniform(*augment.free_rotate))
         color = color_matrix(generator, augment)
         crops = generator.random() < augment.crop
-        crop = random_crop(generator, image) if crops else (0, 0, image.width, image.height)
-        inside = _centers_inside(image.boxes, crop)
-        scale = _resize_scale(crop[2] - crop[0], crop[3] - crop[1], target, self.config.max_size)
-        boxes, labels = _clip(image.boxes[inside], crop), image.labels[inside]
-        return self._make_sample(image, crop, scale, flip, quarter_turns, math.radians(degrees), color, boxes, labels)
+        window = random_crop(generator, image) if crops else (0, 0, image.width, image.height)
+        width, height = window[2] - window[0], window[3] - window[1]
+        if augment.rotate and width != height:  # of the four turns two remain, as likely
+            quarter_turns += (quarter_turns % 2 == 1) != (stands != (height > width))
+        frame = _scaled_size(width, height, _resize_scale(width, height, target, self.config.max_size))
+        view = random_view(generator, window, frame, augment.scale)
+        inside = _centers_inside(image.boxes, view.crop)
+        boxes, labels = _clip(image.boxes[inside], view.crop), image.labels[inside]
+        return self._make_sample(image, view, flip, quarter_turns % 4, math.radians(degrees), color, boxes, labels)
 
     def _make_sample(
         self,
         image: Image,
-        crop: tuple[int, int, int, int],
-        scale: float,
+        view: View,
         flip: bool,
         quarter_turns: int,
         angle: float,
@@ -160,30 +186,30 @@ class Sampler:
         boxes: np.ndarray,
         labels: np.ndarray,
     ) -> Sample:
-        config = self.config
-        width, height = crop[2] - crop[0], crop[3] - crop[1]
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        sx, sy = size[0] / width, size[1] / height
+        config, crop = self.config, view.crop
+        sx, sy = view.size[0] / (crop[2] - crop[0]), view.size[1] / (crop[3] - crop[1])
         to_network = np.array([[sx, 0, -crop[0] * sx], [0, sy, -crop[1] * sy], [0, 0, 1]])
         if flip:
-            to_network = np.array([[-1, 0, size[0]], [0, 1, 0], [0, 0, 1]]) @ to_network
-        to_scaled, canvas = None, size
+            to_network = np.array([[-1, 0, view.size[0]], [0, 1, 0], [0, 0, 1]]) @ to_network
+        if view.place != (0, 0):
+            to_network = np.array([[1, 0, view.place[0]], [0, 1, view.place[1]], [0, 0, 1]]) @ to_network
+        to_frame, canvas, exact_turns = None, view.frame, 0 if angle else quarter_turns
         angle += quarter_turns * math.pi / 2
         if angle:
-            canvas = size[::-1] if quarter_turns % 2 else size
-            rotation = _rotation_matrix(angle, size, canvas)
+            canvas = view.frame[::-1] if quarter_turns % 2 else view.frame
+            rotation = _rotation_matrix(angle, view.frame, canvas)
             to_network = rotation @ to_network
-            to_scaled = np.linalg.inv(rotation)[:2].astype(np.float32)
+            to_frame = np.linalg.inv(rotation)[:2].astype(np.float32)
         boxes = _transform_boxes(boxes, to_network, (sx, sy), flip, angle)
         if config.training:
             boxes, labels = _keep_visible(boxes, labels, canvas)
         return Sample(
             image,
-            crop,
-            size,
+            view,
             flip,
             _with_normalization(color, config),
-            to_scaled,
+            to_frame,
+            exact_turns,
             canvas,
             _to_inclusive_corners(boxes, config.absolute_angle),
             labels,
@@ -219,6 +245,33 @@ def input_size(dataset: Dataset, resize: int, max_size: int, stride: int) -> tup
 def _resize_scale(width: int, height: int, target: int, cap: int) -> float:
     """The factor that makes the shorter side ``target``, or the longer side ``cap`` if that is less. Pixels."""
     return min(target / min(width, height), cap / max(width, height))
+
+
+def _scaled_size(width: int, height: int, scale: float) -> tuple[int, int]:
+    """(width, height) after scaling, in whole pixels."""
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def random_view(
+    generator: np.random.Generator,
+    window: tuple[int, int, int, int],
+    frame: tuple[int, int],
+    factors: tuple[float, float],
+) -> View:
+    """A window of an image in a frame (width, height) of its aspect, enlarged by a random factor from a range.
+
+    The logarithm of the factor is uniform. From 1 on, a part of the window fills the frame; below 1, the whole window
+    is shrunk and padded to it. Part and place are random.
+    """
+    if factors == (1.0, 1.0):
+        return View(window, frame, frame)
+    factor = math.exp(generator.uniform(math.log(factors[0]), math.log(factors[1])))
+    width, height = window[2] - window[0], window[3] - window[1]
+    part = _scaled_size(width, height, min(1.0, 1 / factor))
+    x, y = window[0] + generator.integers(width - part[0] + 1), window[1] + generator.integers(height - part[1] + 1)
+    size = _scaled_size(*frame, min(1.0, factor))
+    place = generator.integers(frame[0] - size[0] + 1), generator.integers(frame[1] - size[1] + 1)
+    return View((int(x), int(y), int(x) + part[0], int(y) + part[1]), size, frame, (int(place[0]), int(place[1])))
 
 
 def _enclosing_boxes(boxes: np.ndarray) -> np.ndarray:

@@ -46,6 +46,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
     """The stages' own configs, from settings that are resolved, and from the folder of the images."""
     assert settings.batch and settings.iters and settings.classes and settings.jitter and settings.lr
     assert settings.last_level and settings.pyramid_channels and settings.head_channels and settings.head_convs
+    assert settings.augment_crop is not None and settings.augment_scale
     assert settings.optimizer and settings.lr_schedule and settings.regularization_l2 is not None
     assert settings.norm and settings.milestones is not None and settings.warmup is not None and settings.val_iters
     data = LoaderConfig(
@@ -61,6 +62,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
         absolute_angle=settings.absolute_angle,
         augment=AugmentConfig(
             crop=settings.augment_crop,
+            scale=(settings.augment_scale[0], settings.augment_scale[1]),
             rotate=settings.augment_rotate,
             free_rotate=(settings.augment_free_rotate[0], settings.augment_free_rotate[1]),
             brightness=settings.augment_brightness,

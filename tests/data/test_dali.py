@@ -29,6 +29,20 @@ MODES: dict[str, dict[str, Any]] = {
     "letterbox": {"size": (128, 96)},
     "training": {"training": True, "jitter": (64, 160), "max_size": 200},
     "training, every augmentation": {"training": True, "jitter": (64, 160), "max_size": 200, "augment": STRONG},
+    "training, scale": {
+        "training": True,
+        "jitter": (96, 96),
+        "max_size": 200,
+        "padding": "black",
+        "augment": replace(STRONG, free_rotate=(0.0, 0.0), crop=0.0, scale=(0.5, 2.0)),
+    },
+    "training, scale and free rotation": {
+        "training": True,
+        "jitter": (96, 96),
+        "max_size": 200,
+        "padding": "black",
+        "augment": replace(STRONG, scale=(0.5, 2.0)),
+    },
     "letterbox, black": {"size": (128, 96), "padding": "black", "mean": (0.5, 0.4, 0.3)},
     "training, black": {"training": True, "jitter": (64, 160), "max_size": 200, "augment": STRONG, "padding": "black"},
 }

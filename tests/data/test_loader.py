@@ -22,7 +22,7 @@ from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
 from odtk.data.records import Fault, Image
 from odtk.data.render import render
-from odtk.data.sampler import Sample, Sampler, color_matrix, random_crop
+from odtk.data.sampler import Sample, Sampler, color_matrix, random_crop, random_view
 from odtk.data.torch_loader import TorchLoader
 
 STILL = AugmentConfig(flip=0, crop=0, brightness=0, contrast=0, hue=0, saturation=0)
@@ -185,10 +185,10 @@ def test_what_a_rotation_shows_beyond_a_black_image_is_black(tmp_path) -> None:
 def test_jitter_is_inclusive_and_common_to_the_ranks() -> None:
     dataset = records(8, width=40, height=40)
     settings = config(training=True, jitter=(30, 32), augment=STILL)
-    sizes = Counter(Sampler(dataset, settings).plan(k).samples[0].size[0] for k in range(60))
+    sizes = Counter(Sampler(dataset, settings).plan(k).samples[0].view.size[0] for k in range(60))
     assert set(sizes) == {30, 31, 32}
     for k in range(10):
-        ranks = [Sampler(dataset, replace(settings, rank=r, world=2)).plan(k).samples[0].size for r in range(2)]
+        ranks = [Sampler(dataset, replace(settings, rank=r, world=2)).plan(k).samples[0].view.size for r in range(2)]
         assert ranks[0] == ranks[1]
 
 
@@ -204,6 +204,109 @@ def test_the_crop_keeps_a_box() -> None:
         assert ((center >= (x1, y1)) & (center < (x2, y2))).all(axis=1).any()
     image.boxes = image.boxes[:0]
     assert random_crop(generator, image) == (0, 0, 400, 300)
+
+
+@pytest.mark.parametrize("factor", [0.001, 0.5, 1.0, 1.3, 2.0, 500.0])
+def test_a_view_keeps_its_frame(factor) -> None:
+    generator = np.random.default_rng(0)
+    window, frame = (10, 20, 74, 68), (128, 96)
+    views = [random_view(generator, window, frame, (factor, factor * 1.0000001)) for _ in range(60)]
+    for view in views:
+        (x1, y1, x2, y2), (width, height), (x, y) = view.crop, view.size, view.place
+        assert view.frame == frame
+        assert 10 <= x1 < x2 <= 74 and 20 <= y1 < y2 <= 68
+        assert 0 <= x <= 128 - width and 0 <= y <= 96 - height
+        shrunk, enlarged = min(1.0, factor), max(1.0, factor)
+        assert (width, height) == (max(1, round(128 * shrunk)), max(1, round(96 * shrunk)))
+        assert (x2 - x1, y2 - y1) == (max(1, round(64 / enlarged)), max(1, round(48 / enlarged)))
+    assert (len({view.crop for view in views}) > 20) == (factor > 1)
+    assert (len({view.place for view in views}) > 20) == (factor < 1)
+
+
+def test_scale_jitter_is_uniform_in_its_logarithm() -> None:
+    settings = config(training=True, augment=replace(STILL, scale=(0.5, 2.0)), jitter=(40, 40), max_size=80)
+    sampler = Sampler(records(1, width=4000, height=3000), settings)
+    factors = [sampler.plan(number).samples[0].scale[0] / (40 / 3000) for number in range(300)]
+    assert min(factors) < 0.55 and max(factors) > 1.8
+    assert 120 < sum(factor < 1 for factor in factors) < 180
+
+
+def test_boxes_follow_one_rule_when_scaled_and_cropped() -> None:
+    """A box stays, clipped, if its center is seen, however the window came about."""
+    dataset = records(1, width=400, height=300, boxes=40)
+    for augment in (replace(STILL, scale=(1.5, 3.0)), replace(STILL, crop=1), replace(STILL, crop=1, scale=(0.5, 2.0))):
+        sampler = Sampler(dataset, config(training=True, augment=augment, jitter=(300, 300), max_size=400))
+        lost = 0
+        for number in range(20):
+            (sample,) = sampler.plan(number).samples
+            x1, y1, x2, y2 = sample.view.crop
+            image = dataset.images[0]
+            center = image.boxes[:, :2] + image.boxes[:, 2:] / 2
+            seen = ((center >= (x1, y1)) & (center < (x2, y2))).all(axis=1)
+            assert sample.labels.tolist() == image.labels[seen].tolist()
+            assert (sample.boxes[:, :2] >= sample.view.place).all()
+            assert (sample.boxes[:, 2:] <= np.add(sample.view.place, sample.view.size) - 1 + 1e-3).all()
+            lost += int((~seen).sum())
+        assert lost > 0
+
+
+def test_a_shrunk_image_lies_in_padding_and_keeps_its_pixels(files) -> None:
+    augment = replace(STILL, scale=(0.5, 0.5))
+    settings = config(training=True, augment=augment, jitter=(48, 48), max_size=200, padding="black")
+    settings = replace(settings, mean=(0.5, 0.25, 0.1), std=(1.0, 1.0, 1.0))
+    loader = create_loader(files, settings)
+    for number in range(4):
+        plan = loader.sampler.plan(number)
+        (sample,), images = plan.samples, loader.render_batch(plan)
+        (x, y), (width, height) = sample.view.place, sample.view.size
+        assert (width, height) == ((32, 24) if sample.image.width == 40 else (24, 50))
+        inner = images[0, :, y : y + height, x : x + width].clone()
+        whole = np.asarray(PILImage.open(sample.image.path).resize((width, height), PILImage.Resampling.BILINEAR))
+        expected = torch.from_numpy(whole.copy()).permute(2, 0, 1) / 255 - torch.tensor([0.5, 0.25, 0.1])[:, None, None]
+        torch.testing.assert_close(inner, expected, atol=1e-5, rtol=0)
+        images[0, :, y : y + height, x : x + width] = -torch.tensor([0.5, 0.25, 0.1])[:, None, None]
+        torch.testing.assert_close(images[0], -torch.tensor([0.5, 0.25, 0.1])[:, None, None].expand_as(images[0]))
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_quarter_turns_only_move_pixels(files, loader) -> None:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    settings = config(training=True, augment=replace(STILL, rotate=True), jitter=(24, 24), max_size=50, **IDENTITY)
+    made = create_loader(files, replace(settings, loader=loader))
+    turns = set()
+    for number in range(24):
+        plan = made.sampler.plan(number)
+        (sample,) = plan.samples
+        if sample.image.width != 24:
+            continue  # is not scaled: 24 × 50
+        turns.add(sample.quarter_turns)
+        pixels = np.rot90(np.asarray(PILImage.open(sample.image.path)), sample.quarter_turns).copy()
+        expected = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+        found = made.render_batch(plan)[0, :, : pixels.shape[0], : pixels.shape[1]]
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert turns == {0, 1, 2, 3}
+
+
+def test_a_batch_under_quarter_turns_has_one_orientation() -> None:
+    dataset = records(8, width=64, height=32)
+    dataset.images[3] = replace(dataset.images[3], width=32, height=64, boxes=np.array([[1.0, 1, 5, 5]] * 2))
+    settings = config(training=True, batch=4, augment=replace(STILL, rotate=True), jitter=(32, 32), max_size=64)
+    sampler = Sampler(dataset, settings)
+    seen, turns = set(), set()
+    for number in range(40):
+        plan = sampler.plan(number)
+        assert len({sample.canvas for sample in plan.samples}) == 1
+        assert (plan.width, plan.height) == plan.samples[0].canvas, "no padding"
+        seen.add(plan.samples[0].canvas)
+        turns |= {sample.quarter_turns for sample in plan.samples}
+    assert seen == {(64, 32), (32, 64)} and turns == {0, 1, 2, 3}
+
+
+def test_squares_turn_all_four_ways() -> None:
+    settings = config(training=True, batch=8, augment=replace(STILL, rotate=True), jitter=(32, 32))
+    samples = Sampler(records(8, width=32, height=32), settings).plan(0).samples
+    assert len({sample.quarter_turns % 2 for sample in samples}) == 2
 
 
 def marked(tmp_path: Path, rotated: bool) -> Dataset:
@@ -222,6 +325,9 @@ AUGMENTS = {
     "quarter turns": replace(STILL, rotate=True),
     "crop and quarter turns": replace(STILL, crop=1, flip=0.5, rotate=True),
     "free rotation": replace(STILL, free_rotate=(-40, 40)),
+    "scale": replace(STILL, scale=(0.4, 1.4)),
+    "scale and quarter turns": replace(STILL, scale=(0.4, 1.4), flip=0.5, rotate=True),
+    "scale and free rotation": replace(STILL, scale=(0.4, 1.1), free_rotate=(-20, 20)),
     "all": AugmentConfig(rotate=True, free_rotate=(-20, 20)),
 }
 
