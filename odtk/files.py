@@ -157,6 +157,19 @@ def stream_json(value: Any, path: str) -> None:
         raise OdtkError(f"Cannot write {path}: {os_error_reason(error)}.") from error
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of odtk's in the user's cache folder (XDG Base Directory Specification); it may not exist yet.
+
+    Raises:
+        OdtkError: the user has no home.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return Path(given if os.path.isabs(given) else Path.home() / ".cache") / "odtk" / name
+    except RuntimeError:
+        raise OdtkError("There is no cache folder: set HOME or XDG_CACHE_HOME.") from None
+
+
 def make_folder(folder: str) -> Path:
     """Makes a folder and those above it where they are missing, and returns its path.
 

@@ -42,7 +42,8 @@ from ..categories import Category
 from ..config import OdtkError
 from ..files import parse_json
 from .box_format import find_format
-from .images import SWAPS_SIDES, Header, ImageError, MissingImage, read_headers
+from .headers import read_headers
+from .images import SWAPS_SIDES, Header, ImageError, MissingImage
 from .missing import NearestFiles, none_found
 from .records import DAMAGED, OTHER_FORMAT, Fault, Image
 from .table import AnnotationTable, Rows, decode, plain_rows, positions
@@ -394,8 +395,8 @@ def is_mask_side(value: Any) -> TypeGuard[int]:
 
 def repeated_ids(entries: Sequence[dict[str, Any]]) -> Sequence[bool] | np.ndarray:
     """Which annotations have the id of an earlier one."""
-    if isinstance(entries, AnnotationTable) and entries.columns is not None:
-        return entries.columns.repeated
+    if isinstance(entries, AnnotationTable):
+        return entries.repeated
     seen: set[str] = set()
     repeated = []
     for entry in entries:
@@ -483,10 +484,10 @@ def format_fault(entries: Sequence[dict[str, Any]], sizes: Mapping[int, tuple[in
         sizes: (width, height) in pixels by image id.
         path: of the annotations, for the command.
     """
-    if isinstance(entries, AnnotationTable) and (columns := entries.columns) is not None:
-        known, place = positions(columns.image_id, list(sizes))
-        used = known & columns.has_area
-        boxes = np.concatenate([columns.bbox[used, :4], columns.numbers[used, None]], axis=1)
+    if isinstance(entries, AnnotationTable):
+        known, place = positions(entries.image_id, list(sizes))
+        used = known & entries.has_area
+        boxes = np.concatenate([entries.bbox[used, :4], entries.numbers[used, None]], axis=1)
         frames = np.array(list(sizes.values()), dtype=np.float64).reshape(-1, 2)[place[used]]
         return find_format(boxes, frames, path) if len(boxes) else ""
     listed, listed_frames = [], []

@@ -35,7 +35,8 @@ from ..files import check_writable, os_error_reason, write_json
 from ..text import plural
 from . import voc
 from .coco import ID_FAULT, categories_of, entry_fault, is_id, is_mask, is_number, load_json, reading_fault
-from .images import SWAPS_SIDES, Header, read_headers
+from .headers import read_headers
+from .images import SWAPS_SIDES, Header
 from .layouts import find_source, load_annotations, parse, sources
 from .yolo import corners_of
 

@@ -15,7 +15,8 @@ from ..categories import Category
 from ..config import OdtkError
 from ..text import plural
 from .coco import CocoReader
-from .images import ImageError, read_headers
+from .headers import read_headers
+from .images import ImageError
 from .layouts import load_annotations
 from .listing import list_images
 from .records import DAMAGED, Fault, Image

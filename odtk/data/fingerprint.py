@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from PIL import Image as PILImage
 
 from ..categories import Category
 from ..config import OdtkError
-from ..files import atomic_write
+from ..files import atomic_write, cache_folder
 from ..text import plural
 from .dataset import Dataset
 from .images import ImageError, decode
@@ -149,11 +148,14 @@ def fingerprint(dataset: Dataset, *, cache: Path | None = None) -> Fingerprint:
     """
     if not dataset.images:
         raise OdtkError("The dataset has no usable image.")
-    path = (cache or cache_folder()) / f"{_key(dataset)}.json"
+    key = _key(dataset)
     try:
+        path = (cache or cache_folder("fingerprints")) / f"{key}.json"
         return Fingerprint.from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         pass
+    except OdtkError:  # there is no cache
+        return _measure(dataset)
     found = _measure(dataset)
     try:  # a cache that cannot be written costs time, nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,11 +164,6 @@ def fingerprint(dataset: Dataset, *, cache: Path | None = None) -> Fingerprint:
     except (OSError, OdtkError):
         pass
     return found
-
-
-def cache_folder() -> Path:
-    """odtk's folder for fingerprints in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "odtk" / "fingerprints"
 
 
 def _key(dataset: Dataset) -> str:

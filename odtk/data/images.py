@@ -18,8 +18,6 @@ from __future__ import annotations
 import io
 import mmap
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +31,6 @@ EXTENSIONS = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 LARGE = 25_000_000  # pixels: from here on images are decoded one at a time, as each takes a multiple of 3 bytes a pixel
 EXIF_ORIENTATION = 0x0112  # the tag
-SCAN_THREADS = 16  # reading headers waits for the disk, not for the processor
 PNG_BIT_DEPTH_AT = 24  # offset in the file: signature 8, chunk length 4, "IHDR" 4, width 4, height 4
 
 # EXIF orientation (2…8) → how Pillow shows the image upright; 1 and unknown values change nothing.
@@ -220,16 +217,3 @@ def _reason(error: Exception) -> str:
     unidentified = isinstance(error, PILImage.UnidentifiedImageError)
     text = "not an image of a known format" if unidentified else str(error)
     return f"the image cannot be read ({text or type(error).__name__})"
-
-
-def read_headers(paths: Sequence[Path]) -> list[Header | ImageError]:
-    """The header of each file, or the reason why it cannot be used; read by several threads."""
-
-    def header(path: Path) -> Header | ImageError:
-        try:
-            return read_header(path)
-        except ImageError as error:
-            return error
-
-    with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        return list(pool.map(header, paths))

@@ -2,8 +2,8 @@
 
 A typed decoder (msgspec) makes small structs instead of dictionaries, and NumPy finds the rows that no rule of coco.py
 changes or refuses: plain_rows. Every other row is looked at by itself, as a dictionary, so there is one set of rules.
-What the decoder does not take (wrong types, NaN, numbers out of range) is read by the json module, which is slower,
-takes all that Python can read, and names what is wrong.
+What the decoder does not take (wrong types, NaN, ids that are texts) is read by the json module, which is slower, takes
+all that Python can read, and names what is wrong.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import numpy as np
 from .records import Image
 
 MAX_ANGLE = 2 * np.pi  # radians
+MAX_WHOLE = 2**53  # up to which a float holds every whole number
 
 
 class _Annotation(msgspec.Struct, gc=False):
     image_id: int
     category_id: int
     bbox: tuple[int | float, ...]
-    id: int | str | None | msgspec.UnsetType = msgspec.UNSET
+    id: int
     iscrowd: int | bool | None = 0
 
 
@@ -43,45 +44,45 @@ class _File(msgspec.Struct):
     categories: list[dict[str, Any]] = []
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The annotations of a file, one row for each, in their order.
+class AnnotationTable(Sequence[dict[str, Any]]):
+    """Annotations as columns, one row for each, in their order; an item is a dictionary, made when it is asked for.
 
     Attributes:
-        image_id, category_id: int64 [n].
+        id, image_id, category_id: int64 [n].
         bbox: float64 [n, 5], as in the file; beyond ``numbers`` of them, zeros.
+        whole: bool [n, 5], whether a number is a whole one in the file, so that a message shows 5 and not 5.0.
         numbers: int64 [n], 4 or 5.
         crowd: bool [n].
         repeated: bool [n], whether an earlier row has the same id.
     """
 
-    image_id: np.ndarray
-    category_id: np.ndarray
-    bbox: np.ndarray
-    numbers: np.ndarray
-    crowd: np.ndarray
-    repeated: np.ndarray
+    def __init__(self, rows: Sequence[_Annotation]) -> None:
+        """Raises TypeError, ValueError or OverflowError where an id or a number does not fit its column."""
+        n = len(rows)
+        self.id = np.fromiter([row.id for row in rows], np.int64, n)
+        self.image_id = np.fromiter([row.image_id for row in rows], np.int64, n)
+        self.category_id = np.fromiter([row.category_id for row in rows], np.int64, n)
+        self.crowd = np.fromiter([bool(row.iscrowd) for row in rows], bool, n)
+        self.numbers = np.fromiter([len(row.bbox) for row in rows], np.int64, n)
+        if not np.isin(self.numbers, (4, 5)).all():
+            raise ValueError("a bbox has neither four nor five numbers")
+        given = np.arange(5) < self.numbers[:, None]
+        flat = list(chain.from_iterable([row.bbox for row in rows]))
+        self.bbox, self.whole = np.zeros((n, 5)), np.zeros((n, 5), dtype=bool)
+        self.bbox[given] = np.fromiter(flat, np.float64, len(flat))
+        self.whole[given] = np.fromiter([type(value) is int for value in flat], bool, len(flat))
+        if (self.whole & (np.abs(self.bbox) > MAX_WHOLE)).any():
+            raise ValueError("a whole number is not that of its float")
+        self.repeated = np.ones(n, dtype=bool)
+        self.repeated[np.unique(self.id, return_index=True)[1]] = False  # the first row of each id
 
     @cached_property
     def has_area(self) -> np.ndarray:
         """bool [n], whether a box is finite, of positive width and height."""
-        return np.isfinite(self.bbox).all(axis=1) & (self.bbox[:, 2:4] > 0).all(axis=1)
-
-
-class AnnotationTable(Sequence[dict[str, Any]]):
-    """Annotations as a list of dictionaries that are made when they are asked for.
-
-    They have the keys image_id, category_id, bbox and iscrowd, and id where the file has it.
-
-    Attributes:
-        columns: the same as arrays, or None where a number or an id does not fit them.
-    """
-
-    def __init__(self, rows: list[_Annotation]) -> None:
-        self._rows = rows
+        return np.asarray(np.isfinite(self.bbox).all(axis=1) & (self.bbox[:, 2:4] > 0).all(axis=1))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.id)
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -89,59 +90,32 @@ class AnnotationTable(Sequence[dict[str, Any]]):
     def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         if isinstance(index, slice):
-            return [_dictionary(row) for row in self._rows[index]]
-        return _dictionary(self._rows[index])
-
-    @cached_property
-    def columns(self) -> Columns | None:
-        rows, n = self._rows, len(self._rows)
-        numbers = np.fromiter((len(row.bbox) for row in rows), np.int64, n)
-        if not np.isin(numbers, (4, 5)).all():
-            return None
-        bbox = np.zeros((n, 5))
-        try:
-            ids, image_id, category_id = (
-                np.fromiter(values, np.int64, n)
-                for values in (
-                    [row.id for row in rows],
-                    [row.image_id for row in rows],
-                    [row.category_id for row in rows],
-                )
-            )
-            flat = np.fromiter(chain.from_iterable([row.bbox for row in rows]), np.float64, int(numbers.sum()))
-        except (TypeError, ValueError, OverflowError):  # an id that is a text or missing; numbers of hundreds of digits
-            return None
-        bbox[np.arange(5) < numbers[:, None]] = flat
-        repeated = np.ones(n, dtype=bool)
-        repeated[np.unique(ids, return_index=True)[1]] = False  # the first row of each id
-        crowd = np.fromiter((bool(row.iscrowd) for row in rows), bool, n)
-        return Columns(image_id, category_id, bbox, numbers, crowd, repeated)
-
-
-def _dictionary(row: _Annotation) -> dict[str, Any]:
-    entry = {
-        "image_id": row.image_id,
-        "category_id": row.category_id,
-        "bbox": list(row.bbox),
-        "iscrowd": row.iscrowd,
-    }
-    return entry if row.id is msgspec.UNSET else {"id": row.id, **entry}
+            return [self[i] for i in range(*index.indices(len(self)))]
+        numbers = zip(self.bbox[index].tolist(), self.whole[index].tolist(), strict=True)
+        return {
+            "id": int(self.id[index]),
+            "image_id": int(self.image_id[index]),
+            "category_id": int(self.category_id[index]),
+            "bbox": [int(value) if whole else value for value, whole in numbers][: self.numbers[index]],
+            "iscrowd": int(self.crowd[index]),
+        }
 
 
 def decode(text: str) -> dict[str, Any] | None:
     """The content of a COCO file with what is needed to find its boxes, its annotations as an AnnotationTable.
 
-    None where the typed decoder does not take it; coco.load_json then finds out why.
+    None where it has something that the decoder or a column does not take; coco.load_json then reads it.
     """
     try:
         file = msgspec.json.decode(text, type=_File)
-    except (msgspec.MsgspecError, RecursionError, UnicodeEncodeError):
+        table = AnnotationTable(file.annotations)
+    except (msgspec.MsgspecError, RecursionError, UnicodeEncodeError, TypeError, ValueError, OverflowError):
         return None
     images = [
         {"id": image.id, "file_name": image.file_name, "width": image.width, "height": image.height}
         for image in file.images
     ]
-    return {"images": images, "annotations": AnnotationTable(file.annotations), "categories": file.categories}
+    return {"images": images, "annotations": table, "categories": file.categories}
 
 
 @dataclass
@@ -193,28 +167,25 @@ def plain_rows(
         tolerance: pixels by which an axis-aligned box may leave its image and is clipped without a word.
         rotated: boxes are (x, y, w, h, theta), with their center inside the image.
     """
-    columns = table.columns
     found = Rows.none_of(len(table), 5 if rotated else 4)
-    if columns is None or not len(table):
-        return found
     sizes = np.array([(0, 0) if i is None else (i.width, i.height) for i in images.values()], dtype=np.float64)
-    known, found.image = positions(columns.image_id, list(images))
-    of_class, place = positions(columns.category_id, list(labels))
+    known, found.image = positions(table.image_id, list(images))
+    of_class, place = positions(table.category_id, list(labels))
     if not (known.any() and of_class.any()):
         return found
     found.label = np.array(list(labels.values()), dtype=np.int64)[place]
     limits = sizes[found.image]  # [n, 2] width and height; zeros of a refused image hold no box
-    kept = known & of_class & columns.has_area & ~columns.crowd & ~columns.repeated
+    kept = known & of_class & table.has_area & ~table.crowd & ~table.repeated
     with np.errstate(over="ignore", invalid="ignore"):  # of boxes that are not plain
         if rotated:
-            center = columns.bbox[:, :2] + columns.bbox[:, 2:4] / 2
-            kept &= (columns.numbers == 5) & (np.abs(columns.bbox[:, 4]) <= MAX_ANGLE)
+            center = table.bbox[:, :2] + table.bbox[:, 2:4] / 2
+            kept &= (table.numbers == 5) & (np.abs(table.bbox[:, 4]) <= MAX_ANGLE)
             kept &= (limits > 0).all(axis=1) & (center >= 0).all(axis=1) & (center <= limits).all(axis=1)
-            found.boxes = columns.bbox
+            found.boxes = table.bbox
         else:
-            low, high = columns.bbox[:, :2], columns.bbox[:, :2] + columns.bbox[:, 2:4]
+            low, high = table.bbox[:, :2], table.bbox[:, :2] + table.bbox[:, 2:4]
             first, last = clip(low, limits), clip(high, limits)
-            kept &= (columns.numbers == 4) & (last > first).all(axis=1)
+            kept &= (table.numbers == 4) & (last > first).all(axis=1)
             kept &= (np.maximum(first - low, high - last) <= tolerance).all(axis=1)
             found.boxes = np.concatenate([first, last - first], axis=1)
     found.kept = kept

@@ -29,7 +29,8 @@ import yaml
 
 from ..config import OdtkError
 from .box_format import fraction_fault
-from .images import EXTENSIONS, SWAPS_SIDES, ImageError, read_headers
+from .headers import read_headers
+from .images import EXTENSIONS, SWAPS_SIDES, ImageError
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # names of each in data.yaml
 SLACK = 1.01  # a rectangle this much larger than the smallest around four corners counts as the smallest

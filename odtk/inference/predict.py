@@ -25,7 +25,8 @@ from ..categories import Category
 from ..config import InferConfig, LoaderConfig, OdtkError, VideoConfig
 from ..data.batch import Loader
 from ..data.dataset import Dataset
-from ..data.images import ImageError, decode, decode_content, read_header, read_headers, to_rgb
+from ..data.headers import read_headers
+from ..data.images import ImageError, decode, decode_content, read_header, to_rgb
 from ..data.listing import list_images
 from ..data.loader import create_loader
 from ..data.records import Image

@@ -100,14 +100,14 @@ def test_a_clean_box_costs_no_dictionary(folder, monkeypatch) -> None:
     content["annotations"][7]["bbox"][0] = -5
     path = folder / "annotations.json"
     path.write_text(json.dumps(content))
-    asked: list[int] = []
-    make = table._dictionary
+    asked: list[Any] = []
+    make = table.AnnotationTable.__getitem__
 
-    def note(row: Any) -> dict[str, Any]:
-        asked.append(row.id)
-        return make(row)
+    def note(self: table.AnnotationTable, index: Any) -> Any:
+        asked.append(index)
+        return make(self, index)
 
-    monkeypatch.setattr(table, "_dictionary", note)
+    monkeypatch.setattr(table.AnnotationTable, "__getitem__", note)
     dataset = read(path, folder)
     assert asked == [7]  # the one that is clipped
     assert dataset.images[0].boxes.shape == (300, 4) and dataset.images[0].boxes[7].tolist() == [0, 1.5, 15, 20]
