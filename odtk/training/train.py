@@ -26,6 +26,7 @@ from ..ranks import CpuGroup
 from ..text import plural
 from .log import Meter, RunLog, closing_line, notice_if_slow, print_line
 from .loss import detection_loss, normalize
+from .memory import freed_memory_kept
 from .optimizer import EMA, autocast_type, create_optimizer, create_scaler, learning_rate
 from .run import Run, best_path, dataset_hash, find_run, own_files, refuse_other_data, trained_weights
 from .validation import Validation
@@ -49,7 +50,8 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
     with own_files(config.path) if rank == 0 else nullcontext():
         with exit_on_stop_signals() if rank == 0 else nullcontext():  # so that the lock is removed
             run = set_up(config, rank, world)
-        train_loop(run, rank, world)
+        with freed_memory_kept() if run.device.type == "cpu" else nullcontext():
+            train_loop(run, rank, world)
 
 
 def train_loop(run: Run, rank: int, world: int) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config import ModelConfig
+from ..depthwise import depthwise_bfloat16, has_slow_gradients
 from ..layers import apply_conv_norm, create_norm
 from .feature_extractor import FeatureExtractor, linear_parameters
 
@@ -59,6 +60,8 @@ class SamePadConv2d(nn.Conv2d):
         self.uneven = (size - stride) % 2 == 1
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.groups > 1 and has_slow_gradients(self, x):
+            return depthwise_bfloat16(x, weight, bias, self.stride[0], (weight.shape[-1] - self.stride[0]) // 2)
         if not self.uneven:
             return F.conv2d(x, weight, bias, self.stride, self.padding, 1, self.groups)
         before = (weight.shape[-1] - self.stride[0]) // 2

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config import ModelConfig
+from ..depthwise import DepthwiseConv2d
 from ..layers import ConvNorm, apply_conv_norm, create_norm
 from .feature_extractor import FeatureExtractor, linear_parameters
 
@@ -32,10 +33,6 @@ BLOCK_TABLE = (
 STAGE_ENDS = (1, 3, 5, 7, 9)  # in blocks: a stage ends before that index; strides 2, 4, 8, 16, 32
 
 
-def depthwise(channels: int, kernel_size: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, kernel_size, stride, padding=kernel_size // 2, groups=channels, bias=False)
-
-
 class GhostModule(nn.Module):
     """A 1×1 convolution makes half of the channels, a depthwise 3×3 of these makes the other half (§3.1, s = 2)."""
 
@@ -44,7 +41,7 @@ class GhostModule(nn.Module):
         half = out_channels // 2
         pointwise = nn.Conv2d(in_channels, half, 1, bias=False)
         self.primary_conv = ConvNorm(pointwise, create_norm(norm, half), activation(relu))
-        self.cheap_operation = ConvNorm(depthwise(half, 3, 1), create_norm(norm, half), activation(relu))
+        self.cheap_operation = ConvNorm(DepthwiseConv2d(half, 3), create_norm(norm, half), activation(relu))
 
     def forward(self, x: Tensor) -> Tensor:
         primary = self.primary_conv(x)
@@ -85,14 +82,14 @@ class GhostBottleneck(nn.Module):
         super().__init__()
         kernel_size, width, out_channels, squeeze, stride = row
         self.ghost1 = GhostModule(in_channels, width, True, norm)
-        self.conv_dw = depthwise(width, kernel_size, stride) if stride > 1 else nn.Identity()
+        self.conv_dw = DepthwiseConv2d(width, kernel_size, stride) if stride > 1 else nn.Identity()
         self.bn_dw = create_norm(norm, width) if stride > 1 else nn.Identity()
         self.se = SqueezeExcite(width) if squeeze else nn.Identity()
         self.ghost2 = GhostModule(width, out_channels, False, norm)
         self.shortcut = ConvNorm()
         if stride > 1 or in_channels != out_channels:
             self.shortcut = ConvNorm(
-                depthwise(in_channels, kernel_size, stride),
+                DepthwiseConv2d(in_channels, kernel_size, stride),
                 create_norm(norm, in_channels),
                 nn.Conv2d(in_channels, out_channels, 1, bias=False),
                 create_norm(norm, out_channels),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ...config import ModelConfig
+from ..depthwise import DepthwiseConv2d
 from ..layers import ConvNorm, create_norm
 from .feature_extractor import FeatureExtractor, linear_parameters
 
@@ -26,8 +27,10 @@ def conv_norm_relu6(
     in_channels: int, out_channels: int, kernel_size: int, stride: int, groups: int, norm: str
 ) -> ConvNorm:
     """[N, in, h, w] → [N, out, ⌈h/stride⌉, ⌈w/stride⌉] by convolution, norm and ReLU6."""
-    padding = kernel_size // 2
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=padding, groups=groups, bias=False)
+    if groups > 1:
+        conv: nn.Conv2d = DepthwiseConv2d(out_channels, kernel_size, stride)
+    else:
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
     return ConvNorm(conv, create_norm(norm, out_channels), nn.ReLU6(inplace=True))
 
 
