@@ -653,7 +653,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         None,
         "what updates the weights; adamw does not let norms and biases decay",
         choices=("sgd", "adamw"),
-        shown="sgd; adamw for --head dense from pretrained weights",
+        shown="sgd; adamw for --head dense",
         section="schedule",
     )
     lr_schedule: str | None = option(
@@ -824,7 +824,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         shape = DENSE if self.head == "dense" else {name: getattr(ModelConfig, name) for name in DENSE}
         if any(name.endswith("C4") for name in self.backbone):  # a level as wide as the default pyramid's
             shape = {**shape, "pyramid_channels": ModelConfig.pyramid_channels}
-        optimizer = self.optimizer or ("adamw" if dense and self.pretrained else TrainConfig.optimizer)
+        optimizer = self.optimizer or ("adamw" if dense else TrainConfig.optimizer)
         schedule = self.lr_schedule or ("flat-cosine" if dense and not self.milestones else TrainConfig.lr_schedule)
         if optimizer == "adamw":
             lr = ADAMW_LR * math.sqrt(batch * self.accumulate / ADAMW_BATCH)

@@ -170,7 +170,8 @@ def test_what_follows_from_other_settings() -> None:
     assert recipe(batch=8) == recipe(batch=8, head="fcos") == ("sgd", 0.005, 0.0001, "milestones", None)
     assert recipe(batch=8, head="dense") == ("adamw", 0.001, 0.05, "flat-cosine", 0.99)
     assert recipe(batch=32, head="dense")[1] == 0.002, "the root of the batch"
-    assert recipe(batch=8, head="dense", backbone_weights="none") == ("sgd", 0.02, 0.0001, "flat-cosine", 0.99)
+    assert recipe(batch=8, head="dense", backbone_weights="none") == recipe(batch=8, head="dense")
+    assert recipe(batch=8, head="dense", optimizer="sgd") == ("sgd", 0.02, 0.0001, "flat-cosine", 0.99)
     assert recipe(batch=8, optimizer="adamw") == ("adamw", 0.001, 0.05, "milestones", None)
     assert (run(head="dense").augment_scale, run(head="dense").augment_crop) == ((0.75, 4 / 3), 0)
     assert (run(head="fcos").augment_scale, run(head="fcos").augment_crop) == ((1, 1), 1)
