@@ -19,6 +19,7 @@ from .config import (
     ModelConfig,
     OdtkError,
     PostprocessConfig,
+    VideoConfig,
 )
 from .settings import (
     BenchmarkSettings,
@@ -119,12 +120,31 @@ def train(settings: TrainSettings, master: str | None = None) -> str:
 
 
 def infer(settings: InferSettings, master: str | None = None) -> list[dict[str, Any]] | None:
-    """Detects in every image; returns the detections (COCO results) where one process did all, else None."""
+    """Detects in every image; returns the detections (COCO results) where one process did all, else None.
+
+    Of a video, it writes the detections as they come and returns None.
+    """
     from . import launch
 
     need_file(settings.model, "model")
+    if settings.video:
+        infer_video(settings)
+        return None
     config = infer_config(settings, launch.world_size(settings.devices))
     return launch.launch(functools.partial(explained, infer_rank), config, devices=settings.devices, master=master)
+
+
+def infer_video(settings: InferSettings) -> None:
+    """Detects in the frames of a video, on one device."""
+    import torch
+
+    from . import launch
+    from .inference.stream import infer_video
+
+    devices = settings.devices or ("1" if torch.cuda.is_available() else "cpu")
+    if launch.world_size(devices) > 1:
+        raise OdtkError(f"--video runs on one device, not {launch.world_size(devices)}: pass --devices 1, or cpu.")
+    launch.launch(functools.partial(explained, infer_video), infer_config(settings, 1), devices=devices)
 
 
 def load(settings: InferSettings, *, device: str | None = None, precision: str = "mixed") -> Any:
@@ -174,12 +194,15 @@ def infer_config(settings: InferSettings, world: int) -> InferConfig:
         data=data,
         resize=settings.resize,
         max_size=settings.max_size,
-        output=settings.output,
+        output=settings.outputs,
         precision=settings.computing_precision,
         postprocess=PostprocessConfig(**settings.thresholds),
         explicit=tuple(settings.thresholds),
         draw=settings.draw,
         draw_threshold=settings.draw_threshold,
+        video=VideoConfig(settings.video, settings.every, settings.realtime, settings.rtsp_transport)
+        if settings.video
+        else None,
     )
 
 

@@ -81,19 +81,20 @@ def remove_abandoned(path: str | os.PathLike[str], *, exclusive: bool = False) -
 
 
 def append(file: io.FileIO, data: bytes) -> None:
-    """Appends data to a file that is open without a buffer, whole or not at all.
+    """Appends data to a file that is open without a buffer: whole or not at all, unless it is a pipe or a device.
 
     Raises:
         OSError: the disk is full, for instance; the file is as it was.
     """
-    end = file.seek(0, os.SEEK_END)
+    end = file.seek(0, os.SEEK_END) if file.seekable() else None
     left = memoryview(data)
     try:
         while left:
             left = left[file.write(left) or 0 :]
     except OSError:
-        with contextlib.suppress(OSError):
-            file.truncate(end)
+        if end is not None:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
         raise
 
 

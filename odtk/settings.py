@@ -28,6 +28,7 @@ from .config import (
     OdtkError,
     PostprocessConfig,
     TrainConfig,
+    VideoConfig,
 )
 
 HEADS = ("retinanet", "fcos", "dense")
@@ -876,23 +877,49 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
         "PATH",
         shown="every image",
     )
-    output: tuple[str, ...] = option(
-        ("detections.json",),
-        "files to write the detections to, in COCO result form",
+    video: str | None = option(
+        None,
+        "take a video in place of images: a file, an address such as rtsp://HOST/PATH, or a camera such as /dev/video0",
         TEXT,
-        "JSON",
-        count=(1, None),
+        "FILE|URL|DEVICE",
+        shown="none",
+        section="video",
     )
-    strict: bool = switch("fail on a damaged image", shown="off: damaged images are skipped and named")
+    every: int = option(VideoConfig.every, "detect in each N-th frame only", POSITIVE_INT, "N", section="video")
+    realtime: bool = switch(
+        "read a file as fast as it plays, and drop frames that wait too long, as of a camera",
+        shown="off: a file drops none",
+        section="video",
+    )
+    rtsp_transport: str = option(VideoConfig.transport, "what carries rtsp://", choices=("tcp", "udp"), section="video")
+    output: tuple[str, ...] | None = option(
+        None,
+        "files to write the detections to, in COCO result form; of a video .jsonl or - (a line per frame as it comes) "
+        "and .mp4 (boxes drawn, no sound)",
+        TEXT,
+        "PATH",
+        count=(1, None),
+        shown="detections.json; of a video detections.jsonl",
+    )
+    strict: bool = switch(
+        "fail on a damaged image, or at the end of a damaged video", shown="off: they are named, and the rest is used"
+    )
     batch: int | None = option(None, "images at a time over all devices", POSITIVE_INT, "N", shown="2 × devices")
-    draw: str | None = option(None, "write the images with their detections there", TEXT, "DIR", shown="none")
+    draw: str | None = option(
+        None, "write the images, or the frames of a video, with their detections there", TEXT, "DIR", shown="none"
+    )
     draw_threshold: float | None = option(
         None,
         "draw detections that score above this",
         FRACTION,
         "SCORE",
-        shown="with annotations the one of the best F1, else the best 20 of each image",
+        shown="with annotations the one of the best F1, of a video 0.3, else the best 20 of each image",
     )
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The files to write."""
+        return self.output or (("detections.jsonl",) if self.video else ("detections.json",))
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> InferSettings:
@@ -907,8 +934,26 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
     def check(self) -> None:
         if self.annotations and self.images and len(self.images) > 1:
             raise OdtkError("--images takes one folder where --annotations says which images to use.")
-        if self.draw_threshold is not None and not self.draw:
-            raise OdtkError("--draw-threshold needs --draw DIR.")
+        drawn = self.draw or (self.video and any(path.endswith(".mp4") for path in self.outputs))
+        if self.draw_threshold is not None and not drawn:
+            raise OdtkError("--draw-threshold needs --draw DIR, or an .mp4 of a video.")
+        if self.video:
+            self.check_video(self.video)
+        elif names := [flag(name) for name in ("every", "realtime", "rtsp_transport") if name in self.given()]:
+            raise OdtkError(f"{names[0]} needs --video.")
+        elif "-" in self.outputs:
+            raise OdtkError("--output - is for --video: name a file for the detections of images.")
+
+    def check_video(self, source: str) -> None:
+        """What the other settings may be where there is a video."""
+        for name in ("images", "annotations"):
+            if getattr(self, name):
+                raise OdtkError(f"--video takes the place of {flag(name)}: omit one of them.")
+        for path in self.outputs:
+            if path != "-" and os.path.splitext(path)[1] not in (".jsonl", ".mp4"):
+                raise OdtkError(f"--output {path}: of a video it must end in .jsonl or .mp4, or be - (lines of JSON).")
+            if path != "-" and os.path.realpath(path) == os.path.realpath(source):
+                raise OdtkError(f"--output {path} is the video itself: name another file.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
@@ -305,8 +305,11 @@ class Model:
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, config: InferConfig) -> Model:
+    def load(cls, config: InferConfig, log: Callable[[str], None] = silent) -> Model:
         """The model of config.path, on config.data.device, for images of the sizes that `odtk infer` gives it.
+
+        Args:
+            log: takes messages about sizes, thresholds and categories.
 
         Raises:
             OdtkError: as open_backend, or a size is asked for that is not the exported file's.
@@ -317,10 +320,10 @@ class Model:
             precision=config.precision,
             thresholds=config.postprocess,
             explicit=config.explicit,
-            log=silent,
+            log=log,
         )
-        data = loader_config(as_trained(config, backend, silent), backend, silent)
-        return cls(backend, data, match_categories(backend, (), silent))
+        data = loader_config(as_trained(config, backend, log), backend, log)
+        return cls(backend, data, match_categories(backend, (), log))
 
     @property
     def names(self) -> list[str]:
@@ -433,7 +436,7 @@ class Model:
         if video.fault:
             warn(video.fault)
 
-    def predict_frames(self, video: Video, batch: int) -> Iterator[Detections]:
+    def predict_frames(self, video: Video, batch: int) -> Generator[Detections, None, None]:
         """The Detections of a video's frames as they come, each with its ``frame``."""
         while frames := video.take(batch if video.live else batch * VIDEO_BATCHES):
             images = {f.index: in_memory(f.pixels, f.index, video.name, self.rotated) for f in frames}

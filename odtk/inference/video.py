@@ -32,7 +32,7 @@ SUFFIXES = (
 AHEAD = 8  # frames decoded ahead of their use, of a file
 LIVE_AHEAD = 2  # of a live source: those that wait longer are old
 OPEN_SECONDS = 15.0  # for a live source to answer
-STALL_SECONDS = 10.0  # without data, after which a live source is opened again
+STALL_SECONDS = 5.0  # without data, after which a live source is opened again; FFmpeg may wait twice as long
 RETRY_SECONDS = (1.0, 30.0)  # between two attempts to open a source again: at first, and at most; doubled in between
 JOIN_SECONDS = 2.0  # for the thread to notice that it is to end; a read that hangs ends with the process
 SLACK_FRAMES = 2.0  # by which a file may be shorter than it says
@@ -80,6 +80,7 @@ class Video:
         name: of the source, for messages.
         live: whether it never ends by itself and is opened again when it does.
         rate: frames per second on average, before any are left out; None if it is not known.
+        has_audio: whether it has sound, which is not read.
         total: frames that will be given, as far as the file says; None if it does not, or if it is live.
         read: frames decoded so far, those left out and dropped too.
         dropped: frames that were not taken in time, of a live source or in real time.
@@ -103,6 +104,7 @@ class Video:
         stream = container.streams.video[0]
         self.live = is_live(config.source, container)
         self.rate: Fraction | None = stream.average_rate or stream.guessed_rate
+        self.has_audio = bool(container.streams.audio)
         self.total = None if self.live else expected_frames(container, config.every)
         self._clock = Clock(self.live, self.rate)
         dropping = self.live or config.realtime
@@ -132,10 +134,14 @@ class Video:
             raise OdtkError(f"No frame of {self.name} could be decoded: is it a whole video file?")
         return frames
 
-    def close(self) -> None:
-        """Ends the thread that decodes; frames not yet taken are lost."""
+    def stop(self) -> None:
+        """Ends the video here; frames not yet taken are lost. May be called from any thread and by a signal."""
         self._closed.set()
         self._queue.close()
+
+    def close(self) -> None:
+        """As stop, and waits for the thread that decodes."""
+        self.stop()
         self._thread.join(JOIN_SECONDS)
 
     def _run(self, container: Any) -> None:
@@ -301,7 +307,8 @@ class FrameQueue:
         with self._changed:
             while len(taken) < count:
                 if self._frames:
-                    taken.append(self._frames.popleft())
+                    with contextlib.suppress(IndexError):  # a signal closed the queue just now
+                        taken.append(self._frames.popleft())
                     self._changed.notify_all()
                 elif not self._open or (taken and self.dropping):
                     break
