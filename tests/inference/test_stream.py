@@ -280,6 +280,7 @@ def test_from_python(model: str, tmp_path: Path) -> None:
 
 
 def test_settings_that_contradict_a_video(model: str) -> None:
+    more: dict[str, Any]
     for more, words in (
         ({"images": "i"}, "takes the place of --images"),
         ({"annotations": "a.json"}, "takes the place of --annotations"),
