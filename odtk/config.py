@@ -164,6 +164,7 @@ class LoaderConfig:
     resize: int = 800
     max_size: int = 1333
     jitter: tuple[int, int] = (640, 1024)
+    repeat_threshold: float = 0.0  # see sampler.repeat_factors
     size: tuple[int, int] | None = None
     stride: int = 32
     rotated: bool = False

@@ -522,6 +522,14 @@ class TrainSettings(_Devices, _Loader, _Anchors):
     batch: int | None = option(
         None, "images per iteration over all devices", POSITIVE_INT, "N", shown="2 × devices", section="data"
     )
+    repeat_threshold: float = option(
+        LoaderConfig.repeat_threshold,
+        "images of a class that fewer than this fraction of the images hold come sqrt(threshold / fraction) times as "
+        "often; 0: off",
+        FRACTION,
+        "FRACTION",
+        section="data",
+    )
     resize: int = option(LoaderConfig.resize, "shorter side of the image", POSITIVE_INT, "PIXELS", section="data")
     max_size: int = option(LoaderConfig.max_size, "cap of the longer side", POSITIVE_INT, "PIXELS", section="data")
     jitter: tuple[int, ...] | None = option(

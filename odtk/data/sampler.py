@@ -4,8 +4,9 @@ A decision depends on the seed, the epoch, the image and the number of the batch
 both loaders give the same boxes, and a resumed run gives the batches that it would have given without the interruption.
 
 Order in training: the epochs' permutations form one endless stream. Global batch k takes the next batch × world images
-of it, and rank r takes the r-th part of those. Each image comes once per epoch over all ranks, a batch may span two
-epochs, and every rank has the same number of batches. In inference rank r takes the images r, r + world, ….
+of it, and rank r takes the r-th part of those. Each image comes once per epoch over all ranks, or more often if it
+holds a rare class (repeat_factors); a batch may span two epochs, and every rank has the same number of batches. In
+inference rank r takes the images r, r + world, ….
 
 Geometry of an image: crop → scale → flip → place in a frame → rotate → pad at the right and the bottom. All of it but
 the padding is one affine map of continuous coordinates (pixel i covers [i, i + 1]) from the image to the network's
@@ -17,9 +18,11 @@ Quarter turns keep the batch in one orientation: all of its images lie or all st
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -29,8 +32,8 @@ from ..config import AugmentConfig, LoaderConfig, OdtkError
 from .dataset import Dataset
 from .records import Image
 
-# The second word of each generator's seed, so that the three streams of random numbers are independent.
-ORDER, BATCH, IMAGE = range(3)
+# The second word of each generator's seed, so that the streams of random numbers are independent.
+ORDER, BATCH, IMAGE, REPEATS = range(4)
 
 CROP_IOUS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None keeps the whole image; from section 2.2 of the SSD paper
 CROP_SIDES = (0.3, 1.0)  # relative to the image's sides
@@ -100,6 +103,9 @@ class BatchPlan:
 class Sampler:
     """Makes the plan of any batch of one rank from its number.
 
+    Attributes:
+        factors: how often each image comes in an epoch on average (see repeat_factors); None: once.
+
     Raises:
         OdtkError: no images, or settings that contradict each other.
     """
@@ -108,12 +114,16 @@ class Sampler:
         _check_settings(dataset, config)
         self.dataset, self.config = dataset, config
         self._permutation = lru_cache(maxsize=2)(self._shuffle)
+        self.factors = repeat_factors(dataset, config.repeat_threshold) if config.training else None
+        self._ends = [0]  # where epochs end in the stream of training, as far as they are known
+        self._lock = Lock()  # of _ends: the loader's threads share the sampler
 
     def __len__(self) -> int:
-        """Number of batches of this rank in one epoch (training, rounded up) or one pass (inference)."""
+        """Number of batches of this rank in one epoch (training, on average, rounded up) or one pass (inference)."""
         config = self.config
         if config.training:
-            return math.ceil(len(self.dataset.images) / (config.batch * config.world))
+            count = len(self.dataset.images) if self.factors is None else float(self.factors.sum())
+            return math.ceil(count / (config.batch * config.world))
         return math.ceil(len(range(config.rank, len(self.dataset.images), config.world)) / config.batch)
 
     def plan(self, number: int) -> BatchPlan:
@@ -123,7 +133,7 @@ class Sampler:
             generator = self._generator(BATCH, number)
             target = int(generator.integers(config.jitter[0], config.jitter[1] + 1))
             stands = bool(generator.integers(2))
-            samples = [self._augmented_sample(epoch, index, target, stands) for epoch, index in self._stream(number)]
+            samples = [self._augmented_sample(*draw, target, stands) for draw in self._stream(number)]
         else:
             first = config.rank + number * config.batch * config.world
             indices = range(first, len(self.dataset.images), config.world)[: config.batch]
@@ -136,16 +146,39 @@ class Sampler:
     def _generator(self, *words: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *words])
 
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        return self._generator(ORDER, epoch).permutation(len(self.dataset.images))
+    def _repeats(self, epoch: int) -> np.ndarray:
+        """How often each image comes in an epoch, int64 [images]: its factor, rounded up or down at random."""
+        if self.factors is None:
+            return np.ones(len(self.dataset.images), dtype=np.int64)
+        whole = np.floor(self.factors)
+        more = self._generator(REPEATS, epoch).random(len(whole)) < self.factors - whole
+        return whole.astype(np.int64) + more
 
-    def _stream(self, number: int) -> Iterator[tuple[int, int]]:
-        """(epoch, index into the images) for each place of this rank's part of global batch ``number``."""
-        config, count = self.config, len(self.dataset.images)
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of an epoch: indices into the images, and of each how often it came before, both int64 [draws]."""
+        repeats = self._repeats(epoch)
+        order = self._generator(ORDER, epoch).permutation(int(repeats.sum()))  # of the images one after the other
+        indices = np.repeat(np.arange(len(repeats)), repeats)[order]
+        return indices, order - (np.cumsum(repeats) - repeats)[indices]
+
+    def _find(self, position: int) -> tuple[int, int]:
+        """(epoch, place in it) of a position in the endless stream."""
+        if self.factors is None:
+            return divmod(position, len(self.dataset.images))
+        with self._lock:
+            while self._ends[-1] <= position:
+                self._ends.append(self._ends[-1] + int(self._repeats(len(self._ends) - 1).sum()))
+            epoch = bisect_right(self._ends, position) - 1
+            return epoch, position - self._ends[epoch]
+
+    def _stream(self, number: int) -> Iterator[tuple[int, int, int]]:
+        """(epoch, index into the images, repetition) for each place of this rank's part of global batch ``number``."""
+        config = self.config
         first = (number * config.world + config.rank) * config.batch
         for position in range(first, first + config.batch):
-            epoch, place = divmod(position, count)
-            yield epoch, int(self._permutation(epoch)[place])
+            epoch, place = self._find(position)
+            indices, repetitions = self._permutation(epoch)
+            yield epoch, int(indices[place]), int(repetitions[place])
 
     def _plain_sample(self, image: Image) -> Sample:
         config = self.config
@@ -157,9 +190,10 @@ class Sampler:
         view = View((0, 0, image.width, image.height), size, size)
         return self._make_sample(image, view, False, 0, 0.0, np.eye(3, 4), image.boxes, image.labels)
 
-    def _augmented_sample(self, epoch: int, index: int, target: int, stands: bool) -> Sample:
+    def _augmented_sample(self, epoch: int, index: int, repetition: int, target: int, stands: bool) -> Sample:
         image, augment = self.dataset.images[index], self.config.augment
-        generator = self._generator(IMAGE, epoch, index)
+        words = (epoch, index, repetition) if repetition else (epoch, index)  # the first as without repetitions
+        generator = self._generator(IMAGE, *words)
         flip = bool(generator.random() < augment.flip)
         quarter_turns = int(generator.integers(4)) if augment.rotate else 0
         degrees = float(generator.uniform(*augment.free_rotate))
@@ -225,6 +259,22 @@ def _check_settings(dataset: Dataset, config: LoaderConfig) -> None:
         raise OdtkError(f"--size {height} {width}: both sides must be multiples of the stride {config.stride}.")
     if config.jitter[0] > config.jitter[1]:
         raise OdtkError(f"--jitter {config.jitter[0]} {config.jitter[1]}: the first number must not exceed the second.")
+
+
+def repeat_factors(dataset: Dataset, threshold: float) -> np.ndarray | None:
+    """How often each image is to come in an epoch on average, float64 [images], at least 1; None: each once.
+
+    A class that is in the fraction f of the images has the factor max(1, √(threshold / f)), and an image the largest
+    factor of its classes (LVIS, https://arxiv.org/abs/1908.03195, appendix B.2).
+    """
+    if not threshold:
+        return None
+    held = [np.unique(image.labels) for image in dataset.images]
+    labels, counts = np.unique(np.concatenate(held), return_counts=True)
+    of_class = np.ones(len(dataset.categories))
+    of_class[labels] = np.maximum(1, np.sqrt(threshold * len(dataset.images) / counts))
+    factors = np.array([of_class[labels].max(initial=1) for labels in held])
+    return factors if factors.max() > 1 else None
 
 
 def round_up(size: tuple[int, int], stride: int) -> tuple[int, int]:

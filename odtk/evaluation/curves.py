@@ -11,9 +11,13 @@ from ..config import OdtkError
 from ..files import make_folder
 from .evaluate import STATS
 
+MOST_CLASSES = 12  # whose lines can be told apart
+
 
 def draw_curves(logdir: str, folder: str) -> list[str]:
     """Plots losses, learning rate, speed and validation AP and AR over the iterations, in one PNG. Returns its path.
+
+    AP per class is plotted if there are at most MOST_CLASSES.
 
     Raises:
         OdtkError: LOGDIR/metrics.jsonl is missing or empty, matplotlib is not installed, or the PNG cannot be written.
@@ -27,13 +31,18 @@ def draw_curves(logdir: str, folder: str) -> list[str]:
         raise OdtkError("Training curves require matplotlib: pip install 'odtk[plot]'.") from error
     curves = read_curves(Path(logdir) / "metrics.jsonl")
     plots: dict[str, list[str]] = defaultdict(list)
+    many = sum(name.startswith("AP/") for name in curves) > MOST_CLASSES
     for name in curves:
+        if many and name.startswith("AP/"):
+            continue
         plots[plot_of(name)].append(name)
     figure, axes = pyplot.subplots(len(plots), 1, sharex=True, squeeze=False, figsize=(9, 2.6 * len(plots)))
     for axis, (title, names) in zip(axes[:, 0], plots.items(), strict=True):
         for name in names:
             x, y = zip(*curves[name], strict=True)
-            axis.plot(x, y, label=name, linewidth=1.2, marker="o" if len(x) < 30 else None, markersize=3)
+            axis.plot(
+                x, y, label=name.replace("$", r"\$"), linewidth=1.2, marker="o" if len(x) < 30 else None, markersize=3
+            )
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         if len(names) > 1:
@@ -52,6 +61,8 @@ def draw_curves(logdir: str, folder: str) -> list[str]:
 
 def plot_of(name: str) -> str:
     """The title of the plot that a logged value belongs to."""
+    if name.startswith("AP/"):
+        return "AP per class"
     if name in STATS:
         return f"validation {name[:2]}"
     return {"lr": "learning rate", "images_per_second": "images per second"}.get(name, "loss")

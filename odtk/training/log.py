@@ -34,6 +34,7 @@ CLOSE_SECONDS = 3.0  # that the end of a run waits for what is still to be logge
 WAITING = 100  # entries that wait to be logged; more are dropped
 SLOW_SECONDS = 60.0  # that writing a checkpoint takes only where something is wrong
 PRINT_SECONDS = 10  # between printed lines if there is no terminal, and so no progress bar
+SHOWN_CLASSES = 8  # in a line
 
 
 class Meter:
@@ -80,7 +81,7 @@ class RunLog:
 
     A line of metrics.jsonl, and the body of a POST, is a flat JSON object: ``iteration``, ``time`` (seconds since the
     epoch), and either ``loss``, its terms, ``lr`` and ``images_per_second``, or the validation metrics (see
-    evaluate.STATS).
+    evaluate.STATS) and ``AP/NAME`` of every class.
 
     Args:
         start: iterations done so far.
@@ -128,12 +129,15 @@ class RunLog:
     def validation(self, iteration: int, metrics: Metrics, pictures: list[np.ndarray]) -> None:
         """Logs metrics, and RGB pictures, uint8 [H, W, 3]."""
         text = f"[{iteration}/{self.iters}]  validation: AP {metrics.ap:.3f}  AP50 {metrics.ap50:.3f}"
+        text += f"  ({classes})" if (classes := classes_line(metrics)) else ""
         if self.bar is not None:
             with suppress(OSError):  # the terminal is gone
-                self.bar.console.print(text)
+                # The names of classes may look like rich's tags.
+                self.bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
         else:
             print_line(text)
-        self.record(iteration, dict(zip(STATS, metrics.stats, strict=True)), pictures)
+        values = dict(zip(STATS, metrics.stats, strict=True))
+        self.record(iteration, {**values, **{f"AP/{c.name}": c.ap for c in metrics.classes if c.ap >= 0}}, pictures)
 
     def record(self, iteration: int, values: dict[str, float], pictures: Sequence[np.ndarray] = ()) -> None:
         """Hands values to metrics.jsonl, TensorBoard and the server, and pictures to TensorBoard; waits for nothing."""
@@ -142,6 +146,17 @@ class RunLog:
             self.files.send((entry, pictures))
         if self.poster is not None:
             self.poster.send(entry)
+
+
+def classes_line(metrics: Metrics) -> str:
+    """AP of every class, or of the worst of many, for a line of the log; empty for a single class."""
+    classes = [c for c in metrics.classes if c.ap >= 0]
+    if len(classes) < 2:
+        return ""
+    if len(classes) <= SHOWN_CLASSES:
+        return ", ".join(f"{c.name} {c.ap:.3f}" for c in classes)
+    worst = sorted(classes, key=lambda c: c.ap)[:SHOWN_CLASSES]
+    return f"worst of {len(classes)} classes: " + ", ".join(f"{c.name} {c.ap:.3f}" for c in worst)
 
 
 class LogFiles:

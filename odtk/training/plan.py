@@ -58,6 +58,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
         resize=settings.resize,
         max_size=settings.max_size,
         jitter=(settings.jitter[0], settings.jitter[1]),
+        repeat_threshold=settings.repeat_threshold,
         rotated=settings.rotated_bbox,
         absolute_angle=settings.absolute_angle,
         augment=AugmentConfig(

@@ -22,7 +22,7 @@ from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
 from odtk.data.records import Fault, Image
 from odtk.data.render import render
-from odtk.data.sampler import Sample, Sampler, color_matrix, random_crop, random_view
+from odtk.data.sampler import Sample, Sampler, color_matrix, random_crop, random_view, repeat_factors
 from odtk.data.torch_loader import TorchLoader
 
 STILL = AugmentConfig(flip=0, crop=0, brightness=0, contrast=0, hue=0, saturation=0)
@@ -91,6 +91,82 @@ def test_order_depends_on_the_seed_alone() -> None:
     dataset = records(12)
     assert seen(dataset, config(training=True, seed=1), 12) == seen(dataset, config(training=True, seed=1), 12)
     assert seen(dataset, config(training=True, seed=1), 12) != seen(dataset, config(training=True, seed=2), 12)
+
+
+def rare() -> Dataset:
+    """Ten images: class 0 is in all but the last, class 1 in the first alone, class 2 in the first two and nowhere else."""
+    dataset = records(10)
+    labels = [[0, 1, 2], [0, 2, 2]] + [[0]] * 7 + [[]]
+    for image, of_image in zip(dataset.images, labels, strict=True):
+        image.labels = np.array(of_image, dtype=np.int64)
+        image.boxes = np.tile([3.0, 4, 10, 12], (len(of_image), 1))
+    return Dataset(dataset.images, tuple(Category(i, str(i)) for i in range(4)))
+
+
+def test_repeat_factors_by_hand() -> None:
+    # Fractions 0.9, 0.1 and 0.2; √(0.4 / 0.1) = 2, √(0.4 / 0.2) = √2; an image takes the largest of its classes.
+    factors = repeat_factors(rare(), 0.4)
+    assert factors is not None
+    np.testing.assert_allclose(factors, [2, 2**0.5] + [1] * 8)
+    assert repeat_factors(rare(), 0) is None and repeat_factors(rare(), 0.1) is None
+
+
+def epochs_of(sampler: Sampler, count: int) -> list[Counter]:
+    """How often each image comes, by epoch; the last epochs of the stream may be incomplete."""
+    epochs: dict[int, Counter] = {}
+    for number in range(count):
+        for epoch, index, _ in sampler._stream(number):
+            epochs.setdefault(epoch, Counter())[index] += 1
+    return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def test_rare_classes_are_repeated() -> None:
+    settings = config(training=True, batch=4, repeat_threshold=0.4)
+    epochs = epochs_of(Sampler(rare(), settings), 1200)[:-1]
+    assert len(epochs) > 400
+    assert all(epoch[0] == 2 and epoch[1] in (1, 2) for epoch in epochs), "2 is whole, √2 is rounded up or down"
+    assert all(epoch[index] == 1 for epoch in epochs for index in range(2, 10))
+    assert abs(sum(epoch[1] for epoch in epochs) / len(epochs) - 2**0.5) < 0.08
+    assert len(Sampler(rare(), settings)) == math.ceil((2 + 2**0.5 + 8) / 4)
+
+
+def test_repeats_are_the_same_over_ranks_and_after_a_resume(files) -> None:
+    settings = config(training=True, batch=4, repeat_threshold=0.4)
+    whole = [draw for number in range(40) for draw in Sampler(rare(), settings)._stream(number)]
+    shared: list[tuple[int, int, int]] = []
+    samplers = [Sampler(rare(), replace(settings, batch=2, rank=rank, world=2)) for rank in (0, 1)]
+    for number in reversed(range(40)):  # whatever was asked before
+        shared[:0] = [draw for sampler in samplers for draw in sampler._stream(number)]
+    assert shared == whole
+    dataset = Dataset(files.images, tuple(Category(i, str(i)) for i in range(2)))
+    dataset.images[0].labels = np.ones(1, np.int64)
+    settings = config(training=True, batch=4, repeat_threshold=0.9)
+    uninterrupted = list(islice(create_loader(dataset, settings), 6))
+    first = create_loader(dataset, settings)
+    list(islice(first, 2))
+    resumed = create_loader(dataset, settings)
+    resumed.restore(first.state())
+    assert all(equal(a, b) for a, b in zip(uninterrupted[2:], islice(resumed, 4), strict=True))
+
+
+def test_repetitions_in_an_epoch_are_augmented_differently() -> None:
+    settings = config(training=True, batch=4, repeat_threshold=0.4, augment=replace(STILL, brightness=0.5, flip=0.5))
+    sampler, colors = Sampler(rare(), settings), {}
+    for number in range(30):
+        for (epoch, index, repetition), sample in zip(
+            sampler._stream(number), sampler.plan(number).samples, strict=True
+        ):
+            colors.setdefault((epoch, index), []).append((repetition, sample.color[0, 0]))
+    twice = [found for (_, index), found in colors.items() if index == 0 and len(found) == 2]
+    assert len(twice) > 5
+    for (a, color_a), (b, color_b) in twice:
+        assert {a, b} == {0, 1} and color_a != color_b
+
+
+def test_without_rare_classes_nothing_changes() -> None:
+    settings = config(training=True, batch=4)
+    assert Sampler(rare(), replace(settings, repeat_threshold=0.1)).factors is None
+    assert seen(rare(), settings, 9) == seen(rare(), replace(settings, repeat_threshold=0.1), 9)
 
 
 def equal(a: Batch, b: Batch) -> bool:

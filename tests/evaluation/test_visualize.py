@@ -267,6 +267,15 @@ def test_a_resumed_run_replaces_what_it_did_again_and_a_torn_line_is_left_out(tm
     assert min(Image.open(picture).size) > 300
 
 
+@pytest.mark.parametrize(("classes", "plots"), [(3, 2), (40, 1)])
+def test_curves_of_few_classes_are_drawn(tmp_path: Path, classes: int, plots: int) -> None:
+    pytest.importorskip("matplotlib")
+    record = {"iteration": 2, "AP": 0.5, **{f"AP/{i}": 0.1 for i in range(classes - 1)}, "AP/a $ sign": 0.2}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    [picture] = curves.draw_curves(str(tmp_path), str(tmp_path / "out"))
+    assert round(Image.open(picture).height / (2.6 * 110)) == plots
+
+
 def test_curves_without_a_log_or_without_matplotlib(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(OdtkError, match="--logdir"):
         curves.read_curves(tmp_path / "metrics.jsonl")

@@ -240,7 +240,9 @@ def test_a_run_from_start_to_end(tmp_path: Path, dataset: Path, capsys: pytest.C
     said = capsys.readouterr().out
     assert "2 classes, 4 iterations, batch 2 on 1 × cpu, bfloat16, SGD, learning rate 0.01, warm-up 2." in said
     assert re.search(r"\[4/4\]  loss \d\.\d+  cls \d\.\d+  box \d\.\d+  lr 1\.00e-03  [\d.]+ im/s  0:00:00 left", said)
-    assert "[4/4]  validation: AP 0." in said
+    assert re.search(r"\[4/4\]  validation: AP 0\.\d+  AP50 0\.\d+  \(red 0\.\d+, green 0\.\d+\)", said)
+    line = records(config, "AP")[4]
+    assert line["AP"] == pytest.approx((line["AP/red"] + line["AP/green"]) / 2)
     best, exported = tmp_path / "m.best.pth", tmp_path / "m.onnx"
     ap = training_of(best)["best"]
     assert f"{best} is the best: AP {ap:.3f}" in said and said.endswith(f". Next: odtk export {best} {exported}\n")
@@ -417,7 +419,9 @@ def test_a_damaged_run_is_refused_and_stays_as_it_is(tmp_path: Path, dataset: Pa
         assert Path(config.path).read_bytes() == before and os.listdir(tmp_path) == ["m.pth"]
 
 
-@pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "fp32"), ("adamw", "fp32"), ("adamw", "fp16")])
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [("sgd", "fp32"), ("adamw", "fp32"), ("adamw", "fp16"), ("adamw, repeats", "fp32")]
+)
 def test_a_stopped_run_is_resumed_exactly(
     tmp_path: Path,
     dataset: Path,
@@ -428,7 +432,13 @@ def test_a_stopped_run_is_resumed_exactly(
 ) -> None:
     logdir = str(tmp_path / "a")
     whole = settings(tmp_path / "whole.pth", dataset, ema=0.9, clip_grad=5.0, accumulate=2, logdir=logdir)
+    optimizer, _, repeats = optimizer.partition(", ")
     whole = dataclasses.replace(whole, optimizer=optimizer, precision=precision, lr=0.001)
+    if repeats:
+        augment = dataclasses.replace(whole.data.augment, scale=(0.5, 2.0), rotate=True)
+        whole = dataclasses.replace(
+            whole, data=dataclasses.replace(whole.data, repeat_threshold=0.9, augment=augment), ema=0.9
+        )
     train(whole)
     parts = dataclasses.replace(whole, path=str(tmp_path / "parts.pth"), logdir=str(tmp_path / "b"))
     with monkeypatch.context() as patch:
