@@ -40,9 +40,8 @@ def draw_curves(logdir: str, folder: str) -> list[str]:
     for axis, (title, names) in zip(axes[:, 0], plots.items(), strict=True):
         for name in names:
             x, y = zip(*curves[name], strict=True)
-            axis.plot(
-                x, y, label=name.replace("$", r"\$"), linewidth=1.2, marker="o" if len(x) < 30 else None, markersize=3
-            )
+            label = name.replace("$", r"\$")  # which would begin a formula
+            axis.plot(x, y, label=label, linewidth=1.2, marker="o" if len(x) < 30 else None, markersize=3)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         if len(names) > 1:

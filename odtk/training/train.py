@@ -162,8 +162,8 @@ def set_up(config: TrainConfig, rank: int, world: int) -> Run:
         print_line(opening_line(run, dtype, world))
         if (factors := run.loader.sampler.factors) is not None:
             print_line(
-                f"Images with rare classes come up to {factors.max():.1f} times as often: {factors.sum():.0f} images per "
-                f"epoch instead of {len(factors)}."
+                f"Images with rare classes come up to {factors.max():.1f} times as often: an epoch has "
+                f"{factors.sum():.0f} images instead of {len(factors)}."
             )
     run.saved_at, run.save_time = run.iteration, time.monotonic()
     return run

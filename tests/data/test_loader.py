@@ -94,7 +94,7 @@ def test_order_depends_on_the_seed_alone() -> None:
 
 
 def rare() -> Dataset:
-    """Ten images: class 0 is in all but the last, class 1 in the first alone, class 2 in the first two and nowhere else."""
+    """Ten images: class 0 is in all but the last, class 1 in the first, class 2 in the first two, class 3 in none."""
     dataset = records(10)
     labels = [[0, 1, 2], [0, 2, 2]] + [[0]] * 7 + [[]]
     for image, of_image in zip(dataset.images, labels, strict=True):
@@ -151,12 +151,12 @@ def test_repeats_are_the_same_over_ranks_and_after_a_resume(files) -> None:
 
 def test_repetitions_in_an_epoch_are_augmented_differently() -> None:
     settings = config(training=True, batch=4, repeat_threshold=0.4, augment=replace(STILL, brightness=0.5, flip=0.5))
-    sampler, colors = Sampler(rare(), settings), {}
+    sampler = Sampler(rare(), settings)
+    colors: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for number in range(30):
-        for (epoch, index, repetition), sample in zip(
-            sampler._stream(number), sampler.plan(number).samples, strict=True
-        ):
-            colors.setdefault((epoch, index), []).append((repetition, sample.color[0, 0]))
+        samples = sampler.plan(number).samples
+        for (epoch, index, repetition), sample in zip(sampler._stream(number), samples, strict=True):
+            colors.setdefault((epoch, index), []).append((repetition, float(sample.color[0, 0])))
     twice = [found for (_, index), found in colors.items() if index == 0 and len(found) == 2]
     assert len(twice) > 5
     for (a, color_a), (b, color_b) in twice:

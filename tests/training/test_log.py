@@ -19,34 +19,15 @@ from odtk.evaluation.evaluate import STATS, ClassMetrics, Metrics
 from odtk.training import log
 from odtk.training.log import RunLog
 
-
-def of_class(name: str, ap: float) -> ClassMetrics:
-    return ClassMetrics(1, name, ap, ap, 1, 1)
-
-
-def test_the_line_of_the_classes() -> None:
-    def line(*classes: ClassMetrics) -> str:
-        return log.classes_line(Metrics((0.5,) * 12, classes))
-
-    assert line(of_class("a", 0.5)) == "" == line()
-    assert line(of_class("a", 0.5), of_class("none here", -1), of_class("b", 0.25)) == "a 0.500, b 0.250"
-    many = [of_class(str(i), (i * 7 % 20) / 20) for i in range(20)]
-    assert line(*many).startswith("worst of 20 classes: 0 0.000, 3 0.050, 6 0.100, ")
-    assert line(*many).count(",") == 7
-
-
-def test_names_of_classes_are_no_markup_of_the_terminal(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    with RunLog(config(tmp_path), 0, 4) as one:
-        one.validation(2, Metrics((0.5,) * 12, (of_class("[/red]", 0.5), of_class("[bold]", 0.25))), [])
-    assert "[/red] 0.500, [bold] 0.250" in capsys.readouterr().out
-
-
 METRICS = Metrics(tuple(i / 20 for i in range(12)), ())
 
 
 def config(folder: Path) -> TrainConfig:
     return TrainConfig("m.pth", ModelConfig(), LoaderConfig("."), logdir=str(folder))
+
+
+def of_class(name: str, ap: float) -> ClassMetrics:
+    return ClassMetrics(1, name, ap, ap, 1, 1)
 
 
 def events(folder: Path) -> list[Event]:
@@ -147,3 +128,21 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OdtkError, match="Cannot write in --logdir .*file"):
         RunLog(config(tmp_path / "file"), 0, 10)
+
+
+def test_the_line_of_the_classes() -> None:
+    def line(*classes: ClassMetrics) -> str:
+        return log.classes_line(Metrics((0.5,) * 12, classes))
+
+    assert line(of_class("a", 0.5)) == "" == line()
+    assert line(of_class("a", 0.5), of_class("none here", -1), of_class("b", 0.25)) == "a 0.500, b 0.250"
+    many = [of_class(str(i), (i * 7 % 20) / 20) for i in range(20)]
+    assert line(*many).startswith("worst of 20 classes: 0 0.000, 3 0.050, 6 0.100, ")
+    assert line(*many).count(",") == 7
+
+
+def test_names_of_classes_are_no_markup_of_the_terminal(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with RunLog(config(tmp_path), 0, 4) as one:
+        one.validation(2, Metrics((0.5,) * 12, (of_class("[/red]", 0.5), of_class("[bold]", 0.25))), [])
+    assert "[/red] 0.500, [bold] 0.250" in capsys.readouterr().out
