@@ -85,7 +85,8 @@ def main() -> None:
     commands = {}
     if args.peer_python:
         peer = Path(__file__).with_name("peer_torchvision.py")
-        commands["torchvision R18-FPN, fp32"] = [args.peer_python, str(peer), *sys.argv[1:]]
+        commands["torchvision R18-FPN, bf16, channels-last"] = [args.peer_python, str(peer), *sys.argv[1:]]
+        commands["torchvision R18-FPN, fp32"] = [args.peer_python, str(peer), "--plain", *sys.argv[1:]]
     commands |= {"plain PyTorch, fp32": again("plain"), "odtk, fp32": again("fp32"), "odtk, mixed": again("mixed")}
     compare(
         f"training, {args.resize}×{args.max_size}, batch {args.batch}", commands, rounds=args.rounds, report=args.report
