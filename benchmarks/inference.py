@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py MODEL.pth MODEL.onnx [OTHER.onnx …] --images DIR
 
-The images are loaded once, at the size of the first .onnx; a step is one batch, from normalized images to detections.
+The images are loaded once, at the size of the first .onnx; a step is one batch, from pixels to detections.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from harness import again, arguments, compare, serve
 
 
 def variant(args: argparse.Namespace) -> None:
+    import dataclasses
+
     import torch
 
     from odtk.config import LoaderConfig
     from odtk.data.dataset import Dataset
     from odtk.data.loader import create_loader
     from odtk.inference.backends import OnnxBackend, open_backend
+    from odtk.inference.infer import loader_config
 
     torch.set_num_threads(2)
     size = OnnxBackend(args.models[1], device="cpu").size
     backend = open_backend(args.variant, device="cpu", precision="fp32", thresholds=None)
-    loader = create_loader(
-        Dataset.load(None, args.images),
-        LoaderConfig(images=args.images, size=size, batch=args.batch, stride=backend.stride, loader="torch"),
-    )
+    data = LoaderConfig(images=args.images, size=size, batch=args.batch, loader="torch")
+    pixels = dataclasses.replace(loader_config(data, backend), input_type="uint8")
+    loader = create_loader(Dataset.load(None, args.images), pixels)
     batches = [batch.images for batch, _ in zip(loader, range(4), strict=False)]
     number = 0
 

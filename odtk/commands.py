@@ -267,6 +267,7 @@ def export_config(settings: ExportSettings) -> ExportConfig:
         size=settings.height_width,
         batch=settings.batch,  # type: ignore[arg-type]
         precision="int8" if settings.int8 else "fp32" if settings.full_precision else "fp16",
+        input_type=settings.input_type,
         opset=settings.opset,
         postprocess=PostprocessConfig(**settings.thresholds),
         calibration_images=settings.calibration_images,

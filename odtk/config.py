@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB values in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
+INPUT_TYPES = ("uint8", "float32")  # of an exported file's pixels
 ROTATED_ANGLES = (-math.pi / 6, 0.0, math.pi / 6)
 
 
@@ -153,6 +154,8 @@ class LoaderConfig:
       otherwise: the shorter side becomes ``resize``, the longer is capped by ``max_size``.
     Images of a batch are then padded right and bottom to a common size, a multiple of ``stride``: with ``padding``
     ``mean`` by zeros once they are normalized, with ``black`` by what black pixels become.
+    ``input_type`` says what a batch holds: ``normalized`` float32 or, in inference only, RGB pixels from 0 to 255 as
+    ``uint8`` (where padding by ``mean`` is rounded to the nearest pixel) or ``float32``.
     ``annotations`` None means every image file of the folder, without boxes.
     """
 
@@ -173,6 +176,7 @@ class LoaderConfig:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     padding: str = "mean"
+    input_type: str = "normalized"
     loader: str = "dali"
     device: str = "cpu"  # where Batch.images ends: cpu, cuda:0 …
     workers: int = 2
@@ -254,6 +258,7 @@ class ExportConfig:
     size: tuple[int, int] | None = None  # None: as the model was trained
     batch: tuple[int, int, int] = (1, 8, 16)  # optimization profile MIN OPT MAX
     precision: str = "fp16"  # fp32, fp16, int8 (with fp16 remainder)
+    input_type: str = "uint8"  # of the pixels that the file takes: one of INPUT_TYPES
     opset: int = 18
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     calibration_images: str | None = None
@@ -285,6 +290,14 @@ class BenchmarkConfig:
     warmup: int = 5
     precision: str = "mixed"
     output: str | None = None
+
+
+def scale_and_shift(
+    mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The normalization of ModelConfig's mean and std as two numbers per channel: pixel (0 … 255) · scale + shift."""
+    scale = tuple(1 / (255 * s) for s in std)
+    return scale, tuple(-m / s for m, s in zip(mean, std, strict=True))
 
 
 C = TypeVar("C")

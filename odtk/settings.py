@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from .config import (
+    INPUT_TYPES,
     AugmentConfig,
     BenchmarkConfig,
     ExportConfig,
@@ -977,6 +978,11 @@ class ExportSettings(_Size, _Thresholds):
         ("MIN", "OPT", "MAX"),
         count=3,
         flags=("--dynamic-batch-opts",),
+    )
+    input_type: str = option(
+        ExportConfig.input_type,
+        "of the RGB pixels, from 0 to 255, that the file takes; DeepStream gives float32",
+        choices=INPUT_TYPES,
     )
     full_precision: bool = switch("fp32", shown="fp16")
     int8: bool = switch("int8, with fp16 where it would cost accuracy", shown="fp16")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from odtk.categories import Category
 from odtk.config import ModelConfig
@@ -25,6 +25,11 @@ def detector_of(config: ModelConfig, bias: float = -1.0) -> Detector:
     assert isinstance(last, nn.Conv2d) and last.bias is not None
     last.bias.data.fill_(bias)
     return detector
+
+
+def pixels_of(batch: int, size: tuple[int, int], seed: int = 1) -> Tensor:
+    """Images of noise, uint8 [batch, 3, H, W]."""
+    return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 def save(detector: Detector, folder: Path, categories: Sequence[Category] = ()) -> str:

@@ -1,8 +1,11 @@
 // detect MODEL.plan IMAGE.ppm: loads an engine and prints the boxes of one image.
 // The image (8-bit RGB, "P6") must not be larger than the engine's input; `convert photo.jpg -resize 1280x1280 photo.ppm`
-// makes one.
+// makes one. The engine takes uint8, as `odtk export` writes it by default.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <iterator>
@@ -11,9 +14,25 @@
 #include "cuda/check.h"
 #include "engine/engine.h"
 
-/// Writes the normalized image into the upper left corner of `input` [3, height, width]; the rest stays zero.
-static void read_image(const char* path, float* input, long height, long width) {
-  const float mean[] = {0.485f, 0.456f, 0.406f}, deviation[] = {0.229f, 0.224f, 0.225f};  // ImageNet, values from 0 to 1
+/// The pixel around an image, by the metadata: black, or for models that were padded with zero after normalization the
+/// nearest pixel to their mean. Metadata of several hundred classes is compressed, and not read here.
+static std::array<int, 3> padding_of(const std::string& metadata) {
+  if (metadata.empty() || metadata[0] != '{') {
+    std::fprintf(stderr, "detect: the metadata is compressed; the image is padded with black\n");
+    return {};
+  }
+  std::array<double, 3> mean{};
+  const auto at = metadata.find("\"mean\":[");
+  if (at == std::string::npos || metadata.find("\"padding\":\"mean\"") == std::string::npos) return {};
+  if (std::sscanf(metadata.c_str() + at, "\"mean\":[%lf,%lf,%lf]", &mean[0], &mean[1], &mean[2]) != 3)
+    throw std::invalid_argument("the engine's metadata has no mean: export the model again");
+  std::array<int, 3> pixel{};
+  for (std::size_t c = 0; c < 3; ++c) pixel[c] = static_cast<int>(std::nearbyint(255 * mean[c]));
+  return pixel;
+}
+
+/// Writes the image into the upper left corner of `input` [3, height, width] and `padding` into the rest.
+static void read_image(const char* path, std::uint8_t* input, long height, long width, std::array<int, 3> padding) {
   std::ifstream file(path, std::ios::binary);
   std::string magic;
   long w = 0, h = 0, max_value = 0;
@@ -21,10 +40,12 @@ static void read_image(const char* path, float* input, long height, long width) 
   if (magic != "P6" || max_value != 255 || w > width || h > height)
     throw std::invalid_argument(std::string(path) + " is not an 8-bit P6 image that fits into the engine's input");
   file.get();
+  for (long c = 0; c < 3; ++c)
+    std::fill_n(input + c * height * width, height * width, static_cast<std::uint8_t>(padding[static_cast<std::size_t>(c)]));
   for (long y = 0; y < h; ++y)
     for (long x = 0; x < w; ++x)
       for (long c = 0; c < 3; ++c)
-        input[(c * height + y) * width + x] = (static_cast<float>(file.get()) / 255.f - mean[c]) / deviation[c];
+        input[(c * height + y) * width + x] = static_cast<std::uint8_t>(file.get());
 }
 
 int main(int argc, char** argv) try {
@@ -38,14 +59,17 @@ int main(int argc, char** argv) try {
     odtk::Binding& tensor = tensors[info.name];
     tensor.shape = info.shape;
     tensor.shape[0] = 1;
-    std::size_t bytes = 4;  // of one element, which is float32 or int32
+    if (info.input && info.type != "uint8")
+      throw std::invalid_argument("the engine takes " + info.type + ": export the model again with --input-type uint8");
+    std::size_t bytes = info.input ? 1 : 4;  // of one element: uint8; float32 or int32
     for (const std::int64_t size : tensor.shape) bytes *= static_cast<std::size_t>(size);
     ODTK_CHECK(cudaMallocManaged(&tensor.data, bytes));
     ODTK_CHECK(cudaMemset(tensor.data, 0, bytes));
   }
   ODTK_CHECK(cudaDeviceSynchronize());
   const odtk::Binding& images = tensors.at("images");
-  read_image(argv[2], static_cast<float*>(images.data), images.shape[2], images.shape[3]);
+  read_image(argv[2], static_cast<std::uint8_t*>(images.data), images.shape[2], images.shape[3],
+             padding_of(engine.metadata()));
   engine.infer(tensors, nullptr);
   ODTK_CHECK(cudaDeviceSynchronize());
 

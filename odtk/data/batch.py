@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import LoaderConfig
+from ..config import LoaderConfig, scale_and_shift
 from ..text import plural, printable
 from .dataset import Dataset
 from .images import ImageError
@@ -31,8 +31,8 @@ class Batch:
     """Images, boxes and labels of one step.
 
     Attributes:
-        images: float32 [N, 3, H, W], normalized RGB, padded at the right and the bottom (padding_value); on
-            ``LoaderConfig.device``.
+        images: RGB [N, 3, H, W], float32 and normalized or as ``LoaderConfig.input_type`` says, padded at the right
+            and the bottom (padding_value); on ``LoaderConfig.device``.
         boxes: float32 [N, M, 4] (x1, y1, x2, y2) or [N, M, 5] (… theta), pixels of ``images``, inclusive corners,
             zeros where there is no box, M ≥ 1; on the same device.
         labels: int64 [N, M], index of the category, −1 where there is no box; on the same device.
@@ -51,10 +51,18 @@ class Batch:
 
 
 def padding_value(config: LoaderConfig) -> np.ndarray:
-    """The normalized RGB of pixels beyond an image, float32 [3]."""
-    if config.padding == "mean":
-        return np.zeros(3, dtype=np.float32)
-    return (-np.array(config.mean) / np.array(config.std)).astype(np.float32)
+    """The RGB [3] of pixels beyond an image: uint8 if ``config.input_type`` is, else float32."""
+    black = config.padding == "black"
+    if config.input_type == "normalized":
+        _, shift = scale_and_shift(config.mean, config.std)
+        return np.array(shift if black else (0, 0, 0), dtype=np.float32)
+    pixels = np.zeros(3) if black else 255 * np.array(config.mean)
+    return nearest_pixels(pixels) if config.input_type == "uint8" else pixels.astype(np.float32)
+
+
+def nearest_pixels(values: np.ndarray) -> np.ndarray:
+    """The uint8 that is nearest to each value."""
+    return np.rint(values).clip(0, 255).astype(np.uint8)
 
 
 class Loader:
@@ -70,6 +78,8 @@ class Loader:
     """
 
     def __init__(self, dataset: Dataset, config: LoaderConfig, threads: int) -> None:
+        if config.training and config.input_type == "uint8":
+            raise ValueError("Training changes colors, which makes floats: batches of uint8 are for inference.")
         self.config = config
         self.sampler = Sampler(dataset, config)
         self._threads = threads
@@ -141,7 +151,7 @@ class Loader:
         return plan, self.render_batch(plan)
 
     def render_batch(self, plan: BatchPlan) -> Tensor:
-        """The normalized images of a plan, float32 [N, 3, H, W], completely written, on the device or on the CPU."""
+        """The images of a plan, as Batch has them, completely written, on the device or on the CPU."""
         raise NotImplementedError
 
     def _make_batch(self, plan: BatchPlan, images: Tensor) -> Batch:
@@ -169,10 +179,10 @@ class Loader:
         return tensor.pin_memory().to(self.config.device, non_blocking=True)
 
     def render_with_torch(self, plan: BatchPlan) -> Tensor:
-        """The normalized images of a plan, float32 [N, 3, H, W], made by Pillow and PyTorch on the CPU."""
+        """The images of a plan, as Batch has them, made by Pillow and PyTorch on the CPU."""
         # NumPy and not torch, as several of these run at once and torch would spread each over all cores.
         padding = padding_value(self.config)
-        images = np.empty((len(plan.samples), 3, plan.height, plan.width), dtype=np.float32)
+        images = np.empty((len(plan.samples), 3, plan.height, plan.width), dtype=padding.dtype)
         images[:] = padding[:, None, None]
         for i, sample in enumerate(plan.samples):
             try:

@@ -1,7 +1,8 @@
 """The pixel engine of NVIDIA DALI: one pipeline definition for CPU and GPU.
 
 DALI gets the encoded bytes of each image and the sampler's decisions, and does what takes time: it decodes only the
-crop (partly on the GPU, if there is one), scales, flips, rotates, changes the color, normalizes and pads. DALI's own
+crop (partly on the GPU, if there is one), scales, flips, rotates, changes the color, normalizes and pads; in inference
+it rounds the scaled pixels as Pillow does, so that a batch of uint8 and a normalized one hold the same. DALI's own
 COCO reader is not used: it remaps category ids, and its random crop could not be resumed, nor repeated by the torch
 loader.
 
@@ -70,10 +71,11 @@ class DaliLoader(Loader):
             "end": _array([sample.view.crop[2:] for sample in samples], np.int32),
             "size": _array([sample.view.size[::-1] for sample in samples], np.float32),
             "flip": _array([sample.flip for sample in samples], np.int32),
-            "color": np.stack([sample.color for sample in samples]),
             "height": np.full(len(samples), plan.height, dtype=np.float32),
             "width": np.full(len(samples), plan.width, dtype=np.float32),
         }
+        if self.config.input_type != "uint8":
+            inputs["color"] = np.stack([sample.color for sample in samples])
         if self._places:
             inputs["place"] = -_array([sample.view.place for sample in samples], np.int32)
             inputs["frame"] = _array([sample.view.frame for sample in samples], np.int32)
@@ -101,6 +103,8 @@ class DaliLoader(Loader):
             places=self._places,
             gpu=self._stream is not None,
             padding=padding_value(self.config).tolist(),
+            rounds=not self.config.training,
+            integers=self.config.input_type == "uint8",
             batch_size=self.config.batch,
             num_threads=max(1, self.config.workers),
             device_id=None if self._stream is None else self._stream.device_index,
@@ -111,14 +115,20 @@ class DaliLoader(Loader):
 
 
 @dali.pipeline_def
-def _pipeline(rotates: bool, freely: bool, places: bool, gpu: bool, padding: list[float]) -> Any:
-    """Encoded images and decisions → float32 [3, height, width], padded by [3] values; ``_run`` names the inputs."""
+def _pipeline(
+    rotates: bool, freely: bool, places: bool, gpu: bool, padding: list[float], rounds: bool, integers: bool
+) -> Any:
+    """Encoded images and decisions → [3, height, width], padded by [3] values; ``_run`` names the inputs.
+
+    Args:
+        rounds: scaled pixels are rounded to integers.
+        integers: the result is these, uint8, without the change of color; else it is float32.
+    """
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
     end = fn.external_source(name="end", dtype=types.INT32, ndim=1)
     size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
     flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-    color = fn.external_source(name="color", dtype=types.FLOAT, ndim=2)
     height = fn.external_source(name="height", dtype=types.FLOAT, ndim=0)
     width = fn.external_source(name="width", dtype=types.FLOAT, ndim=0)
     images = fn.decoders.image_slice(
@@ -131,9 +141,12 @@ def _pipeline(rotates: bool, freely: bool, places: bool, gpu: bool, padding: lis
         adjust_orientation=False,
         **({"jpeg_fancy_upsampling": True} if gpu else {}),  # as the CPU decoder and Pillow do
     )
-    images = fn.resize(images, size=size, dtype=types.FLOAT)  # bilinear, antialiased, like Pillow
+    scaled = types.UINT8 if rounds else types.FLOAT
+    images = fn.resize(images, size=size, dtype=scaled)  # bilinear, antialiased, like Pillow
     images = fn.flip(images, horizontal=flip)
-    images = fn.coord_transform(images, MT=color)
+    if not integers:
+        color = fn.external_source(name="color", dtype=types.FLOAT, ndim=2)
+        images = fn.coord_transform(images, MT=color, dtype=types.FLOAT)
     if places:
         place = fn.external_source(name="place", dtype=types.INT32, ndim=1)
         frame = fn.external_source(name="frame", dtype=types.INT32, ndim=1)
@@ -158,7 +171,7 @@ def _pipeline(rotates: bool, freely: bool, places: bool, gpu: bool, padding: lis
         fill_values=padding,
         mean=[0.0],
         std=[1.0],
-        dtype=types.FLOAT,
+        dtype=types.UINT8 if integers else types.FLOAT,
         output_layout="CHW",
     )
 

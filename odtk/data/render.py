@@ -11,10 +11,11 @@ from .sampler import Sample
 
 
 def render(sample: Sample, padding: np.ndarray) -> np.ndarray:
-    """The normalized pixels of a sample, float32 [3, H, W] with the height and width of its canvas.
+    """The pixels of a sample, [3, H, W] with the height and width of its canvas.
 
     Args:
-        padding: float32 [3], the value of what is shown beyond the image.
+        padding: [3], the value of what is shown beyond the image. Its type is that of the result: float32 has the
+            sample's color and rotation, uint8, which only inference has, is as the file has it.
 
     Raises:
         ImageError: the file cannot be decoded.
@@ -26,6 +27,8 @@ def render(sample: Sample, padding: np.ndarray) -> np.ndarray:
         pixels = np.asarray(PILImage.fromarray(pixels).resize(view.size, PILImage.Resampling.BILINEAR))
     if sample.flip:
         pixels = pixels[:, ::-1]
+    if padding.dtype == np.uint8:
+        return pixels.transpose(2, 0, 1)  # [H, W, 3] → [3, H, W]
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)  # [H, W, 3] → [3, H, W]
     # einsum and not @, as the threads of BLAS would wait for each other
     image = np.einsum("ij,jhw->ihw", sample.color[:, :3], planes) + sample.color[:, 3:, None]

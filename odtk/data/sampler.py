@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from ..boxes import coco_to_corners, normalize_angle
-from ..config import AugmentConfig, LoaderConfig, OdtkError
+from ..config import AugmentConfig, LoaderConfig, OdtkError, scale_and_shift
 from .dataset import Dataset
 from .records import Image
 
@@ -70,7 +70,7 @@ class Sample:
         image: the image and its boxes in the dataset.
         view: what is seen of it, and where.
         flip: mirror left to right after scaling, before the crop is placed on its frame.
-        color: float32 [3, 4]; normalized RGB = color · (R, G, B, 1) with R, G, B in 0…255.
+        color: float32 [3, 4]; RGB of the batch = color · (R, G, B, 1) with R, G, B in 0…255.
         rotation: float32 [2, 3], the map from the rotated to the former frame in continuous coordinates, or None.
         quarter_turns: counterclockwise, if the rotation is nothing but these, so that pixels only move; else 0.
         canvas: (width, height) in pixels after the rotation.
@@ -241,7 +241,7 @@ class Sampler:
             image,
             view,
             flip,
-            _with_normalization(color, config),
+            _with_normalization(color, config) if config.input_type == "normalized" else color.astype(np.float32),
             to_frame,
             exact_turns,
             canvas,
@@ -408,9 +408,9 @@ def color_matrix(generator: np.random.Generator, augment: AugmentConfig) -> np.n
 
 def _with_normalization(color: np.ndarray, config: LoaderConfig) -> np.ndarray:
     """A color matrix [3, 4] with the normalization (value / 255 − mean) / std applied after it, float32."""
-    mean, std = np.array(config.mean), np.array(config.std)
-    matrix = color / (255 * std[:, None])
-    matrix[:, 3] -= mean / std
+    scale, shift = map(np.array, scale_and_shift(config.mean, config.std))
+    matrix = color * scale[:, None]
+    matrix[:, 3] += shift
     return matrix.astype(np.float32)
 
 

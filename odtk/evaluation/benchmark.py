@@ -46,7 +46,7 @@ def benchmark(config: BenchmarkConfig, rank: int = 0, world: int = 1) -> dict[st
     data = loader_config(config.data, backend, print if rank == 0 else silent)
     height, width = data.size or backend.input_size or round_up(DEFAULT_SIZE, backend.stride)
     data = dataclasses.replace(data, size=(height, width))
-    images = torch.randn(data.batch, 3, height, width, device=device)  # initializes CUDA if the backend has not
+    images = torch.randint(0, 256, (data.batch, 3, height, width), dtype=torch.uint8, device=device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     runs = {"model": measure(backend, itertools.repeat(images), config.iters, config.warmup, device)}
@@ -88,7 +88,7 @@ def measure(
     """Images per second, and percentiles of the latency in milliseconds per batch.
 
     Args:
-        batches: images [N, 3, H, W] float32, normalized; at least warmup + iters batches.
+        batches: images [N, 3, H, W], as the backend takes them; at least warmup + iters batches.
         iters: number of timed batches.
         warmup: number of batches before these.
     """

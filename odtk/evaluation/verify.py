@@ -34,7 +34,7 @@ from ..inference.backends import Backend, open_backend
 from ..inference.detect import detect
 from ..inference.infer import loader_config, match_categories
 from ..model.checkpoint import build_detector, load
-from ..model.detector import Detector
+from ..model.detector import Detector, normalize
 from ..postprocess import Detections, postprocess
 from ..ranks import silent
 from ..text import plural, printable
@@ -118,7 +118,8 @@ class Evaluator:
         timed = TimedBackend(backend)
         name = name or f"{'TensorRT' if path.endswith(ENGINES) else 'ONNX'} {backend.precision}"
         print(f"Running {name} on {plural(len(self.dataset.images), 'image')}", flush=True)
-        results = detect(timed, create_loader(self.dataset, self.data), self.categories)
+        data = dataclasses.replace(self.data, input_type=backend.input_type)
+        results = detect(timed, create_loader(self.dataset, data), self.categories)
         scored = filter_categories(results, self.ground_truth)
         evaluation = run_cocoeval(scored, self.ground_truth, rotated=backend.rotated)
         latency = statistics.median(timed.milliseconds)
@@ -132,7 +133,8 @@ class Evaluator:
         sums = score_sums(run.results)
         fullest = copy.copy(self.dataset)
         fullest.images = sorted(self.dataset.images, key=lambda image: -sums.get(image.id, 0.0))[:count]
-        return [batch.images.cpu().numpy() for batch in create_loader(fullest, self.data)]
+        batches = create_loader(fullest, self.data)
+        return [normalize(batch.images, self.data.mean, self.data.std).cpu().numpy() for batch in batches]
 
 
 class TimedBackend:

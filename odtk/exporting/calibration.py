@@ -13,7 +13,7 @@ from onnx import ModelProto
 from ..config import ExportConfig, LoaderConfig, OdtkError
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
-from ..model.detector import Detector
+from ..model.detector import Detector, normalize
 from ..text import plural, printable
 from .calibration_table import CalibrationTable, load_table, save_table, table_path
 from .graph import with_outputs
@@ -97,17 +97,18 @@ def sample_images(folder: str, limit: int, seed: int) -> Dataset:
 
 
 def calibration_images(dataset: Dataset, config: ExportConfig, detector: Detector) -> Iterator[np.ndarray]:
-    """The dataset's images one by one, prepared as for inference: [1, 3, H, W] float32, normalized, padded."""
+    """The dataset's images one by one, prepared as for inference and normalized: [1, 3, H, W] float32, padded."""
     assert config.calibration_images is not None
     data = LoaderConfig(
         images=config.calibration_images,
         batch=1,
         size=config.size,
         stride=detector.stride,
+        input_type=config.input_type,
         **detector.config.pixels,
     )
     for batch in create_loader(dataset, data):
-        yield batch.images.numpy()
+        yield normalize(batch.images, detector.config.mean, detector.config.std).numpy()
 
 
 class Histogram:

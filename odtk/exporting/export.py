@@ -6,10 +6,12 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 from onnx import ModelProto, helper
 
-from ..config import ExportConfig, OdtkError
+from ..config import ExportConfig, ModelConfig, OdtkError
+from ..data.batch import nearest_pixels
 from ..data.sampler import round_up
 from ..files import atomic_write
 from ..model.checkpoint import Checkpoint, build_detector, load, trained_size, weights_hash
@@ -18,7 +20,7 @@ from ..text import printable
 from .calibration import load_or_calibrate
 from .calibration_table import CalibrationTable, table_path
 from .engine import build_engine, require_tensorrt
-from .graph import level_outputs, serialize, trace
+from .graph import level_outputs, serialize, take_pixels, trace
 from .metadata import ENGINES, Metadata
 from .postprocess_graph import Level, append_plugin_postprocess, append_standard_postprocess
 from .precision import FP16_QDQ_OPSET, FP16_QDQ_TENSORRT, insert_qdq, to_fp16
@@ -58,6 +60,8 @@ def export(config: ExportConfig) -> ExportResult:
     checkpoint = load(config.path)
     detector = build_detector(checkpoint).fold()
     config = with_input_size(config, checkpoint, detector.stride)
+    if config.input_type == "uint8" and checkpoint.model.padding == "mean":
+        print(describe_rounded_padding(checkpoint.model))
     graph, table = raw_graph(detector, checkpoint, config, tensorrt)
     postprocessing = "plugins" if suffix in ENGINES else "candidates" if checkpoint.model.rotated else "detections"
     metadata = metadata_of(detector, checkpoint, config, postprocessing)
@@ -93,10 +97,22 @@ def with_input_size(config: ExportConfig, checkpoint: Checkpoint, stride: int) -
     return dataclasses.replace(config, size=(height, width))
 
 
+def describe_rounded_padding(model: ModelConfig) -> str:
+    """What padding by zero after normalization becomes in pixels of uint8, and by how much it differs."""
+    exact = 255 * np.array(model.mean)
+    pixel = nearest_pixels(exact)
+    off = float((np.abs(pixel - exact) / (255 * np.array(model.std))).max())
+    values = ", ".join(map(str, pixel.tolist()))
+    return (
+        f"The model was trained with padding of zero after normalization, which in uint8 becomes the pixel ({values}), "
+        f"off by up to {off:.4f} after normalization; --input-type float32 pads exactly."
+    )
+
+
 def raw_graph(
     detector: Detector, checkpoint: Checkpoint, config: ExportConfig, tensorrt: int | None = None
 ) -> tuple[ModelProto, CalibrationTable | None]:
-    """The graph of raw levels of a folded detector in ``config.precision``, and INT8's calibration table.
+    """The graph from pixels to the raw levels of a folded detector in ``config.precision``, and INT8's table.
 
     Args:
         tensorrt: major version of the TensorRT that builds the graph, or None for ONNX Runtime (precision.py).
@@ -111,6 +127,7 @@ def raw_graph(
         insert_qdq(model, table, tensorrt)
     if config.precision != "fp32":
         to_fp16(model, tensorrt)
+    take_pixels(model, checkpoint.model.mean, checkpoint.model.std, config.input_type)
     return model, table
 
 
@@ -130,6 +147,7 @@ def metadata_of(detector: Detector, checkpoint: Checkpoint, config: ExportConfig
         top_n=config.postprocess.top_n,
         batch=config.batch,
         model=weights_hash(checkpoint.state_dict),
+        input_type=config.input_type,
         **checkpoint.model.pixels,
     )
 

@@ -13,7 +13,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx.reference import ReferenceEvaluator
 
 from .. import __version__
-from ..config import OdtkError
+from ..config import OdtkError, scale_and_shift
 from ..model.detector import Detector
 
 OPSET = 18  # the operator set that torch.onnx writes without conversion, and the lowest that is accepted
@@ -139,6 +139,36 @@ def name_values_by_layer(model: ModelProto) -> None:
         node.output[:] = [names.get(name, name) for name in node.output]
     for output in graph.output:
         output.name = names[output.name]
+
+
+def take_pixels(
+    model: ModelProto, mean: tuple[float, float, float], std: tuple[float, float, float], input_type: str
+) -> None:
+    """Puts the normalization in front of a raw graph, in place, so that ``images`` are RGB pixels from 0 to 255.
+
+    It computes in float32, whatever the precision of the graph behind it.
+
+    Args:
+        mean, std: as in config.ModelConfig.
+        input_type: of the pixels, one of config.INPUT_TYPES.
+    """
+    graph = model.graph
+    for node in graph.node:
+        node.input[:] = ["images/normalized" if name == "images" else name for name in node.input]
+    constants = [
+        numpy_helper.from_array(np.array(values, np.float32).reshape(1, 3, 1, 1), f"images/pixel_{name}")
+        for name, values in zip(("scale", "shift"), scale_and_shift(mean, std), strict=True)
+    ]
+    pixels, nodes = "images", []
+    if input_type == "uint8":  # TensorRT lets such an input feed nothing but a Cast
+        graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+        pixels = "images/float32"
+        nodes.append(helper.make_node("Cast", ["images"], [pixels], pixels, to=TensorProto.FLOAT))
+    nodes += [
+        helper.make_node("Mul", [pixels, "images/pixel_scale"], ["images/scaled"], "images/scaled"),
+        helper.make_node("Add", ["images/scaled", "images/pixel_shift"], ["images/normalized"], "images/normalized"),
+    ]
+    replace_graph(model, graph, [*nodes, *graph.node], [*graph.initializer, *constants])
 
 
 def level_outputs(model: ModelProto) -> list[tuple[str, str, int, int]]:

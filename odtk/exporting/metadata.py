@@ -12,10 +12,10 @@ import torch
 
 from .. import __version__
 from ..categories import Category, from_pairs, to_pairs
-from ..config import IMAGENET_MEAN, IMAGENET_STD, OdtkError, PostprocessConfig
+from ..config import IMAGENET_MEAN, IMAGENET_STD, INPUT_TYPES, OdtkError, PostprocessConfig
 from ..model.checkpoint_faults import categories_fault, fits, shown
 
-FORMAT = 3  # version of the fields: 1 calls "postprocessing" "ending", and before 3 there was no "padding"
+FORMAT = 4  # version of the fields: 1 calls "postprocessing" "ending", 3 added "padding" and 4 "input_type"
 ENGINES = (".plan", ".engine")
 POSITIVE = ("size", "stride", "classes", "detections", "top_n", "batch", "std")
 LARGEST = 16 << 20  # bytes of metadata that are unpacked; those of 1,203 classes have 0.04
@@ -44,6 +44,8 @@ class Metadata:
         batch: (MIN, OPT, MAX) of an engine, which takes MIN to MAX images; ONNX Runtime takes any number.
         model: hash of the weights (checkpoint.weights_hash).
         mean, std, padding: how images are prepared, as in config.ModelConfig.
+        input_type: what the input holds: ``uint8`` or ``float32``: RGB pixels from 0 to 255, whose normalization is in
+            the graph; ``normalized``: float32, normalized by mean and std before (files of format 3 and older).
         odtk, torch: the versions that wrote the file.
         format: version of these fields.
     """
@@ -64,6 +66,7 @@ class Metadata:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     padding: str = "mean"
+    input_type: str = "normalized"
     odtk: str = __version__
     torch: str = torch.__version__
     format: int = FORMAT
@@ -116,6 +119,8 @@ def metadata_fault(values: dict[str, Any]) -> str | None:
             return f"{name} is {shown(value)}, and must be positive"
     if values["box_values"] not in (4, 6):
         return f"box_values is {values['box_values']}"
+    if values.get("input_type", "normalized") not in (*INPUT_TYPES, "normalized"):
+        return f"input_type is {shown(values['input_type'])}"
     return categories_fault(values["categories"], values["classes"])
 
 

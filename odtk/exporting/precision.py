@@ -40,7 +40,7 @@ FP16_QDQ_TENSORRT = 10  # the first TensorRT (major version) that reads it
 
 
 def to_fp16(model: ModelProto, tensorrt: int | None = None) -> None:
-    """Converts a graph of raw levels to float16, in place; the images stay float32 and are cast.
+    """Converts a graph of raw levels to float16, in place; the normalized images stay float32 and are cast.
 
     Args:
         tensorrt: as in insert_qdq, whose graph this may be.

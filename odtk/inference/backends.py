@@ -23,6 +23,7 @@ from ..exporting.engine import require_tensorrt
 from ..exporting.metadata import ENGINES, Metadata, unpack
 from ..exporting.session import open_session
 from ..model import checkpoint
+from ..model.detector import normalize
 from ..postprocess import Detections, postprocess
 from ..ranks import silent
 from ..text import plural, say
@@ -38,6 +39,7 @@ class Backend:
         categories: in the order of the class indices; None if the file has none.
         rotated: boxes have 6 values instead of 4.
         mean, std, padding: how images are prepared, as in config.ModelConfig.
+        input_type: what loaders are to give it: pixels from 0 to 255 as ``uint8`` or ``float32``, or ``normalized``.
         max_batch: the most images in one call; None if there is no limit.
         resize, max_size: shorter side and cap of the longer one, in pixels, that a .pth was trained with, if it says.
         input_size: (H, W) that holds nearly all images at that size, see model.checkpoint.Checkpoint.
@@ -58,13 +60,22 @@ class Backend:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     padding: str = "mean"
+    input_type: str = "normalized"
     max_batch: int | None = None
     precision: str
     thresholds: PostprocessConfig
     metadata: Metadata | None = None
 
     def __call__(self, images: Tensor) -> Detections:
-        """images [N, 3, H, W] float32, normalized → Detections with boxes in pixels of these images."""
+        """RGB images [N, 3, H, W] → Detections with boxes in pixels of these images.
+
+        Args:
+            images: uint8 pixels, which every backend takes, or floats: pixels from 0 to 255 if ``input_type`` is
+                float32, normalized otherwise.
+
+        Raises:
+            OdtkError: floats for a file that takes uint8.
+        """
         found = self.compute(images)
         computed = self.thresholds if self.metadata is None else self.metadata.thresholds
         return found if computed == self.thresholds else narrow(found, self.thresholds)
@@ -73,6 +84,16 @@ class Backend:
         """As __call__, with the thresholds that are fixed in the file."""
         raise NotImplementedError
 
+    def as_input(self, images: Tensor) -> Tensor:
+        """Images, as __call__ has them, in the form that an exported file takes, on the same device."""
+        if images.dtype != torch.uint8:
+            if self.input_type == "uint8":
+                raise OdtkError(f"{self.name} takes pixels as uint8, not {images.dtype}.")
+            return images.float()
+        if self.input_type == "normalized":
+            return normalize(images, self.mean, self.std)
+        return images if self.input_type == "uint8" else images.float()
+
     def apply_metadata(self, metadata: Metadata) -> None:
         """Sets the attributes to what an exported file says about itself."""
         self.metadata = metadata
@@ -80,6 +101,7 @@ class Backend:
         self.classes, self.rotated = metadata.classes, metadata.rotated
         self.categories = metadata.categories
         self.mean, self.std, self.padding = metadata.mean, metadata.std, metadata.padding
+        self.input_type = metadata.input_type
         self.precision, self.thresholds = metadata.precision, metadata.thresholds
 
 
@@ -103,13 +125,17 @@ class TorchBackend(Backend):
         self.classes, self.categories = loaded.model.classes, loaded.categories
         self.rotated = loaded.model.rotated
         self.mean, self.std, self.padding = loaded.model.mean, loaded.model.std, loaded.model.padding
+        self.input_type = "uint8" if self.padding == "black" else "normalized"  # no pixel is 0 once normalized
         self.resize, self.max_size = loaded.setting("resize"), loaded.setting("max_size")
         self.input_size = checkpoint.trained_size(loaded)
         self.precision, self.thresholds = precision, thresholds
 
     @torch.inference_mode()
     def compute(self, images: Tensor) -> Detections:
-        images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
+        images = images.to(self.device)  # before normalization: uint8 are fewer bytes
+        if images.dtype == torch.uint8:
+            images = normalize(images, self.mean, self.std)
+        images = images.to(self.dtype, memory_format=torch.channels_last)
         with without_tf32():
             logits, boxes = self.detector(images)
         return postprocess(
@@ -151,7 +177,7 @@ class OnnxBackend(Backend):
         self.name = f"{os.path.basename(path)} (ONNX Runtime, {self.session.get_providers()[0][:-17]})"
 
     def compute(self, images: Tensor) -> Detections:
-        feed = {"images": images.float().contiguous().cpu().numpy()}
+        feed = {"images": self.as_input(images).contiguous().cpu().numpy()}
         scores, boxes, classes = (torch.from_numpy(value) for value in self.session.run(None, feed))
         if not self.includes_nms:  # rotated boxes: ONNX has no NMS for them
             assert self.metadata is not None
@@ -191,7 +217,7 @@ class EngineBackend(Backend):
         given, rows = len(images), self.metadata.thresholds.detections
         if self.max_batch and given > self.max_batch:
             raise OdtkError(f"{self.name} takes at most {plural(self.max_batch, 'image')} at a time, not {given}.")
-        images = aligned(images.to(self.device, torch.float32).contiguous())
+        images = aligned(self.as_input(images.to(self.device)).contiguous())
         if given < self.min_batch:
             images = torch.cat([images, images.new_zeros(self.min_batch - given, *images.shape[1:])])
         batch = len(images)

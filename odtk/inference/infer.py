@@ -91,7 +91,7 @@ def as_trained(config: InferConfig, backend: Backend, log: Callable[[str], None]
 
 
 def loader_config(data: LoaderConfig, backend: Backend, log: Callable[[str], None] = say) -> LoaderConfig:
-    """The loader settings that a backend needs: its size, stride, normalization and kind of boxes, at most its batch.
+    """The loader settings that a backend needs: its size, stride, kind of pixels and of boxes, at most its batch.
 
     Args:
         log: takes a message where a size or a batch is not the one asked for.
@@ -116,6 +116,7 @@ def loader_config(data: LoaderConfig, backend: Backend, log: Callable[[str], Non
         mean=backend.mean,
         std=backend.std,
         padding=backend.padding,
+        input_type=backend.input_type,
         rotated=backend.rotated,
         batch=min(data.batch, backend.max_batch or data.batch),
     )

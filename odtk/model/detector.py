@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import ModelConfig, OdtkError
+from ..config import ModelConfig, OdtkError, scale_and_shift
 from .anchors import base_anchors
 from .backbones.catalog import BACKBONES
 from .backbones.feature_extractor import FeatureExtractor
@@ -92,6 +93,15 @@ class Detector(nn.Module):
                 block.fold()
         fold_batch_norms(folded)
         return folded
+
+
+def normalize(pixels: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
+    """RGB pixels [N, 3, H, W] from 0 to 255, of any type → what a detector takes, float32 on the same device."""
+    scale, shift = (
+        torch.tensor(values, device=pixels.device)[:, None, None]  # [3] → [3, 1, 1]
+        for values in scale_and_shift(mean, std)
+    )
+    return pixels.float().mul(scale).add_(shift)
 
 
 def _feature_extractor(backbone: nn.Module) -> FeatureExtractor:

@@ -18,6 +18,7 @@ from odtk.data.check import check
 from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
 from odtk.data.records import Image
+from odtk.model.detector import normalize
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 dali = pytest.importorskip("odtk.data.dali")
@@ -99,6 +100,25 @@ def test_both_loaders_agree_on_real_images(bccd, mode) -> None:
     settings = {k: v for k, v in MODES[mode].items()} | {"batch": 4}
     for a, b in zip(batches(dataset, "torch", 3, **settings), batches(dataset, "dali", 3, **settings), strict=True):
         assert_equal(a, b, limit=1.0)
+
+
+@pytest.mark.parametrize("mode", ["shorter side", "enlarged", "letterbox", "letterbox, black"])
+def test_pixels_are_those_that_are_normalized(files, mode) -> None:
+    """uint8, float32 and normalized batches hold the same pixels, and nearly those of the torch loader."""
+    settings = LoaderConfig("", **MODES[mode])
+    kinds = ("normalized", "float32", "uint8")
+    found = [batches(files, "dali", 3, **MODES[mode], input_type=kind) for kind in kinds]
+    by_torch = batches(files, "torch", 3, **MODES[mode], input_type="uint8")
+    for whole, floats, integers, other in zip(*found, by_torch, strict=True):
+        assert integers.images.dtype == torch.uint8 and floats.images.dtype == torch.float32
+        torch.testing.assert_close(
+            normalize(floats.images, settings.mean, settings.std), whole.images, atol=1e-5, rtol=0
+        )
+        assert (integers.images - floats.images).abs().max() <= 0.5  # padding; the rest is equal
+        inside = (integers.images == floats.images).float().mean()
+        assert inside == 1.0 if settings.padding == "black" else inside > 0.5
+        difference = (integers.images.float() - other.images.float()).abs().mean(dim=(1, 2, 3))
+        assert difference.max() < 1.0 and integers.images.float().std() > 30
 
 
 def test_rotated_boxes_are_the_same(files) -> None:

@@ -24,6 +24,7 @@ from odtk.data.records import Fault, Image
 from odtk.data.render import render
 from odtk.data.sampler import Sample, Sampler, color_matrix, random_crop, random_view, repeat_factors
 from odtk.data.torch_loader import TorchLoader
+from odtk.model.detector import normalize
 
 STILL = AugmentConfig(flip=0, crop=0, brightness=0, contrast=0, hue=0, saturation=0)
 IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -246,6 +247,28 @@ def test_black_padding_is_what_black_pixels_become(files) -> None:
     assert below.numel()
     expected = torch.tensor([-0.1 / 0.5, -0.2 / 0.6, -0.3 / 0.7])[:, None, None]
     torch.testing.assert_close(below, expected.expand_as(below))
+
+
+@pytest.mark.parametrize("padding", ["mean", "black"])
+def test_batches_of_pixels_are_the_normalized_ones_before_normalization(files, padding) -> None:
+    """To the bit inside the images; beyond them uint8 has the nearest pixel of what is 0 once normalized."""
+    settings = config(batch=6, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), padding=padding)
+    whole, integers, floats = (
+        next(iter(create_loader(files, replace(settings, input_type=kind)))).images
+        for kind in ("normalized", "uint8", "float32")
+    )
+    assert integers.dtype == torch.uint8 and floats.dtype == torch.float32
+    torch.testing.assert_close(normalize(floats, settings.mean, settings.std), whole, atol=1e-6, rtol=0)
+    inside = (slice(1, 2), slice(None), slice(32), slice(43))  # of 64×64
+    assert torch.equal(integers[inside].float(), floats[inside]) and integers[inside].float().std() > 30
+    expected = torch.tensor([25.5, 51.0, 76.5] if padding == "mean" else [0.0, 0.0, 0.0])
+    torch.testing.assert_close(floats[1, :, 63, 63], expected)
+    assert integers[1, :, 63, 63].tolist() == ([26, 51, 76] if padding == "mean" else [0, 0, 0])  # 25.5 → even
+
+
+def test_uint8_is_for_inference(files) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        create_loader(files, config(training=True, input_type="uint8"))
 
 
 def test_what_a_rotation_shows_beyond_a_black_image_is_black(tmp_path) -> None:

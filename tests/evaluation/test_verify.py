@@ -170,6 +170,7 @@ class FakeBackend:
     name, precision, size, stride, max_batch = "m.onnx", "fp32", (64, 64), 32, None
     classes, categories, rotated, thresholds = 2, CATEGORIES, False, LIMITS
     mean, std, padding = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "mean"
+    input_type = "uint8"
 
     def __call__(self, images: torch.Tensor) -> Detections:
         n = len(images)

@@ -19,7 +19,7 @@ from odtk.exporting import calibration, calibration_table, export
 from odtk.exporting.calibration_table import CalibrationTable
 from odtk.inference import infer
 from odtk.model import checkpoint
-from odtk.model.detector import Detector
+from odtk.model.detector import Detector, normalize
 
 C4 = ModelConfig(backbones=("ResNet18C4",), classes=2)
 
@@ -153,10 +153,14 @@ def refuse_other_tables(config: ExportConfig, path: str, folder: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("input_type", ["uint8", "float32"])
 @pytest.mark.parametrize("padding", ["mean", "black"])
-def test_calibration_sees_the_tensors_of_inference(padding: str, pictures: Path, tmp_path: Path) -> None:
+def test_calibration_sees_the_tensors_of_inference(
+    padding: str, input_type: str, pictures: Path, tmp_path: Path
+) -> None:
+    """What the network gets behind the normalization that is in the graph."""
     model = dataclasses.replace(C4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), padding=padding)
-    config = int8_config("", tmp_path, calibration_images=str(pictures))
+    config = int8_config("", tmp_path, calibration_images=str(pictures), input_type=input_type)
     dataset = calibration.sample_images(str(pictures), 500, seed=0)
     seen = list(calibration.calibration_images(dataset, config, Detector(model)))
 
@@ -164,9 +168,12 @@ def test_calibration_sees_the_tensors_of_inference(padding: str, pictures: Path,
         size, stride, max_batch, rotated, name = (32, 32), 16, None, False, "a model"
         mean, std, padding = model.mean, model.std, model.padding
 
+    Asking.input_type = input_type  # type: ignore[attr-defined]
     data = infer.loader_config(LoaderConfig(images=str(pictures)), Asking())  # type: ignore[arg-type]
     whole = Dataset.load(None, pictures)
-    by_id = {int(batch.ids[0]): batch.images.numpy() for batch in create_loader(whole, data)}
+    batches = list(create_loader(whole, data))
+    assert batches[0].images.dtype == getattr(torch, input_type)
+    by_id = {int(batch.ids[0]): normalize(batch.images, model.mean, model.std).numpy() for batch in batches}
     assert len(seen) == len(by_id) == 12
     for image, tensor in zip(dataset.images, seen, strict=True):
         np.testing.assert_array_equal(tensor, by_id[image.id])

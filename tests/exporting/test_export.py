@@ -21,13 +21,13 @@ from odtk.box_coder import BOX_CODERS
 from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.exporting import export
-from odtk.exporting.graph import OPSET, serialize, trace
+from odtk.exporting.graph import OPSET, serialize, take_pixels, trace
 from odtk.exporting.metadata import Metadata
 from odtk.exporting.precision import to_fp16
 from odtk.model import checkpoint
-from odtk.model.detector import Detector
+from odtk.model.detector import Detector, normalize
 from odtk.postprocess import postprocess
-from tests.random_models import detector_of, save
+from tests.random_models import detector_of, pixels_of, save
 
 SMALL = ModelConfig(backbones=("ResNet18FPN",), classes=3)
 C4 = ModelConfig(backbones=("ResNet18C4",), classes=2)
@@ -155,6 +155,30 @@ def test_fp16_is_close_and_keeps_box_arithmetic_in_fp32(detector: Detector, trac
         logits, boxes = detector(images_of(1))
     expected = by_torch(detector, logits, boxes, PostprocessConfig())
     np.testing.assert_allclose(run(content, {"images": images_of(1)})[0], expected[0], atol=2e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("input_type", ["uint8", "float32"])
+def test_pixels_are_normalized_in_float32_inside(
+    detector: Detector, traced: onnx.ModelProto, input_type: str, precision: str
+) -> None:
+    """TensorRT lets a UINT8 input feed nothing but a Cast; scale and shift come before the cast of the precision."""
+    graph = copy.deepcopy(traced)
+    if precision == "fp16":
+        to_fp16(graph)
+    raw = run(serialize(graph), {"images": normalize(pixels_of(2, SIZE), SMALL.mean, SMALL.std)})
+    take_pixels(graph, SMALL.mean, SMALL.std, input_type)
+    onnx.checker.check_model(graph, full_check=True)
+    readers = [node for node in graph.graph.node if "images" in node.input]
+    assert [node.op_type for node in readers] == [{"uint8": "Cast", "float32": "Mul"}[input_type]]
+    types = {v.name: v.type.tensor_type.elem_type for v in graph.graph.value_info}
+    assert types["images/scaled"] == types["images/normalized"] == TensorProto.FLOAT
+    if input_type == "uint8":
+        assert graph.graph.node[0] == readers[0] and types[readers[0].output[0]] == TensorProto.FLOAT
+    pixels = pixels_of(2, SIZE)
+    found = run(serialize(graph), {"images": pixels if input_type == "uint8" else pixels.float()})
+    for actual, expected in zip(found, raw, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_a_constant_beyond_fp16_is_refused(traced: onnx.ModelProto) -> None:
@@ -345,8 +369,20 @@ def test_file_carries_its_metadata(tmp_path: Path, capsys: pytest.CaptureFixture
     metadata = Metadata.from_json(onnx.load_from_string(content).metadata_props[0].value, config.output)
     assert metadata.size == (32, 32) and metadata.stride == 16 and metadata.precision == "fp32"
     assert metadata.categories == (Category(0, "thing 0"), Category(10, "thing 1"))
-    assert metadata.thresholds == config.postprocess
+    assert metadata.thresholds == config.postprocess and metadata.input_type == "uint8"
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_padding_of_zero_after_normalization_is_rounded_and_the_difference_is_said(tmp_path: Path, capsys) -> None:
+    """255 · 0.485 = 123.675, 0.325 / (255 · 0.229) away from 124, 0.12 / (255 · 0.224) and 0.47 / (255 · 0.225)."""
+    config = ExportConfig(save(detector_of(C4), tmp_path), str(tmp_path / "m.onnx"), size=(32, 32), precision="fp32")
+    export.export(config)
+    assert "becomes the pixel (124, 116, 104), off by up to 0.0082 after" in capsys.readouterr().out
+    export.export(dataclasses.replace(config, input_type="float32"))
+    assert "pixel" not in capsys.readouterr().out
+    black = save(detector_of(dataclasses.replace(C4, padding="black")), tmp_path)
+    export.export(dataclasses.replace(config, path=black))
+    assert "pixel" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def changed(**values: Any) -> str:
         ({"score_threshold": None}, "score_threshold is None"),
         ({"nms_threshold": 10**400}, "nms_threshold is"),
         ({"top_n": -1}, "top_n is -1"),
+        ({"input_type": "int8"}, "input_type is 'int8'"),
     ],
 )
 def test_a_wrong_value_is_named(values: dict[str, Any], fault: str) -> None:

@@ -17,7 +17,7 @@ from odtk.exporting import export
 from odtk.exporting.engine import require_tensorrt
 from odtk.inference import backends
 from odtk.postprocess import Detections
-from tests.random_models import detector_of, save
+from tests.random_models import detector_of, pixels_of, save
 
 SIZE = (192, 256)
 BATCH = (1, 2, 4)
@@ -29,7 +29,7 @@ MODELS = {
 
 
 def images_of(batch: int) -> Tensor:
-    return torch.randn(batch, 3, *SIZE, generator=torch.Generator().manual_seed(1)).cuda()
+    return pixels_of(batch, SIZE).cuda()
 
 
 def unmatched(found: Detections, expected: Detections, *, score: float, pixels: float) -> float:
@@ -150,8 +150,7 @@ def test_batch_sizes_take_turns_in_graphs(opened: Open) -> None:
 def test_threads_with_streams_of_their_own_do_not_mix(opened: Open) -> None:
     engine, _ = opened("retinanet", "fp16")
     assert isinstance(engine, backends.EngineBackend)
-    torch.manual_seed(2)
-    given = [torch.randn(2, 3, *SIZE, device="cuda") for _ in range(2)]
+    given = [pixels_of(2, SIZE, seed).cuda() for seed in (1, 2)]
     expected = [engine(images) for images in given]
     assert not torch.equal(expected[0].scores, expected[1].scores)
     torch.cuda.synchronize()
@@ -177,7 +176,7 @@ def test_threads_with_streams_of_their_own_do_not_mix(opened: Open) -> None:
 def test_a_part_of_a_batch_and_an_address_that_is_not_aligned(opened: Open) -> None:
     engine, _ = opened("retinanet", "fp16")
     assert isinstance(engine, backends.EngineBackend)
-    memory = torch.zeros(3 * SIZE[0] * SIZE[1] + 1, device="cuda")
+    memory = torch.zeros(3 * SIZE[0] * SIZE[1] + 1, dtype=torch.uint8, device="cuda")
     memory[1:] = images_of(1).flatten()
     images = memory[1:].view(1, 3, *SIZE)
     assert torch.equal(engine(images).scores, engine(images.clone()).scores)

@@ -15,7 +15,7 @@ from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError, Po
 from odtk.exporting import export
 from odtk.exporting.engine import require_tensorrt
 from odtk.inference.backends import open_backend
-from tests.random_models import detector_of, save
+from tests.random_models import detector_of, pixels_of, save
 
 MODEL = ModelConfig(backbones=("ResNet18FPN",), classes=2)
 LIMITS = PostprocessConfig(score_threshold=0.3)
@@ -59,7 +59,7 @@ def test_an_engine_finds_what_pytorch_finds(tmp_path: Path, precision: str, rota
     reference = open_backend(config.path, device="cuda:0", precision="fp32", thresholds=LIMITS)
     assert (engine.size, engine.max_batch, engine.precision, engine.rotated) == (SIZE, 4, precision, rotated)
     assert engine.categories == reference.categories and engine.thresholds == LIMITS
-    images = torch.randn(4, 3, *SIZE, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    images = pixels_of(4, SIZE).cuda()
     tolerance = {"fp32": 2e-3, "fp16": 1e-2, "int8": 0.1}[precision]
     for batch in (1, 3, 4):
         found, expected = engine(images[:batch]), reference(images[:batch])
@@ -68,7 +68,7 @@ def test_an_engine_finds_what_pytorch_finds(tmp_path: Path, precision: str, rota
         best = (found.boxes[:, 0, :4] - expected.boxes[:, 0, :4]).abs().amax(1)  # later rows change places
         assert precision == "int8" or (best.median() < 1)
     with pytest.raises(OdtkError, match="at most"):
-        engine(torch.zeros(5, 3, *SIZE, device="cuda"))
+        engine(pixels_of(5, SIZE))
 
 
 def test_a_file_that_is_no_engine_is_refused(tmp_path: Path) -> None:

@@ -17,20 +17,24 @@ from torch import Tensor
 from odtk.categories import Category
 from odtk.config import ROTATED_ANGLES, ExportConfig, LoaderConfig, ModelConfig, OdtkError, PostprocessConfig
 from odtk.exporting import export
-from odtk.exporting.metadata import Metadata
+from odtk.exporting.graph import serialize, trace
+from odtk.exporting.metadata import FORMAT, Metadata
 from odtk.inference import backends
 from odtk.inference.infer import loader_config
-from tests.random_models import detector_of, save
+from odtk.model import checkpoint
+from odtk.model.detector import normalize
+from tests.random_models import detector_of, pixels_of, save
 
 CONFIG = ModelConfig(backbones=("ResNet18C4",), classes=2)
 LIMITS = PostprocessConfig(score_threshold=0.3, detections=20)
 
 
-def make(folder: Path, config: ModelConfig) -> tuple[str, str]:
+def make(folder: Path, config: ModelConfig, input_type: str = "uint8") -> tuple[str, str]:
     """Paths of a checkpoint and its fp32 export at 32×48."""
     path = str(folder / "model.onnx")
     pth = save(detector_of(config, bias=0.0), folder, (Category(3, "cat"), Category(7, "dog")))
-    export.export(ExportConfig(path=pth, output=path, size=(32, 48), precision="fp32", postprocess=LIMITS))
+    wanted = ExportConfig(path=pth, output=path, size=(32, 48), precision="fp32", postprocess=LIMITS)
+    export.export(dataclasses.replace(wanted, input_type=input_type))
     return pth, path
 
 
@@ -44,7 +48,7 @@ def open_cpu(path: str, thresholds: PostprocessConfig | None = None, precision: 
 
 
 def images() -> Tensor:
-    return torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    return pixels_of(3, (32, 48))
 
 
 def assert_same(pth: str, path: str) -> None:
@@ -137,7 +141,7 @@ def test_wrong_files_are_refused(tmp_path: Path, paths: tuple[str, str]) -> None
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
     (tmp_path / "model.tflite").touch()
     newer = onnx.load(paths[1])
-    newer.metadata_props[0].value = newer.metadata_props[0].value.replace('"format":3', '"format":99')
+    newer.metadata_props[0].value = newer.metadata_props[0].value.replace(f'"format":{FORMAT}', '"format":99')
     onnx.save(newer, tmp_path / "newer.onnx")
     damaged = onnx.load(paths[1])
     damaged.metadata_props[0].value = damaged.metadata_props[0].value[:40]
@@ -173,7 +177,7 @@ def test_a_plan_runs_without_onnx() -> None:
 
 def test_metadata_of_the_first_format_are_read(paths: tuple[str, str]) -> None:
     text = onnx.load(paths[1]).metadata_props[0].value
-    first = text.replace('"format":3', '"format":1').replace('"postprocessing":', '"ending":')
+    first = text.replace(f'"format":{FORMAT}', '"format":1').replace('"postprocessing":', '"ending":')
     assert '"ending":"detections"' in first and '"format":1' in first
     assert Metadata.from_json(first, "m.onnx") == Metadata.from_json(text, "m.onnx")
 
@@ -183,6 +187,47 @@ def test_how_images_are_prepared_is_kept_in_checkpoints_and_exported_files(tmp_p
     for path in make(tmp_path, dataclasses.replace(CONFIG, **changes)):  # type: ignore[arg-type]
         data = loader_config(LoaderConfig("images"), open_cpu(path))
         assert {name: getattr(data, name) for name in changes} == changes, path
+
+
+def test_floats_for_a_file_of_uint8_are_refused(paths: tuple[str, str]) -> None:
+    with pytest.raises(OdtkError, match=r"model.onnx \(ONNX Runtime, CPU\) takes pixels as uint8, not torch.float32"):
+        open_cpu(paths[1])(images().float())
+
+
+def test_pixels_as_float32_give_the_same_detections(tmp_path: Path, paths: tuple[str, str]) -> None:
+    pth, path = make(tmp_path, CONFIG, "float32")
+    assert onnx.load(path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    backend = open_cpu(path)
+    assert backend.input_type == "float32" and open_cpu(paths[1]).input_type == "uint8"
+    assert_same(pth, path)
+    found = [backend(images()), backend(images().float()), open_cpu(paths[1])(images())]
+    assert all(torch.equal(found[0].scores, other.scores) for other in found)
+
+
+def test_files_of_before_take_normalized_floats(tmp_path: Path, paths: tuple[str, str]) -> None:
+    """Format 3: the graph starts with the network, and the metadata do not know of pixels."""
+    source = checkpoint.load(paths[0])
+    detector = checkpoint.build_detector(source).fold()
+    config = ExportConfig("", "", size=(32, 48), precision="fp32", postprocess=LIMITS)
+    graph = trace(detector, config.input_size)
+    old = export.append_postprocess(graph, detector, export.metadata_of(detector, source, config, "detections"))
+    values = json.loads(old.metadata_props[0].value) | {"format": 3}
+    del values["input_type"]
+    old.metadata_props[0].value = json.dumps(values)
+    (tmp_path / "old.onnx").write_bytes(serialize(old))
+    backend = open_cpu(str(tmp_path / "old.onnx"))
+    assert backend.input_type == loader_config(LoaderConfig("images"), backend).input_type == "normalized"
+    assert_same(paths[0], str(tmp_path / "old.onnx"))
+    floats = normalize(images(), backend.mean, backend.std)
+    assert torch.equal(backend(floats).scores, backend(images()).scores)
+
+
+def test_what_loaders_give_a_checkpoint(tmp_path: Path, paths: tuple[str, str]) -> None:
+    """Pixels where padding is a pixel; padding that is zero once normalized stays exactly that."""
+    black = save(detector_of(dataclasses.replace(CONFIG, padding="black")), tmp_path)
+    assert [open_cpu(path).input_type for path in (black, paths[0])] == ["uint8", "normalized"]
+    backend = open_cpu(paths[0])
+    assert torch.equal(backend(images()).scores, backend(normalize(images(), backend.mean, backend.std)).scores)
 
 
 def test_files_of_before_pad_with_the_mean(paths: tuple[str, str]) -> None:

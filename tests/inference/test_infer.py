@@ -200,6 +200,7 @@ class Stub:
     name, size, stride, max_batch = "m.onnx", (64, 96), 32, 2
     classes, categories, rotated = 2, CATEGORIES, False
     mean, std, padding = (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), "black"
+    input_type = "uint8"
     thresholds = PostprocessConfig(score_threshold=0.3)
 
 
@@ -207,6 +208,7 @@ def test_the_loader_follows_the_file() -> None:
     said: list[str] = []
     data = infer.loader_config(LoaderConfig("x", batch=5), Stub(), said.append)  # type: ignore[arg-type]
     assert (data.size, data.batch, data.mean, data.padding, data.stride) == ((64, 96), 2, (0.1, 0.2, 0.3), "black", 32)
+    assert data.input_type == "uint8"
     assert "at most 2 images at a time" in said[0]
     assert infer.loader_config(LoaderConfig("x", size=(60, 90)), Stub()).size == (64, 96)  # type: ignore[arg-type]
     with pytest.raises(OdtkError, match="128×96 contradicts the 64×96"):
