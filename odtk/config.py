@@ -42,6 +42,7 @@ class ModelConfig:
         caffe_stride: stride in the 1×1 convolution of a bottleneck instead of the 3×3.
         deep_stem, avg_down: ResNet-D, https://arxiv.org/abs/1812.01187.
         zero_init: the last norm of each residual block starts at weight 0.
+        resnet_width: factor of the channels of every stage of a ResNet, the stem included.
         grad_checkpoint: recompute the residual blocks in backward, to save memory.
     """
 
@@ -68,6 +69,7 @@ class ModelConfig:
     deep_stem: bool = False
     avg_down: bool = False
     zero_init: bool = False
+    resnet_width: float = 1.0
     grad_checkpoint: bool = False
 
     @property

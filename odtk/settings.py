@@ -265,7 +265,7 @@ class Settings:
         """
         given: dict[str, Any] = {}
         for layer in layers:
-            new = cls.checked(layer)
+            new = cls.expanded(cls.checked(layer), given)
             for name in new:
                 for other in cls.REPLACES.get(name, ()):
                     given.pop(other, None)
@@ -279,6 +279,15 @@ class Settings:
         found = cls(**given)
         object.__setattr__(found, "_given", frozenset(given))
         return found
+
+    @classmethod
+    def expanded(cls, layer: dict[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
+        """A layer with the values that a word in it stands for, below its own.
+
+        Args:
+            lower: the values of the layers below.
+        """
+        return layer
 
     @classmethod
     def presets(cls, name: str | None) -> dict[str, Any]:
@@ -463,6 +472,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "augment_saturation": 0.002,
     },
 }
+VARIANTS: dict[str, dict[str, Any]] = {  # of --variant; their sizes and times are in docs/models.md
+    name: {
+        "head": "dense",
+        "backbone": (backbone,),
+        "last_level": last_level,
+        "pyramid_channels": channels,
+        "head_channels": channels,
+        "head_convs": convs,
+        "resize": resize,
+        "max_size": max_size,
+    }
+    for name, backbone, last_level, channels, convs, resize, max_size in (
+        ("nano", "EfficientNetLite0FPN", 5, 64, 1, 256, 352),
+        ("small", "EfficientNetLite0FPN", 5, 96, 2, 384, 512),
+        ("medium", "EfficientNetLite2FPN", 6, 128, 2, 512, 704),
+        ("large", "ResNet50FPN", 7, 256, 2, 800, 1333),
+    )
+}
 LENGTH = ("iters", "epochs", "milestones", "warmup", "val_iters")  # what one word on the length of a run decides
 
 
@@ -551,6 +578,13 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         count=(1, None),
         section="model",
     )
+    variant: str | None = option(
+        None,
+        "a detector of this size: dense head, backbone, levels, widths and input size; other flags change parts of it",
+        choices=tuple(VARIANTS),
+        shown="none",
+        section="model",
+    )
     head: str = option(ModelConfig.head, "what detects on the levels", choices=HEADS, section="model")
     last_level: int | None = option(
         None,
@@ -618,6 +652,13 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         count=(0, None),
         choices=tuple(RESNET_OPTIONS),
         shown="none",
+        section="model",
+    )
+    resnet_width: float = option(
+        ModelConfig.resnet_width,
+        "factor of the channels of every stage of a ResNet, 0.5 for example; only 1 has ImageNet weights",
+        POSITIVE,
+        "FACTOR",
         section="model",
     )
     backbone_weights: str | None = option(
@@ -793,6 +834,12 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         None, "POST metrics as JSON to this address", TEXT, "URL", shown="none", section="log", changes_result=False
     )
 
+    @classmethod
+    def expanded(cls, layer: dict[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
+        """With the values of ``variant``; not if it was said before, and what has been changed since then stays."""
+        variant = layer.get("variant")
+        return layer if variant in (None, lower.get("variant")) else {**VARIANTS[variant], **layer}
+
     def check(self) -> None:
         super().check()
         if self.full_precision and self.precision not in (None, "fp32"):
@@ -833,7 +880,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         low, high = (side / ODTK_RESIZE for side in ODTK_JITTER) if factors == (1.0, 1.0) else (1.0, 1.0)
         shape = DENSE if self.head == "dense" else {name: getattr(ModelConfig, name) for name in DENSE}
         if any(name.endswith("C4") for name in self.backbone):  # a level as wide as the default pyramid's
-            shape = {**shape, "pyramid_channels": ModelConfig.pyramid_channels}
+            shape = {**shape, "pyramid_channels": round(ModelConfig.pyramid_channels * self.resnet_width / 8) * 8}
         optimizer = self.optimizer or ("adamw" if dense else TrainConfig.optimizer)
         schedule = self.lr_schedule or ("flat-cosine" if dense and not self.milestones else TrainConfig.lr_schedule)
         if optimizer == "adamw":

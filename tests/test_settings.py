@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from odtk.cli import COMMANDS, build_parser, settings_of
 from odtk.config import OdtkError
+from odtk.model.detector import Detector
+from odtk.model.sizes import count_parameters
 from odtk.settings import (
     ANGLE,
     DEVICES,
@@ -17,6 +20,7 @@ from odtk.settings import (
     PRESETS,
     SWITCH,
     TEXT,
+    VARIANTS,
     ExportSettings,
     InferSettings,
     Option,
@@ -25,6 +29,7 @@ from odtk.settings import (
     flag,
     options,
 )
+from odtk.training.plan import train_config
 
 EVERY = [(command, name) for command, (cls, _, _) in COMMANDS.items() for name in options(cls)]
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -137,6 +142,31 @@ def test_flags_stand_over_the_file_and_the_file_over_the_preset(tmp_path: Path) 
     assert (found.iters, found.resize, found.lr, found.jitter) == (50, 200, 0.001, None)
     assert found.milestones is None and found.warmup is None, "the preset's are those of another length"
     assert found.gamma == 0.1 and found.norm == "frozen"
+
+
+def test_a_variant_lies_below_the_flags_beside_it_and_above_what_was_said_before(tmp_path: Path) -> None:
+    base = {"model": "m.pth", "annotations": "a.json"}
+    found = TrainSettings.of({**base, "variant": "nano", "head_channels": 72})
+    for name, value in VARIANTS["nano"].items():
+        assert getattr(found, name) == (72 if name == "head_channels" else value), name
+    path = tmp_path / "settings.yaml"
+    path.write_text("variant: small\nbackbone: GhostNetFPN\njitter: [100, 200]\n")
+    assert TrainSettings.of({**base, "settings": path}).backbone == ("GhostNetFPN",)
+    over = TrainSettings.of({**base, "settings": path, "variant": "medium"})
+    assert over.backbone == VARIANTS["medium"]["backbone"] and over.jitter is None
+    again = TrainSettings.of({**base, "settings": path, "variant": "small"})
+    assert again.backbone == ("GhostNetFPN",), "the same word again changes nothing"
+    assert {"variant", "backbone", "resize"} <= set(found.given())
+
+
+def test_variants_can_be_built_and_grow() -> None:
+    sizes = []
+    for name in VARIANTS:
+        settings = TrainSettings.of({"model": "m.pth", "annotations": "a.json", "variant": name})
+        model = train_config(settings.resolved(batch=8, iters=10, classes=3), 1, "images").model
+        with torch.device("meta"):
+            sizes.append(count_parameters(Detector(model)))
+    assert sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
 
 
 def test_the_preset_is_odtk_whole() -> None:

@@ -124,6 +124,10 @@ def check_model_config(config: ModelConfig) -> None:
     options = [flag for name, flag in RESNET_OPTIONS.items() if getattr(config, name)]
     if options and not any(name.startswith("ResNe") for name in config.backbones):
         raise OdtkError(f"{', '.join(options)}: only for ResNet backbones, and {config.backbones[0]} is not one.")
+    if not 0.25 <= config.resnet_width <= 4:
+        raise OdtkError(f"--resnet-width takes a factor from 0.25 to 4, not {config.resnet_width:g}.")
+    if config.resnet_width != 1 and not any(name.startswith("ResNe") for name in config.backbones):
+        raise OdtkError(f"--resnet-width: only for ResNet backbones, and {config.backbones[0]} is not one.")
     if config.classes < 1:
         raise OdtkError(f"A detector needs at least one class, not {config.classes}.")
     if config.padding not in ("mean", "black"):

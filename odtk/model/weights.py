@@ -52,6 +52,12 @@ def initialize_weights(detector: Detector, *, fine_tune: str | None, backbone_we
     elif backbone_weights != "none":
         for name, features in detector.feature_extractors().items():
             path = backbone_weights
+            if path is None and detector.config.resnet_width != 1:
+                width = detector.config.resnet_width
+                raise OdtkError(
+                    f"There are no ImageNet weights for {name} of --resnet-width {width:g}: pass "
+                    "--backbone-weights none to train from scratch, or a file of your own."
+                )
             weights = imagenet_weights(name) if path is None else read_weights(path)
             loaded, unmatched = load_matching(features, weights)
             if not loaded:

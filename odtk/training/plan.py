@@ -101,6 +101,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
             angles=ROTATED_ANGLES if settings.rotated_bbox else (),
             norm=settings.norm,
             freeze_at=settings.freeze_at,
+            resnet_width=settings.resnet_width,
             dcn=tuple(sorted(set(settings.dcn))),
             dcn_modulated=not settings.dcn_v1,
             grad_checkpoint=settings.grad_checkpoint,

@@ -141,9 +141,31 @@ def test_where_the_stride_is(name: str, caffe_stride: bool, strides: tuple[int, 
     assert first.conv1.stride[0] == first.conv2.stride[0] == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "channels"),
+    [
+        ("ResNet18", 0.5, (64, 128, 256)),
+        ("ResNet18", 0.75, (96, 192, 384)),
+        ("ResNet50", 0.5, (256, 512, 1024)),
+        ("ResNeXt50_32x4d", 0.5, (256, 512, 1024)),
+    ],
+)
+@pytest.mark.parametrize("deep_stem", [False, True])
+def test_the_width_scales_every_stage(name: str, width: float, channels: tuple[int, ...], deep_stem: bool) -> None:
+    config = ModelConfig(resnet_width=width, deep_stem=deep_stem)
+    features = FEATURE_EXTRACTORS[name](config).eval()
+    with torch.no_grad():
+        maps = features(torch.randn(1, 3, 32, 64))
+    assert features.channels == channels == tuple(m.shape[1] for m in maps)
+    assert isinstance(features.bn1, nn.BatchNorm2d) and features.bn1.num_features == 64 * width
+    whole = FEATURE_EXTRACTORS[name](replace(config, resnet_width=1.0))
+    ratio = sum(p.numel() for p in features.parameters()) / sum(p.numel() for p in whole.parameters())
+    assert ratio == pytest.approx(width**2, rel=0.08)
+
+
 def test_resnet_d_has_three_small_convolutions_and_no_strided_shortcut() -> None:
     network = resnet("ResNet50", deep_stem=True, avg_down=True)
-    stem = [m for m in network.conv1 if isinstance(m, nn.Conv2d)]  # type: ignore[union-attr]
+    stem = [m for m in network.conv1.children() if isinstance(m, nn.Conv2d)]
     assert [(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0]) for c in stem] == [
         (3, 32, 3, 2),
         (32, 32, 3, 1),

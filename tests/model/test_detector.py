@@ -9,7 +9,7 @@ from torch import nn
 
 from odtk.config import ROTATED_ANGLES, ModelConfig, OdtkError
 from odtk.model.detector import Detector
-from odtk.model.weights import load_matching
+from odtk.model.weights import initialize_weights, load_matching
 
 SMALL = ModelConfig(backbones=("ResNet18FPN",), classes=2)
 
@@ -170,6 +170,9 @@ def test_a_file_of_torchvision_fits_a_feature_extractor(norm: str) -> None:
         ({"padding": "white"}, "padding 'white'.*mean or black"),
         ({"std": (0.2, 0.0, 0.2)}, "std.*positive"),
         ({"backbones": ("ResNet18C4",), "pyramid_channels": 96}, "ResNet18C4 has levels of 256.*pyramid-channels 256"),
+        ({"resnet_width": 0.1}, "resnet-width takes a factor from 0.25"),
+        ({"backbones": ("GhostNetFPN",), "resnet_width": 0.5}, "resnet-width.*GhostNetFPN"),
+        ({"backbones": ("ResNet18C4",), "resnet_width": 0.5}, "ResNet18C4 has levels of 128.*pyramid-channels 128"),
         ({"backbones": ("GhostNetFPN",), "dcn": (4,)}, "dcn.*GhostNetFPN"),
     ],
     ids=str,
@@ -227,3 +230,11 @@ def test_onnx_runtime_gives_the_same_levels_for_any_batch(changes: dict, tmp_pat
         images = torch.randn(batch, 3, 64, 96)
         for ours, reference in zip(session.run(None, {"images": images.numpy()}), outputs(model, images), strict=True):
             torch.testing.assert_close(torch.from_numpy(ours), reference, atol=1e-4, rtol=1e-4)
+
+
+def test_a_narrow_resnet_has_no_weights_of_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("odtk.model.weights.imagenet_weights", lambda name: pytest.fail("it looks for some"))
+    narrow = Detector(replace(SMALL, resnet_width=0.5))
+    with pytest.raises(OdtkError, match=r"FPN of --resnet-width 0\.5: pass --backbone-weights none"):
+        initialize_weights(narrow, fine_tune=None, backbone_weights=None)
+    initialize_weights(narrow, fine_tune=None, backbone_weights="none")

@@ -68,11 +68,16 @@ class Stage:
         return self.strides[0] * self.strides[1]
 
 
+def scaled(channels: int, config: ModelConfig) -> int:
+    """So many channels times the width of the network, as a multiple of 8, which INT8 and FP16 kernels like."""
+    return channels if config.resnet_width == 1 else max(8, round(channels * config.resnet_width / 8) * 8)
+
+
 def stage_table(design: ResNetDesign, config: ModelConfig) -> list[Stage]:
     """Stages 2 to 5, whose maps C2…C5 have strides 4, 8, 16 and 32."""
     table = []
     for number, blocks in enumerate(design.depths, start=2):
-        planes = 64 * 2 ** (number - 2)
+        planes = scaled(64 * 2 ** (number - 2), config)
         stride = 1 if number == 2 else 2
         first = config.caffe_stride or not design.bottleneck  # the first convolution is the strided one, not the second
         table.append(
@@ -131,16 +136,16 @@ def conv2d(in_channels: int, out_channels: int, kernel_size: int, stride: int = 
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=padding, groups=groups, bias=False)
 
 
-def create_deep_stem(norm: str) -> ConvNorm:
+def create_deep_stem(norm: str, half: int, channels: int) -> ConvNorm:
     """ResNet-D's stem: three 3×3 convolutions (32, 32, 64 channels) in place of the 7×7; bn1 follows the last."""
     return ConvNorm(
-        conv2d(3, 32, 3, stride=2),
-        create_norm(norm, 32),
+        conv2d(3, half, 3, stride=2),
+        create_norm(norm, half),
         nn.ReLU(inplace=True),
-        conv2d(32, 32, 3),
-        create_norm(norm, 32),
+        conv2d(half, half, 3),
+        create_norm(norm, half),
         nn.ReLU(inplace=True),
-        conv2d(32, 64, 3),
+        conv2d(half, channels, 3),
     )
 
 
@@ -150,10 +155,13 @@ class ResNet(FeatureExtractor):
     def __init__(self, design: ResNetDesign, config: ModelConfig, outputs: tuple[int, ...] = (3, 4, 5)) -> None:
         super().__init__()
         self.outputs, self.grad_checkpoint, self.zero_init = outputs, config.grad_checkpoint, config.zero_init
-        self.conv1 = create_deep_stem(config.norm) if config.deep_stem else conv2d(3, 64, 7, stride=2)
-        self.bn1 = create_norm(config.norm, 64)
+        channels = scaled(64, config)
+        if config.deep_stem:
+            self.conv1: nn.Module = create_deep_stem(config.norm, scaled(32, config), channels)
+        else:
+            self.conv1 = conv2d(3, channels, 7, stride=2)
+        self.bn1 = create_norm(config.norm, channels)
         table = stage_table(design, config)[: max(outputs) - 1]
-        channels = 64
         for index, stage in enumerate(table, start=1):
             strides = [stage.strides] + [(1, 1)] * (stage.blocks - 1)
             inputs = [channels] + [stage.channels] * (stage.blocks - 1)
@@ -179,7 +187,7 @@ class ResNet(FeatureExtractor):
                 nn.init.zeros_(block.last_norm.weight)
 
     def stem(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] → [N, 64, H/4, W/4]"""
+        """[N, 3, H, W] → [N, 64, H/4, W/4], or of another width as many channels as that makes of 64"""
         if isinstance(self.conv1, nn.Conv2d):
             x = apply_conv_norm(self.conv1, self.bn1, images)
         else:
