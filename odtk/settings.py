@@ -40,6 +40,7 @@ DENSE_SGD_LR = 0.04  # for LR_BATCH
 ADAMW_DECAY = 0.05
 DENSE_EMA = 0.99
 DENSE_SCALE = (0.75, 4 / 3)
+DENSE_COLOR = {"brightness": 0.1, "contrast": 0.1, "hue": 0.01, "saturation": 0.1}
 FORMATS = "COCO JSON, YOLO's data.yaml, or a folder of one of them or of Pascal VOC; :SPLIT names a split"
 RESNET_OPTIONS = {  # of --resnet → fields of ModelConfig
     "caffe-stride": "caffe_stride",
@@ -436,6 +437,18 @@ def rising(name: str, pair: tuple[float, ...]) -> None:
         raise OdtkError(f"{name} {pair[0]:g} {pair[1]:g}: the first number must not be above the second.")
 
 
+def _color_option(name: str) -> Any:
+    """How much one property of the colors varies."""
+    return option(
+        None,
+        "standard deviation of the change",
+        NUMBER,
+        "STD",
+        shown=f"{getattr(AugmentConfig, name):g}; {DENSE_COLOR[name]:g} for --head dense",
+        section="augmentation",
+    )
+
+
 def _model(suffixes: str, help: str) -> Any:
     return option(dataclasses.MISSING, help, TEXT, f"MODEL.{suffixes}", positional=True, changes_result=False)
 
@@ -814,18 +827,10 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         count=2,
         section="augmentation",
     )
-    augment_brightness: float = option(
-        AugmentConfig.brightness, "standard deviation of the change", NUMBER, "STD", section="augmentation"
-    )
-    augment_contrast: float = option(
-        AugmentConfig.contrast, "standard deviation of the change", NUMBER, "STD", section="augmentation"
-    )
-    augment_hue: float = option(
-        AugmentConfig.hue, "standard deviation of the change", NUMBER, "STD", section="augmentation"
-    )
-    augment_saturation: float = option(
-        AugmentConfig.saturation, "standard deviation of the change", NUMBER, "STD", section="augmentation"
-    )
+    augment_brightness: float | None = _color_option("brightness")
+    augment_contrast: float | None = _color_option("contrast")
+    augment_hue: float | None = _color_option("hue")
+    augment_saturation: float | None = _color_option("saturation")
 
     logdir: str | None = option(
         None, "TensorBoard files and metrics.jsonl", TEXT, "DIR", shown="none", section="log", changes_result=False
@@ -878,7 +883,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         factors = self.augment_scale or (DENSE_SCALE if dense else AugmentConfig.scale)
         # Where images vary in a frame, the frame itself need not.
         low, high = (side / ODTK_RESIZE for side in ODTK_JITTER) if factors == (1.0, 1.0) else (1.0, 1.0)
-        shape = DENSE if self.head == "dense" else {name: getattr(ModelConfig, name) for name in DENSE}
+        shape = DENSE if dense else {name: getattr(ModelConfig, name) for name in DENSE}
         if any(name.endswith("C4") for name in self.backbone):  # a level as wide as the default pyramid's
             shape = {**shape, "pyramid_channels": round(ModelConfig.pyramid_channels * self.resnet_width / 8) * 8}
         optimizer = self.optimizer or ("adamw" if dense else TrainConfig.optimizer)
@@ -906,6 +911,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             "ema": DENSE_EMA if dense else None,
             "augment_crop": 0.0 if dense else AugmentConfig.crop,
             "augment_scale": factors,
+            **{f"augment_{n}": value if dense else getattr(AugmentConfig, n) for n, value in DENSE_COLOR.items()},
             "precision": "fp32" if self.full_precision else "mixed",
             **shape,
         }

@@ -208,6 +208,13 @@ def test_what_follows_from_other_settings() -> None:
     assert recipe(batch=8, optimizer="adamw") == ("adamw", 0.001, 0.05, "milestones", None)
     assert (run(head="dense").augment_scale, run(head="dense").augment_crop) == ((0.75, 4 / 3), 0)
     assert (run(head="fcos").augment_scale, run(head="fcos").augment_crop) == ((1, 1), 1)
+
+    def color(**given: Any) -> tuple:
+        found = run(**given)
+        return found.augment_brightness, found.augment_contrast, found.augment_hue, found.augment_saturation
+
+    assert color() == color(head="fcos") == (0.002, 0.002, 0.0002, 0.002)
+    assert color(head="dense") == (0.1, 0.1, 0.01, 0.1) and color(head="dense", augment_hue=0)[2] == 0
     assert run(head="dense", resize=240).jitter == run(augment_scale=(0.5, 2), resize=240).jitter == (240, 240)
     assert run(head="dense", resize=240, augment_scale=(1, 1)).jitter == (192, 307)
     given = {"optimizer": "sgd", "lr": 0.3, "regularization_l2": 0.2, "lr_schedule": "milestones", "ema": 0.5}

@@ -47,6 +47,8 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
     assert settings.batch and settings.iters and settings.classes and settings.jitter and settings.lr
     assert settings.last_level and settings.pyramid_channels and settings.head_channels and settings.head_convs
     assert settings.augment_crop is not None and settings.augment_scale
+    assert settings.augment_brightness is not None and settings.augment_contrast is not None
+    assert settings.augment_hue is not None and settings.augment_saturation is not None
     assert settings.optimizer and settings.lr_schedule and settings.regularization_l2 is not None
     assert settings.norm and settings.milestones is not None and settings.warmup is not None and settings.val_iters
     data = LoaderConfig(
