@@ -6,7 +6,11 @@ DEMO   := demo
 # One architecture is enough to see that the CUDA code compiles; `pip install .` builds for all (setup.py).
 export ODTK_CUDA_ARCH ?= 90
 
-.PHONY: setup hooks test quick lint demo clean
+# Minutes and seed of `make attack`.
+ATTACK_MINUTES ?= 20
+ATTACK_SEED    ?= 0
+
+.PHONY: setup hooks test quick lint attack versions demo clean
 setup: $(VENV)/ready
 
 # torch comes first, at the tested version, so that the ranges in pyproject.toml are met and pull in no other.
@@ -31,6 +35,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Damaged files, full disks, SIGKILL …: what odtk must survive (tests/attack). Not part of `make test`.
+attack: setup
+	ulimit -v 16000000; $(BIN)/python -m tests.attack --minutes $(ATTACK_MINUTES) --seed $(ATTACK_SEED)
+
+# The oldest and the newest versions of the requirements, each in a throwaway environment.
+versions: setup
+	$(BIN)/python tests/versions.py
 
 # A first run from nothing: data, training, ONNX, detections, AP, pictures.
 demo: setup

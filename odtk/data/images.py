@@ -16,7 +16,6 @@ A truncated file is refused before the run starts; damage that shows only while 
 from __future__ import annotations
 
 import io
-import mmap
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ EXTENSIONS = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", 
 # What Pillow may take a file for, whatever its name says. Others start programs (EPS: Ghostscript) or are no photos.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 LARGE = 25_000_000  # pixels: from here on images are decoded one at a time, as each takes a multiple of 3 bytes a pixel
+END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}  # what a whole file of a format ends with
+HEAD_BYTES, TAIL_BYTES = 1 << 16, 1 << 12  # of a file that are looked at first
 EXIF_ORIENTATION = 0x0112  # the tag
 PNG_BIT_DEPTH_AT = 24  # offset in the file: signature 8, chunk length 4, "IHDR" 4, width 4, height 4
 
@@ -84,9 +85,9 @@ def read_header(path: Path) -> Header:
     """
     try:
         with open_image(path) as image:
-            if image.format in ("JPEG", "MPO", "PNG"):
-                with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    _check_end(data, image.format)
+            if image.format in END_MARKS:
+                with open(path, "rb") as file:
+                    _check_end_of_file(file, image.format)
             depth = _bit_depth(path, image)
             plain = (
                 image.format in ("JPEG", "MPO", "PNG")
@@ -191,17 +192,33 @@ def _rule(image: PILImage.Image, depth: int) -> str:
     return ""
 
 
-def _check_end(data: bytes | mmap.mmap, kind: str) -> None:
+def _check_end_of_file(file: BinaryIO, kind: str) -> None:
+    """As _check_end, of a JPEG or PNG file, of which mostly only both ends are read.
+
+    Not by mmap: a file that shrinks while it is mapped ends the process (SIGBUS).
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(HEAD_BYTES)
+    if size > HEAD_BYTES + TAIL_BYTES and (kind == "PNG" or _start_of_scan(head) < len(head)):
+        file.seek(size - TAIL_BYTES)
+        if END_MARKS[kind] in file.read(TAIL_BYTES):
+            return
+        file.seek(HEAD_BYTES)
+    _check_end(head + file.read(), kind)
+
+
+def _check_end(data: bytes, kind: str) -> None:
     """Refuses a JPEG without its end-of-image marker and a PNG without its last chunk."""
-    if kind not in ("JPEG", "MPO", "PNG"):
+    if kind not in END_MARKS:
         return
     # In a JPEG, bytes may follow the end marker (maker notes, padding), and a thumbnail before the scan has one.
-    last, after = (b"IEND", 0) if kind == "PNG" else (b"\xff\xd9", _start_of_scan(data))
-    if data.rfind(last) <= after:
+    after = 0 if kind == "PNG" else _start_of_scan(data)
+    if data.rfind(END_MARKS[kind]) <= after:
         raise ImageError("the file is truncated: its end is missing")
 
 
-def _start_of_scan(data: bytes | mmap.mmap) -> int:
+def _start_of_scan(data: bytes) -> int:
     """Offset of a JPEG's first start-of-scan marker (ITU-T T.81, annex B.1); the file's length where there is none."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:

@@ -1,6 +1,7 @@
 """Image files: the formats that are opened, and large images."""
 
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -75,3 +76,39 @@ def test_pixels_are_those_of_pillow(tmp_path: Path) -> None:
     picture.save(tmp_path / "a.png")
     assert np.array_equal(decode(tmp_path / "a.png"), np.asarray(picture))
     assert np.array_equal(decode(tmp_path / "a.png", 6), np.rot90(np.asarray(picture), -1))
+
+
+def test_a_file_that_shrinks_while_its_header_is_read_ends_no_process(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from odtk.data import images
+
+path, check = Path(sys.argv[1]), images._check_end
+def shrink_first(data, kind):
+    path.write_bytes(b"")
+    check(data, kind)
+images._check_end = shrink_first
+print(images.read_header(path).width)
+"""
+    path = tmp_path / "a.jpg"
+    PILImage.effect_noise((300, 200), 60).save(path)
+    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "300\n"), run.stderr
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_both_ends_of_a_large_file_tell_whether_it_is_whole(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    exif = PILImage.Exif()
+    exif[0x010E] = "\xff\xd8\xff\xd9" * 500  # as of a thumbnail before the scan
+    PILImage.effect_noise((500, 400), 80).convert("RGB").save(path, quality=95, exif=exif)
+    whole = path.read_bytes()
+    assert len(whole) > 2 * images.HEAD_BYTES
+    for padding in (0, 100, images.TAIL_BYTES - 1, images.TAIL_BYTES, 3 * images.TAIL_BYTES):
+        path.write_bytes(whole + bytes(padding))
+        assert read_header(path).width == 500
+    for cut in (len(whole) - 12, len(whole) // 2, images.HEAD_BYTES + images.TAIL_BYTES + 1, images.HEAD_BYTES):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ImageError, match="truncated"):
+            read_header(path)
