@@ -58,6 +58,8 @@ def load(
     resize: int | None = None,
     max_size: int | None = None,
     loader: str = InferSettings.loader,
+    tiles: tuple[int, int] | None = None,
+    overlap: float | None = None,
 ) -> Model:
     """A detector that is ready to run.
 
@@ -67,6 +69,8 @@ def load(
         precision: of a .pth: mixed (fp16 on a GPU, fp32 on a CPU), fp16, bf16 or fp32; other files have their own.
         threshold: detections score above this; not below what is fixed in an exported file. None: 0.05, or what is
             fixed in the file.
+        tiles, overlap: cut images and frames into tiles of (H, W) pixels, as the flags of `odtk infer`; None for
+            ``overlap``: 0.2.
         size, resize, max_size, loader: as the flags of `odtk infer`; None: the size that the model was trained or
             exported for.
     """
@@ -83,6 +87,8 @@ def load(
             "resize": resize,
             "max_size": max_size,
             "loader": loader,
+            "tiles": tiles,
+            **({} if overlap is None else {"overlap": overlap}),
         }
     )
     with commands.explaining():

@@ -19,6 +19,7 @@ from .config import (
     ModelConfig,
     OdtkError,
     PostprocessConfig,
+    TilesConfig,
     VideoConfig,
 )
 from .settings import (
@@ -203,6 +204,7 @@ def infer_config(settings: InferSettings, world: int) -> InferConfig:
         video=VideoConfig(settings.video, settings.every, settings.realtime, settings.rtsp_transport)
         if settings.video
         else None,
+        tiles=TilesConfig((settings.tiles[0], settings.tiles[-1]), settings.overlap) if settings.tiles else None,
     )
 
 

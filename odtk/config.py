@@ -235,6 +235,14 @@ class VideoConfig:
 
 
 @dataclass(frozen=True)
+class TilesConfig:
+    """How large images are cut into tiles."""
+
+    size: tuple[int, int]  # (height, width) of a tile in pixels of the image
+    overlap: float = 0.2  # the least part of a tile that two neighbors share
+
+
+@dataclass(frozen=True)
 class InferConfig:
     """One inference run: `odtk infer` fills it, infer.infer() or stream.infer_video() runs it."""
 
@@ -249,6 +257,7 @@ class InferConfig:
     draw: str | None = None
     draw_threshold: float | None = None  # None: evaluation.operating_point.choose decides, of a video 0.3
     video: VideoConfig | None = None  # instead of images
+    tiles: TilesConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from .config import (
     ModelConfig,
     OdtkError,
     PostprocessConfig,
+    TilesConfig,
     TrainConfig,
     VideoConfig,
 )
@@ -939,6 +940,21 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
         "PATH",
         shown="every image",
     )
+    tiles: tuple[int, ...] | None = option(
+        None,
+        "cut each image into tiles of H×W pixels that overlap, for tiny objects in large images; one number for "
+        "squares; --detections then limits those of a tile",
+        POSITIVE_INT,
+        ("H", "W"),
+        count=(1, 2),
+        shown="whole images",
+    )
+    overlap: float = option(
+        TilesConfig.overlap,
+        "part of a tile that two neighbors share at least; as large as the objects",
+        FRACTION,
+        "FRACTION",
+    )
     video: str | None = option(
         None,
         "take a video in place of images: a file, an address such as rtsp://HOST/PATH, or a camera such as /dev/video0",
@@ -996,6 +1012,10 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
     def check(self) -> None:
         if self.annotations and self.images and len(self.images) > 1:
             raise OdtkError("--images takes one folder where --annotations says which images to use.")
+        if self.overlap == 1:
+            raise OdtkError("--overlap 1: tiles must share less than all of themselves, at most 0.9 or so.")
+        if "overlap" in self.given() and not self.tiles:
+            raise OdtkError("--overlap needs --tiles H W.")
         drawn = self.draw or (self.video and any(path.endswith(".mp4") for path in self.outputs))
         if self.draw_threshold is not None and not drawn:
             raise OdtkError("--draw-threshold needs --draw DIR, or an .mp4 of a video.")

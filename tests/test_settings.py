@@ -51,6 +51,7 @@ NEEDS: dict[str, dict[str, Any]] = {  # what else must be given for an option to
     "int8": {"calibration_images": "c"},
     "features": {"model": "m.pth"},
     "draw_threshold": {"draw": "pictures"},
+    "overlap": {"tiles": [64]},
     "every": {"video": "v.mp4"},
     "realtime": {"video": "v.mp4"},
     "rtsp_transport": {"video": "rtsp://v"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -129,9 +130,14 @@ class Loader:
             )
         self._next = int(state["seen"]) // (self.config.batch * self.config.world)
 
-    def use(self, dataset: Dataset) -> None:
-        """Takes the images of another dataset from now on; what the pixel engine has built is kept."""
-        self.sampler = Sampler(dataset, self.config)
+    def use(self, dataset: Dataset, *, shared: bool = True) -> None:
+        """Takes the images of another dataset from now on; what the pixel engine has built is kept.
+
+        Args:
+            shared: among the ranks; otherwise all of them are this rank's.
+        """
+        config = self.config if shared else dataclasses.replace(self.config, rank=0, world=1)
+        self.sampler = Sampler(dataset, config)
         self.damaged.clear()
 
     def _wait_for(self, prepared: Future[tuple[BatchPlan, Tensor]], number: int) -> tuple[BatchPlan, Tensor]:

@@ -45,13 +45,30 @@ def detect(
         image and ``score``; for rotated boxes ``bbox`` [x, y, w, h, theta] (radians, counterclockwise) and its four
         corners as ``segmentation``. On the other ranks an empty list.
     """
+    parts = ((batch.ids.tolist(), rows) for batch, rows in detect_batches(backend, loader))
+    return gather_results(parts, categories, progress=progress, group=group)
+
+
+def gather_results(
+    parts: Iterable[tuple[list[int], Rows]],
+    categories: Sequence[Category],
+    *,
+    progress: ProgressCallback | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> list[dict[str, Any]]:
+    """The detections of all processes on rank 0, as detect gives them.
+
+    Args:
+        parts: of this process, as they are found: ids of some images, and their rows (detection_rows).
+        categories, progress, group: as of detect.
+    """
     found: list[Rows] = []
     ids: list[int] = []
-    for batch, batch_rows in detect_batches(backend, loader):
-        found.append(batch_rows)
-        ids += batch.ids.tolist()
+    for part_ids, part_rows in parts:
+        found.append(part_rows)
+        ids += part_ids
         if progress is not None:
-            progress(len(batch.images))
+            progress(len(part_ids))
     gathered = gather((ids, found), group)
     all_ids = [i for rank_ids, _ in gathered for i in rank_ids]
     if len(all_ids) != len(set(all_ids)):

@@ -7,19 +7,25 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..categories import Category
-from ..config import InferConfig, LoaderConfig, OdtkError
+from ..config import InferConfig, LoaderConfig, OdtkError, TilesConfig
+from ..data.batch import Loader
 from ..data.dataset import Dataset
+from ..data.images import ImageError
 from ..data.loader import create_loader
-from ..data.records import DAMAGED
+from ..data.records import DAMAGED, Image
 from ..data.sampler import round_up
 from ..files import check_writable, write_json
 from ..ranks import gather, new_cpu_group, silent
-from ..text import plural, say
+from ..text import plural, printable, say
 from .backends import Backend, open_backend
-from .detect import ProgressCallback, detect
+from .detect import ProgressCallback, Rows, detect, gather_results
+from .tiles import detect_tiles
 
 PROGRESS_SECONDS = 10.0  # between lines of progress where the output is not a terminal
 
@@ -53,11 +59,17 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     skipped = sum(fault.rule == DAMAGED for fault in dataset.faults)
     log(
         f"{backend.name} on {world} × {data.device.partition(':')[0]}: {plural(total, 'image')}, "
-        f"batch {data.batch * world}, {describe_size(data)}, precision {backend.precision}."
+        f"batch {data.batch * world}, {describe_size(data, config.tiles)}, precision {backend.precision}."
     )
+    own_damaged = loader.damaged
     with image_progress(total, world) if rank == 0 else contextlib.nullcontext() as progress:
-        detections = detect(backend, loader, categories, progress=progress, group=group)
-    damaged = [path for paths in gather(sorted(map(str, loader.damaged)), group) for path in paths]
+        if config.tiles is None:
+            detections = detect(backend, loader, categories, progress=progress, group=group)
+        else:
+            own_damaged = set()
+            parts = tiled_parts(backend, loader, dataset.images[rank::world], config.tiles, own_damaged)
+            detections = gather_results(parts, categories, progress=progress, group=group)
+    damaged = [path for paths in gather(sorted(map(str, own_damaged)), group) for path in paths]
     if damaged and not data.skip_damaged:
         raise OdtkError(f"{damaged[0]} is damaged ({plural(len(damaged), 'such image')}): mend it, or omit --strict.")
     if rank == 0:
@@ -69,6 +81,18 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
             summary += f" ({plural(skipped + len(damaged), 'damaged one')} without detections)"
         log(", ".join([summary, *config.output]))
     return detections
+
+
+def tiled_parts(
+    backend: Backend, loader: Loader, images: Sequence[Image], tiles: TilesConfig, damaged: set[Path]
+) -> Iterator[tuple[list[int], Rows]]:
+    """What detect.gather_results takes, of images in tiles; those that are damaged are named, and added to a set."""
+    for image, rows in detect_tiles(backend, loader, images, tiles):
+        if isinstance(rows, ImageError):
+            damaged.add(image.path)
+            print(f"Warning: {printable(image.path)} (image {image.id}) gets no detections: {rows}.", file=sys.stderr)
+            rows = np.zeros((0, 7 if backend.rotated else 6))
+        yield [image.id], (np.full(len(rows), image.id, dtype=np.int64), rows)
 
 
 def as_trained(config: InferConfig, backend: Backend, log: Callable[[str], None] = say) -> LoaderConfig:
@@ -122,11 +146,12 @@ def loader_config(data: LoaderConfig, backend: Backend, log: Callable[[str], Non
     )
 
 
-def describe_size(data: LoaderConfig) -> str:
-    """How images are resized, for a message."""
+def describe_size(data: LoaderConfig, tiles: TilesConfig | None = None) -> str:
+    """How images are cut and resized, for a message."""
+    cut = f"tiles of {tiles.size[0]}×{tiles.size[1]} that overlap by {tiles.overlap:.0%}, each " if tiles else ""
     if data.size:
-        return f"fitted inside {data.size[0]}×{data.size[1]}"
-    return f"shorter side {data.resize}, longer at most {data.max_size}"
+        return f"{cut}fitted inside {data.size[0]}×{data.size[1]}"
+    return f"{cut}shorter side {data.resize}, longer at most {data.max_size}"
 
 
 def match_categories(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..boxes import circumscribe, coco_to_corners
 from ..categories import Category
-from ..config import InferConfig, LoaderConfig, OdtkError, VideoConfig
+from ..config import InferConfig, LoaderConfig, OdtkError, TilesConfig, VideoConfig
 from ..data.batch import Loader
 from ..data.dataset import Dataset
 from ..data.headers import read_headers
@@ -36,6 +36,7 @@ from .backends import Backend, open_backend
 from .detect import box_outlines, coco_results, detect_batches
 from .drawing import annotate, coco_to_shapes
 from .infer import as_trained, describe_size, loader_config, match_categories
+from .tiles import detect_tiles
 from .video import Frame, Video, is_video, shown_name
 
 FilePath: TypeAlias = str | os.PathLike[str]
@@ -297,8 +298,14 @@ class Model:
         threshold: detections score above this.
     """
 
-    def __init__(self, backend: Backend, data: LoaderConfig, categories: tuple[Category, ...]) -> None:
-        self.backend, self.data, self.categories = backend, data, categories
+    def __init__(
+        self,
+        backend: Backend,
+        data: LoaderConfig,
+        categories: tuple[Category, ...],
+        tiles: TilesConfig | None = None,
+    ) -> None:
+        self.backend, self.data, self.categories, self.tiles = backend, data, categories, tiles
         self.name, self.rotated, self.precision = backend.name, backend.rotated, backend.precision
         self.threshold = backend.thresholds.score_threshold
         self._idle: dict[int, list[Loader]] = {}  # by batch: DALI takes 0.1 s to build what a loader needs
@@ -323,7 +330,7 @@ class Model:
             log=log,
         )
         data = loader_config(as_trained(config, backend, log), backend, log)
-        return cls(backend, data, match_categories(backend, (), log))
+        return cls(backend, data, match_categories(backend, (), log), config.tiles)
 
     @property
     def names(self) -> list[str]:
@@ -332,7 +339,7 @@ class Model:
 
     def __repr__(self) -> str:
         classes = plural(len(self.categories), "class", "classes")
-        return f"<Model {self.name}: {classes}, images {describe_size(self.data)}, {self.precision}>"
+        return f"<Model {self.name}: {classes}, images {describe_size(self.data, self.tiles)}, {self.precision}>"
 
     @overload
     def predict(  # type: ignore[overload-overlap]  # bytes and arrays are iterables too
@@ -489,6 +496,17 @@ class Model:
             loader = create_loader(dataset, dataclasses.replace(self.data, batch=batch))
         else:
             loader.use(dataset)
+        if self.tiles is None:
+            yield from self._detect_whole(loader, images)
+        else:
+            for _, rows in detect_tiles(self.backend, loader, images.values(), self.tiles):
+                yield rows
+        loader.sampler.dataset.images.clear()  # the idle loader keeps no pixels
+        with self._lock:
+            idle.append(loader)
+
+    def _detect_whole(self, loader: Loader, images: dict[int, Image]) -> Iterator[np.ndarray | ImageError]:
+        """As _detect, by a loader of the images as they are."""
         for prepared, (ids, rows) in detect_batches(self.backend, loader):
             for place, number in enumerate(prepared.ids.tolist()):
                 if prepared.damaged is not None and prepared.damaged[place]:
@@ -496,9 +514,6 @@ class Model:
                     continue
                 own = rows[ids == number]
                 yield own[np.argsort(-own[:, 1], kind="stable")]
-        dataset.images.clear()  # the idle loader keeps no pixels
-        with self._lock:
-            idle.append(loader)
 
     def _unreadable(self, image: ImageLike, number: int, error: ImageError, skip: bool) -> Detections:
         """The item of a damaged image.

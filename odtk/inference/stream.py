@@ -62,7 +62,7 @@ def infer_video(config: InferConfig, rank: int = 0, world: int = 1) -> None:
         length = "live" if video.live else plural(video.total, "frame") if video.total else "a file of unknown length"
         device = config.data.device.partition(":")[0]
         log(
-            f"{model.name} on 1 × {device}: {video.name}, {length}, {describe_size(model.data)}, "
+            f"{model.name} on 1 × {device}: {video.name}, {length}, {describe_size(model.data, model.tiles)}, "
             f"precision {model.precision}."
         )
         for path in config.output:
