@@ -35,6 +35,7 @@ class Writer:
     def __init__(self, model: ModelProto) -> None:
         self.graph = model.graph
         self.count = 0
+        self.types = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """Appends a node with one output and returns the name of that output."""
@@ -46,6 +47,10 @@ class Writer:
         names = [name, *(f"{name}.{i}" for i in range(1, outputs))]
         self.graph.node.append(helper.make_node(kind, list(inputs), names, name=name, **attributes))
         return names
+
+    def in_type(self, name: str, kind: int) -> str:
+        """An output of the raw graph in an element type: itself, or behind a Cast if it has another one."""
+        return name if self.types[name] == kind else self.op("Cast", name, to=kind)
 
     def constant(self, value: Any, dtype: type = np.float32) -> str:
         """Appends a constant and returns its name."""
@@ -111,12 +116,13 @@ def decode_level(g: Writer, level: Level, config: ModelConfig, metadata: Metadat
     """
     (logits, boxes, height, width), cells = level.names, level.names[2] * level.names[3]
     coder = BOX_CODERS[config.box_coder]
-    logits, boxes = (g.op("Cast", name, to=TensorProto.FLOAT) for name in (logits, boxes))
+    logits = g.in_type(logits, TensorProto.FLOAT)
     scores = g.op("Sigmoid", logits)  # [N, A·C, h, w]
     keep = g.op("Greater", logits, g.constant(to_logit(metadata.score_threshold)))  # false for NaN
     if coder.has_centerness:
         start, end = g.integers(coder.box_values), g.integers(coder.head_values)
-        centerness = g.op("Sigmoid", g.op("Slice", boxes, start, end, g.integers(1)))
+        centerness = g.op("Slice", boxes, start, end, g.integers(1))  # [N, 1, h, w]
+        centerness = g.op("Sigmoid", g.op("Cast", centerness, to=TensorProto.FLOAT))
         scores = g.op("Sqrt", g.op("Mul", scores, centerness))
         keep = g.op("And", keep, g.op("Greater", scores, g.constant(0.0)))  # false for NaN
     scores = g.op("Where", keep, scores, g.constant(0.0))
@@ -134,6 +140,7 @@ def decode_level(g: Writer, level: Level, config: ModelConfig, metadata: Metadat
     flat = g.op("Reshape", boxes, g.integers(0, -1))  # [N, A·V·h·w]
     numbers = g.op("GatherElements", flat, g.op("Reshape", where, g.integers(0, -1)), axis=1)  # [N, K·box_values]
     numbers = g.op("Reshape", numbers, g.integers(0, -1, coder.box_values))  # [N, K, box_values]
+    numbers = g.op("Cast", numbers, to=TensorProto.FLOAT)  # only now, when they are few
 
     x, y = g.op("Mod", cell, g.integers(width)), g.op("Div", cell, g.integers(width))  # [N, K]
     axis = g.integers(2)
@@ -229,22 +236,27 @@ def suppress(g: Writer, scores: str, boxes: str, classes: str, metadata: Metadat
     return scores, boxes, g.op("GatherElements", classes, order, axis=1)
 
 
+def one_type(g: Writer, names: Sequence[str]) -> list[str]:
+    """The levels' logits, or their boxes, in one type, as OdtkDecode needs them: cast to float16 if they differ."""
+    same = len({g.types[name] for name in names}) == 1
+    return list(names) if same else [g.in_type(name, TensorProto.FLOAT16) for name in names]
+
+
 def append_plugin_postprocess(
     model: ModelProto, levels: Sequence[Level], config: ModelConfig, metadata: Metadata
 ) -> None:
     """Appends decoding and NMS by odtk's TensorRT plugins (csrc/plugins).
 
-    They read the levels in float32 if the precision is fp32, and in float16 otherwise.
+    They read the levels in the type that the head writes, float16 or float32: a cast would write a whole level again.
     """
     g = Writer(model)
-    kind = TensorProto.FLOAT if metadata.precision == "fp32" else TensorProto.FLOAT16
     model.opset_import.append(helper.make_opsetid("odtk", 1))
     plugin = {"domain": "odtk", "plugin_version": "1", "plugin_namespace": ""}
     anchors = g.constant(np.stack([level.anchors[:, :4].numpy() for level in levels]))  # [L, A, 4]
-    heads = [*(level.names[0] for level in levels), *(level.names[1] for level in levels)]
+    heads = [*one_type(g, [level.names[0] for level in levels]), *one_type(g, [level.names[1] for level in levels])]
     candidates = g.ops(
         "OdtkDecode",
-        *(g.op("Cast", head, to=kind) for head in heads),
+        *heads,
         anchors,
         outputs=3,
         strides=[level.stride for level in levels],

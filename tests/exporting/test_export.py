@@ -149,7 +149,8 @@ def test_fp16_is_close_and_keeps_box_arithmetic_in_fp32(detector: Detector, trac
     for node in model.graph.node:
         if node.op_type == "Conv":
             assert types[node.output[0]] == TensorProto.FLOAT16
-        if node.name.startswith("postprocess/") and types.get(node.output[0]) == TensorProto.FLOAT16:
+        moves = node.op_type in ("Reshape", "GatherElements")  # of boxes before they are cast
+        if node.name.startswith("postprocess/") and types.get(node.output[0]) == TensorProto.FLOAT16 and not moves:
             raise AssertionError(f"{node.name} is in half precision")
     with torch.no_grad():
         logits, boxes = detector(images_of(1))
@@ -321,11 +322,7 @@ def test_plugin_postprocessing_has_the_nodes_that_the_plugins_parse(config: Mode
     model = onnx.load_from_string(on_levels(config, PYRAMID, PostprocessConfig(), "plugins"))
     decode, nms = (node for node in model.graph.node if node.domain == "odtk")
     assert decode.op_type == "OdtkDecode" and nms.op_type == "OdtkNms"
-    casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
-    assert [casts[name].input[0] for name in decode.input[:10]] == [
-        f"{kind}_{i}" for kind in ("logits", "boxes") for i in range(5)
-    ]
-    assert {casts[name].attribute[0].i for name in decode.input[:10]} == {TensorProto.FLOAT16}
+    assert list(decode.input[:10]) == [f"{kind}_{i}" for kind in ("logits", "boxes") for i in range(5)]
     anchors = next(t for t in model.graph.initializer if t.name == decode.input[10])
     assert anchors.data_type == TensorProto.FLOAT and list(anchors.dims) == [5, config.num_anchors, 4]
     shared = {"plugin_version": b"1", "plugin_namespace": b""}
@@ -349,6 +346,45 @@ def test_plugin_postprocessing_has_the_nodes_that_the_plugins_parse(config: Mode
         "classes": (TensorProto.INT32, ["batch", 100]),
         "boxes": (TensorProto.FLOAT, ["batch", 100, values]),
     }
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("fp32", TensorProto.FLOAT), ("fp16", TensorProto.FLOAT16)])
+def test_decode_reads_the_type_that_the_head_writes(
+    detector: Detector, traced: onnx.ModelProto, precision: str, kind: int
+) -> None:
+    """A Cast would write a whole level again."""
+    graph = copy.deepcopy(traced)
+    if precision == "fp16":
+        to_fp16(graph)
+    model = onnx.load_from_string(with_postprocess(graph, detector, PostprocessConfig(), "plugins"))
+    decode = next(node for node in model.graph.node if node.op_type == "OdtkDecode")
+    producers = {name: node for node in model.graph.node for name in node.output}
+    types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    assert {producers[name].op_type for name in decode.input[:-1]} == {"Conv"}
+    assert {types[name] for name in decode.input[:-1]} == {kind}
+
+
+def test_levels_of_two_types_are_made_one() -> None:
+    """The plugin takes one type of logits and one of boxes."""
+    model = onnx.load_from_string(on_levels(SMALL, PYRAMID, PostprocessConfig(), "raw"))
+    for output in model.graph.output:
+        half = output.name.startswith("logits") or output.name == "boxes_2"
+        output.type.tensor_type.elem_type = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    content = with_postprocess(model, detector_with_coder(SMALL), PostprocessConfig(), "plugins")
+    nodes = onnx.load_from_string(content).graph.node
+    casts = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Cast"}
+    decode = next(node for node in nodes if node.op_type == "OdtkDecode")
+    assert list(decode.input[:5]) == [f"logits_{i}" for i in range(5)] and decode.input[7] == "boxes_2"
+    assert sorted(casts.values()) == ["boxes_0", "boxes_1", "boxes_3", "boxes_4"]
+    assert {decode.input[i] for i in (5, 6, 8, 9)} == casts.keys()
+
+
+def test_boxes_in_half_precision_are_cast_when_they_are_few(detector: Detector, traced: onnx.ModelProto) -> None:
+    graph = copy.deepcopy(traced)
+    to_fp16(graph)
+    nodes = onnx.load_from_string(with_postprocess(graph, detector, PostprocessConfig())).graph.node
+    cast = {node.input[0] for node in nodes if node.op_type == "Cast"}
+    assert not cast & {f"boxes_{i}" for i in range(5)} and cast >= {f"logits_{i}" for i in range(5)}
 
 
 # The command
