@@ -399,6 +399,8 @@ def test_a_batch_under_quarter_turns_has_one_orientation() -> None:
         assert (plan.width, plan.height) == plan.samples[0].canvas, "no padding"
         seen.add(plan.samples[0].canvas)
         turns |= {sample.quarter_turns for sample in plan.samples}
+        other = Sampler(dataset, replace(settings, batch=2, rank=1, world=2)).plan(number)
+        assert (other.width, other.height) == (plan.width, plan.height), "nor have the ranks others"
     assert seen == {(64, 32), (32, 64)} and turns == {0, 1, 2, 3}
 
 

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 STRONG = AugmentConfig(rotate=True, free_rotate=(-30, 30), brightness=0.2, contrast=0.2, hue=0.1, saturation=0.3)
+SCALED = AugmentConfig(rotate=True, scale=(0.5, 2.0))
 
 
 @pytest.fixture
@@ -44,6 +45,8 @@ def files(tmp_path: Path) -> Dataset:
         {"size": (256, 192)},
         {"training": True, "jitter": (128, 256), "max_size": 320},
         {"training": True, "jitter": (128, 256), "max_size": 320, "augment": STRONG},
+        {"training": True, "jitter": (200, 200), "max_size": 320, "augment": SCALED, "padding": "black"},
+        {"training": True, "jitter": (200, 200), "max_size": 320, "augment": replace(SCALED, free_rotate=(-9, 9))},
     ],
 )
 def test_the_gpu_pipeline_equals_the_torch_loader(files, settings) -> None:
