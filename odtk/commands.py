@@ -285,16 +285,46 @@ def export_config(settings: ExportSettings) -> ExportConfig:
 
 def evaluate(settings: EvaluateSettings) -> Any:
     """Prints the COCO figures of a detections file, and returns them (evaluation.evaluate.Metrics)."""
-    from .evaluation.evaluate import evaluate, print_metrics
-    from .files import write_json
+    from .evaluation.evaluate import metrics_of, print_metrics, run_cocoeval
+    from .files import check_writable, write_json
 
     annotations = measured(settings.annotations)
     assert annotations is not None  # required
-    metrics = evaluate(settings.detections, annotations, images=settings.images, segmentation=settings.segmentation)
+    if settings.report:
+        check_writable(settings.report)
+    evaluation = run_cocoeval(
+        settings.detections, annotations, images=settings.images, segmentation=settings.segmentation
+    )
+    metrics = metrics_of(evaluation)
     print_metrics(metrics)
     if settings.output:
         write_json(metrics.to_dict(), settings.output)
+    if settings.report:
+        write_report(settings, evaluation, annotations)
     return metrics
+
+
+def write_report(settings: EvaluateSettings, evaluation: Any, annotations: str) -> None:
+    """Writes the page of an evaluation; without pictures, and saying so, where the images cannot be read."""
+    from .data.dataset import Dataset
+    from .evaluation.evaluate import RotatedCOCOeval
+    from .evaluation.evaluation_page import evaluation_page
+    from .files import atomic_write
+
+    assert settings.report is not None
+    pictures: Any
+    try:
+        images = images_of(settings.images, annotations)
+        rotated = isinstance(evaluation, RotatedCOCOeval)
+        pictures = {i.id: i for i in Dataset.load(annotations, images, rotated=rotated, skip_damaged=True).images}
+    except OdtkError as error:
+        pictures = f"There are no pictures: {error} --images DIR says where the images are."
+        say(pictures)
+    names = [os.path.basename(os.path.normpath(path)) for path in (settings.detections, annotations)]
+    content = evaluation_page(evaluation, " on ".join(names), pictures, say)
+    with atomic_write(settings.report) as file:
+        file.write(content.encode())
+    say(f"Wrote {settings.report}")
 
 
 def check(settings: CheckSettings) -> bool:

@@ -1140,6 +1140,18 @@ class EvaluateSettings(Settings):
         "overlap of masks; rotated boxes count as polygons", shown="off: of boxes, rotated if they are"
     )
     output: str | None = option(None, "write the figures there too", TEXT, "JSON", shown="none")
+    report: str | None = option(
+        None,
+        "write a page for the browser: intervals, thresholds, confusion, sizes, errors with pictures",
+        TEXT,
+        "HTML",
+        shown="none",
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.report and not self.report.lower().endswith((".html", ".htm")):
+            raise OdtkError(f"--report {self.report}: the name of the page must end in .html.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Which detections are worth showing: the score threshold with the best F1, or the best few of each image.
+"""What scores mean: precision and recall at every threshold, the one with the best F1, and which share is right.
 
 The COCO figures need detections with scores from 0.05 on, nearly all of them wrong. Who looks at pictures, or uses a
 model, wants one threshold.
@@ -18,6 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from ..data.coco import prepare_ground_truth
 from .evaluate import RotatedCOCOeval, check_detections, coco_index, filter_categories
 
+BINS = 10  # of scores from 0 to 1, for the calibration
 MATCH_IOU = 0.5  # a detection is right if it overlaps an object of its category by so much
 BEST_PER_IMAGE = 20  # detections shown of an image for which no threshold is known
 
@@ -33,6 +34,85 @@ class OperatingPoint:
 
     threshold: float
     f1: float
+
+
+@dataclass(frozen=True)
+class ThresholdCurve:
+    """What each threshold gives: n thresholds, the highest first; a detection counts that scores above it.
+
+    Attributes:
+        thresholds: [n], each halfway between two scores that follow each other.
+        precision, recall, f1: [n], 0…1.
+    """
+
+    thresholds: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+
+    @property
+    def best(self) -> int | None:
+        """The threshold with the best F1, the highest of equals; None where no detection is right."""
+        return int(np.argmax(self.f1)) if self.f1.any() else None
+
+
+def threshold_curve(scores: np.ndarray, right: np.ndarray, objects: int) -> ThresholdCurve:
+    """Precision, recall and F1 at each threshold that makes a difference.
+
+    Args:
+        scores: [n] of the detections that count, in any order.
+        right: [n] bool, the detection found an object.
+        objects: number of objects to find.
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, right = scores[order], right[order]
+    last = np.flatnonzero(np.append(scores[1:] < scores[:-1], np.ones(min(len(scores), 1), bool)))  # of equal scores
+    found, counted = np.cumsum(right)[last], last + 1
+    following = np.append(scores[last[:-1] + 1], 0.0)[: len(last)]
+    return ThresholdCurve(
+        thresholds=(scores[last] + following) / 2,
+        precision=found / counted,
+        recall=found / max(objects, 1),
+        f1=2 * found / (counted + objects),  # 2 TP / (TP + FP + TP + FN)
+    )
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """The detections whose scores lie in one interval.
+
+    Attributes:
+        low, high: the interval; the lower end is part of it, and the upper end of the last one.
+        count: how many they are.
+        score: their mean score; NaN if there are none.
+        right: the share of them that found an object; NaN if there are none.
+    """
+
+    low: float
+    high: float
+    count: int
+    score: float
+    right: float
+
+
+def calibration(scores: np.ndarray, right: np.ndarray) -> tuple[list[CalibrationBin], float]:
+    """How far scores are probabilities: BINS bins, and the expected calibration error (NaN without detections).
+
+    That error is the mean over all detections of |share that is right − mean score| of their bin (C. Guo et al., On
+    Calibration of Modern Neural Networks, 2017, arXiv 1706.04599, equation 3).
+
+    Args:
+        scores, right: [n], as threshold_curve; scores 0…1.
+    """
+    place = np.clip((scores * BINS).astype(int), 0, BINS - 1)
+    bins = []
+    for i in range(BINS):
+        own = place == i
+        count = int(own.sum())
+        means = (float(scores[own].mean()), float(right[own].mean())) if count else (np.nan, np.nan)
+        bins.append(CalibrationBin(i / BINS, (i + 1) / BINS, count, *means))
+    error = sum(b.count * abs(b.right - b.score) for b in bins if b.count) / len(scores) if len(scores) else np.nan
+    return bins, error
 
 
 def best_f1(detections: list[dict[str, Any]], truth: dict[str, Any]) -> OperatingPoint | None:
@@ -53,16 +133,9 @@ def best_f1(detections: list[dict[str, Any]], truth: dict[str, Any]) -> Operatin
     truth = prepare_ground_truth(truth)
     detections = filter_categories(detections, truth)
     check_detections(detections, truth)
-    scores, right, objects = match(detections, truth)
-    if not right.any():
-        return None
-    order = np.argsort(-scores, kind="stable")
-    scores, right = scores[order], right[order]
-    f1 = 2 * np.cumsum(right) / (np.arange(1, len(right) + 1) + objects)  # 2 TP / (TP + FP + TP + FN)
-    last = np.append(scores[1:] < scores[:-1], True)  # equal scores are above a threshold together or not at all
-    best = int(np.argmax(np.where(last, f1, -1.0)))
-    following = scores[best + 1] if best + 1 < len(scores) else 0.0
-    return OperatingPoint(float(scores[best] + following) / 2, float(f1[best]))
+    curve = threshold_curve(*match(detections, truth))
+    best = curve.best
+    return None if best is None else OperatingPoint(float(curve.thresholds[best]), float(curve.f1[best]))
 
 
 def match(detections: list[dict[str, Any]], truth: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import os
 import platform
 from collections.abc import Sequence
@@ -23,15 +20,11 @@ from ..inference.drawing import LEGIBLE, annotate, coco_to_shapes
 from ..text import plural, printable
 from .bootstrap import CONFIDENCE, Comparison, Matches
 from .evaluate import Metrics
+from .page import Markup, Section, image_tag, join, page, paragraph, table, text
 
 PICTURES = 6  # images that the HTML page shows
 SHOWN_SCORE = 0.3  # the COCO metrics need detections from 0.05 on, but those would cover the image
 COLUMNS = ("model", "AP", "AP50", "change in points", "ms per image", "MiB")
-# Figures are wider than the text, nearly as wide as the window, so that labels can be read.
-STYLE = """body{font:15px system-ui,sans-serif;margin:2em auto;max-width:64em;color:#222}table{border-collapse:collapse;
-margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{
-text-align:left}figure{margin:1em calc(50% - 48vw)}figure img{width:49%}.bad{color:#b00020}.good{color:#0a7a2f}
-.unsure{color:#8a5a00}"""
 
 
 @dataclass(frozen=True)
@@ -195,44 +188,29 @@ def html_page(verdict: Verdict, path: str, images: Sequence[Image]) -> str:
     """
     names = [run.name for run in verdict.runs]
     tone = "unsure" if verdict.comparison.verdict == "cannot tell" else "good" if verdict.passed else "bad"
-    sentence = summarize(names[-1], verdict.comparison)
-    parts = [
-        f"<p class={tone}><b>{html.escape(sentence)}</b></p>",
-        html_table(COLUMNS, run_rows(verdict)),
-        "<h2>AP per class</h2>",
-        html_table(("class", *names), class_rows(verdict)),
+    opening = [Markup(f"<p class={tone}><b>{text(summarize(names[-1], verdict.comparison))}</b></p>")]
+    sections = [
+        Section("models", "Models", table(COLUMNS, run_rows(verdict))),
+        Section("classes", "AP per class", table(("class", *names), class_rows(verdict))),
     ]
     if verdict.layer_costs:
         kept = set(verdict.fp16_layers)
         costs = verdict.layer_costs.items()
         rows = [[name, f"{value:.2f}", "FP16" if name in kept else "INT8"] for name, value in costs]
-        parts += [
-            "<h2>What each layer costs in INT8</h2><p>How much the detections of a few images change, in scores and "
-            "boxes, when only this layer is quantized: 0 % is no change, 100 % that no detection is left.</p>",
-            html_table(("layer", "%", "written as"), rows),
-        ]
-    parts.append(
-        f"<h2>{html.escape(names[0])} (left) and {html.escape(names[-1])} (right)</h2>"
-        f"<p>The images on which the two differ most, with the boxes that score {SHOWN_SCORE} or more.</p>"
-    )
-    parts += html_figures(verdict.runs[0], verdict.runs[-1], images)
-    title = html.escape(os.path.basename(path))
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-        f"<h1>{title}</h1>" + "\n".join(parts) + "</html>\n"
-    )
+        meaning = paragraph(
+            "How much the detections of a few images change, in scores and boxes, when only this layer is quantized: "
+            "0 % is no change, 100 % that no detection is left."
+        )
+        body = join([meaning, table(("layer", "%", "written as"), rows)])
+        sections.append(Section("layers", "What each layer costs in INT8", body))
+    figures = html_figures(verdict.runs[0], verdict.runs[-1], images)
+    shown = paragraph(f"The images on which the two differ most, with the boxes that score {SHOWN_SCORE} or more.")
+    heading = f"{names[0]} (left) and {names[-1]} (right)"
+    sections.append(Section("pictures", heading, join([shown, *figures])))
+    return page(os.path.basename(path), opening, sections)
 
 
-def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text, which is escaped."""
-
-    def html_row(values: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
-
-    return "<table>" + html_row(columns, "th") + "".join(html_row(values, "td") for values in rows) + "</table>"
-
-
-def html_figures(reference: Run, run: Run, images: Sequence[Image]) -> list[str]:
+def html_figures(reference: Run, run: Run, images: Sequence[Image]) -> list[Markup]:
     """A figure for each image whose detections differ most between two runs: one picture per run, side by side.
 
     At most PICTURES of them. An image that cannot be decoded is left out: the loader has reported it.
@@ -246,12 +224,12 @@ def html_figures(reference: Run, run: Run, images: Sequence[Image]) -> list[str]
         except ImageError:
             continue
         shapes = [coco_to_shapes(shown_detections(side, image.id)) for side in (reference, run)]
-        sources = [data_url(annotate(pixels, of, min_side=LEGIBLE)) for of in shapes]
-        figures.append(
-            "<figure>"
-            + " ".join(f'<img alt="" src="{source}">' for source in sources)
-            + f"<figcaption>{html.escape(os.path.basename(image.path))}</figcaption></figure>"
-        )
+        name = os.path.basename(image.path)
+        pair = [
+            image_tag(annotate(pixels, of, min_side=LEGIBLE), f"{name}: detections of {side.name}")
+            for of, side in zip(shapes, (reference, run), strict=True)
+        ]
+        figures.append(Markup(f'<figure class="pair">{join(pair)}<figcaption>{text(name)}</figcaption></figure>'))
     return figures
 
 
@@ -266,10 +244,3 @@ def score_sums(results: Sequence[dict[str, Any]]) -> dict[int, float]:
 def shown_detections(run: Run, image_id: int) -> list[dict[str, Any]]:
     """The detections of one image that its picture shows."""
     return [r for r in run.results if r["image_id"] == image_id and r["score"] >= SHOWN_SCORE]
-
-
-def data_url(picture: PILImage.Image) -> str:
-    """A picture as a JPEG inside the page."""
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

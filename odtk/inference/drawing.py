@@ -20,6 +20,7 @@ LEGIBLE = 400  # pixels of the shorter side from which the labels of many boxes 
 MIN_FONT, MAX_FONT = 10, 40  # pixels
 MAX_LONG_SIDE = 32000  # pixels: two pictures fit side by side into a JPEG, which holds 65500
 RED = (255, 0, 0)  # of something that is wrong
+GREEN = (0, 200, 83)  # of what should have been found
 PLASMA = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]])  # low to high values
 
 Color = tuple[int, int, int]  # red, green, blue, 0 to 255
@@ -81,7 +82,9 @@ def category_color(category: int) -> Color:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def annotate(image: PILImage.Image, shapes: Sequence[Shape], *, min_side: int = 0) -> PILImage.Image:
+def annotate(
+    image: PILImage.Image, shapes: Sequence[Shape], *, min_side: int = 0, max_side: int = MAX_LONG_SIDE
+) -> PILImage.Image:
     """A copy of an RGB image with shapes and their labels drawn on it; the last shape is on top.
 
     A label lies where it covers least of the other shapes. Where every place would cover another label, it is left out.
@@ -89,9 +92,10 @@ def annotate(image: PILImage.Image, shapes: Sequence[Shape], *, min_side: int = 
     Args:
         shapes: their outlines are in pixels of ``image``.
         min_side: the copy is enlarged by a whole number until its shorter side has so many pixels; 0: it keeps the
-            size of the image, unless its longer side would exceed MAX_LONG_SIDE.
+            size of the image.
+        max_side: its longer side has at most so many pixels.
     """
-    factor = min(max(1, math.ceil(min_side / min(image.size))), MAX_LONG_SIDE / max(image.size))
+    factor = min(max(1, math.ceil(min_side / min(image.size))), max_side / max(image.size))
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     picture = image.copy() if size == image.size else image.resize(size, PILImage.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)

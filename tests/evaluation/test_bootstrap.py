@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from odtk.evaluation.bootstrap import Comparison, Matches, average_precision, compare, matches_of
+from odtk.evaluation.bootstrap import Comparison, Matches, average_precision, compare, interval, matches_of, resamples
 from odtk.evaluation.evaluate import run_cocoeval
 
 IMAGES = 12
@@ -159,3 +159,30 @@ def test_a_handful_of_images_tells_nothing() -> None:
     same = matches(truth, detections(truth, 1, 2.0))
     found = compare(same, same, 0.3)
     assert found.verdict == "cannot tell" and found.passed and found.images_needed is None
+
+
+def test_an_interval_is_as_wide_as_ap_on_other_sets_differs() -> None:
+    """One model on 24 sets of one kind: the spread of AP is what one set's interval says. Few images have none."""
+    values, widths = [], []
+    for seed in range(24):
+        truth = dataset(seed, 20)
+        found = interval(average_precision(matches(truth, detections(truth, seed, 2.0)), resamples(20)))
+        assert found.low <= found.value <= found.high
+        values.append(found.value)
+        widths.append(found.high - found.low)
+    assert 0.5 < np.mean(widths) / (2 * 1.96 * np.std(values)) < 1.6
+    few = interval(average_precision(matches(dataset(0, 4), []), resamples(4)))
+    assert few.value == 0 and np.isnan([few.low, few.high]).all()
+
+
+@pytest.mark.parametrize(("area", "stat"), [(1, 3), (2, 4), (3, 5)])
+def test_each_object_size_has_pycocotools_ap(area: int, stat: int) -> None:
+    truth = dataset(3)
+    for entry in truth["annotations"]:
+        scale = (0.5, 1, 3)[entry["id"] % 3]
+        entry["bbox"] = [scale * v for v in entry["bbox"]]
+        entry["area"] = entry["bbox"][2] * entry["bbox"][3]
+    evaluation = run_cocoeval(detections(truth, 3, 1.0), truth)
+    assert evaluation.stats[stat] > 0.05
+    ap = average_precision(matches_of(evaluation, area), np.ones((1, IMAGES), int))
+    assert ap[0] == pytest.approx(evaluation.stats[stat], abs=1e-12)

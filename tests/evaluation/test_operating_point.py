@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from odtk.evaluation.operating_point import BEST_PER_IMAGE, best_f1, choose
+from odtk.evaluation.operating_point import BEST_PER_IMAGE, best_f1, calibration, choose, threshold_curve
 
 
 def truth_of(boxes: list[tuple[int, int, list[float]]], **more: Any) -> dict[str, Any]:
@@ -95,3 +95,30 @@ def test_what_is_drawn_and_how_it_is_said() -> None:
         assert words == "the best 20 detections of each image"
     other = found(1, 99, A, 0.99)  # of a category that only the model knows: it is drawn, but does not count
     assert choose([other, *detections], truth, None)[0] == [other, detections[0]]
+
+
+def test_every_threshold_has_its_precision_and_recall() -> None:
+    """Against counting anew at each threshold; equal scores are above it together."""
+    draw = np.random.default_rng(3)
+    scores = draw.integers(1, 20, 60) / 20
+    right = draw.random(60) < scores
+    curve = threshold_curve(scores, right, 70)
+    assert len(curve.thresholds) == len(set(scores.tolist())) and (np.diff(curve.thresholds) < 0).all()
+    for i, threshold in enumerate(curve.thresholds):
+        above = scores > threshold
+        precision, recall = right[above].mean(), right[above].sum() / 70
+        assert (curve.precision[i], curve.recall[i]) == pytest.approx((precision, recall))
+        assert curve.f1[i] == pytest.approx(2 * precision * recall / (precision + recall) if precision else 0)
+    nothing = threshold_curve(np.zeros(0), np.zeros(0, bool), 5)
+    assert len(nothing.thresholds) == 0 and nothing.best is None
+
+
+def test_scores_that_are_probabilities_are_calibrated() -> None:
+    draw = np.random.default_rng(4)
+    scores = draw.random(20000)
+    bins, error = calibration(scores, draw.random(20000) < scores)
+    assert error < 0.02 and sum(b.count for b in bins) == 20000
+    assert all(abs(b.score - (b.low + b.high) / 2) < 0.01 for b in bins)
+    bins, error = calibration(np.array([0.95, 1.0, 0.15]), np.array([True, False, False]))
+    assert (bins[9].count, bins[9].right, bins[1].right, bins[5].count) == (2, 0.5, 0.0, 0)
+    assert error == pytest.approx((2 * (0.975 - 0.5) + 0.15) / 3)

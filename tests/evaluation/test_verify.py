@@ -110,7 +110,7 @@ def test_int8_is_verified_and_reported(job, capsys: pytest.CaptureFixture[str]) 
     assert costs == sorted(costs, reverse=True) and 0 < costs[0] < 100
     page = Path(config.output + ".verify.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 2 * PICTURES
-    assert "cat &amp; co" in page and "http" not in page
+    assert "cat &amp; co" in page and "http:" not in page and "https:" not in page
     out = capsys.readouterr().out
     assert "Most costly layers in INT8" in out and "within the 100 that it may lose" in out
 
