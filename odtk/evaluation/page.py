@@ -55,7 +55,8 @@ svg .grid{stroke:var(--line);stroke-width:1}svg polyline{fill:none;stroke-width:
 details{border:1px solid var(--line);border-radius:5px;padding:.3em .8em;margin:.5em 0;background:var(--panel)}
 summary{cursor:pointer;padding:.2em 0}.big{font-size:1.15em}
 .good{color:var(--good)}.bad{color:var(--bad)}.unsure{color:var(--unsure)}
-@media(max-width:600px){td,th{padding:.22em .5em}td.bars{min-width:5em}svg text{font-size:19px}svg polyline{stroke-width:3}.key svg polyline{stroke-width:2}}
+@media(max-width:600px){td,th{padding:.22em .5em}td.bars{min-width:5em}
+svg text{font-size:19px}svg polyline{stroke-width:3}.key svg polyline{stroke-width:2}}
 """
 
 
