@@ -65,6 +65,8 @@ def sample(name: str, one: Option, default: Any) -> Any:
     """A good value of an option that is not its default."""
     if name == "output" and one.positional:
         return "other.plan"
+    if name == "report":
+        return "other.html"
     if one.check is SWITCH:
         return True
     if one.choices is not None:
