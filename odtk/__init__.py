@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.3.0"
 
 if TYPE_CHECKING:
-    from .api import benchmark, check, convert, evaluate, export, infer, info, load, synth, train, visualize
+    from .api import benchmark, check, convert, evaluate, export, infer, info, load, plan, synth, train, visualize
     from .config import OdtkError
     from .inference.predict import Detections, Model
 
 _HOMES = {
     "load": "api",
     "train": "api",
+    "plan": "api",
     "infer": "api",
     "export": "api",
     "evaluate": "api",
@@ -44,6 +45,7 @@ __all__ = [
     "infer",
     "info",
     "load",
+    "plan",
     "synth",
     "train",
     "visualize",

@@ -24,6 +24,7 @@ from .settings import (
     ExportSettings,
     InferSettings,
     InfoSettings,
+    PlanSettings,
     SynthSettings,
     TrainSettings,
     VisualizeSettings,
@@ -103,6 +104,16 @@ def train(model: Path | None = None, /, **settings: Any) -> str:
     """
     with commands.explaining():
         return commands.train(TrainSettings.of(named(settings, model=model)))
+
+
+def plan(annotations: Path | None = None, /, **settings: Any) -> dict[str, Any]:
+    """`odtk plan`: prints what `odtk.train` would decide for a dataset on this machine, and returns its settings.
+
+    Args:
+        settings: settings.PlanSettings by name, which are those of `train`; ``output`` names a file for --settings.
+    """
+    with commands.explaining():
+        return commands.plan(PlanSettings.of(named(settings, annotations=annotations)))
 
 
 def infer(model: Path | None = None, /, **settings: Any) -> list[dict[str, Any]] | None:

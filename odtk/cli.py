@@ -27,6 +27,7 @@ from .settings import (
     InferSettings,
     InfoSettings,
     Option,
+    PlanSettings,
     Settings,
     SynthSettings,
     TrainSettings,
@@ -39,6 +40,7 @@ from .text import printable
 SPAWNING = ("train", "infer", "benchmark")  # commands of several processes, which meet at --master
 COMMANDS: dict[str, tuple[type[Settings], Callable[..., Any], str]] = {
     "train": (TrainSettings, commands.train, "train a detector, or resume its training"),
+    "plan": (PlanSettings, commands.plan, "what train would decide for a dataset on this machine, and why"),
     "infer": (InferSettings, commands.infer, "detect objects in images"),
     "export": (ExportSettings, commands.export, "write a model as ONNX or as a TensorRT engine"),
     "evaluate": (EvaluateSettings, commands.evaluate, "COCO figures of a file of detections"),

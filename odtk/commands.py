@@ -30,6 +30,7 @@ from .settings import (
     ExportSettings,
     InferSettings,
     InfoSettings,
+    PlanSettings,
     SynthSettings,
     TrainSettings,
     VisualizeSettings,
@@ -111,13 +112,39 @@ def need_file(path: str, what: str) -> None:
 def train(settings: TrainSettings, master: str | None = None) -> str:
     """Trains, or resumes, and returns the path of the checkpoint."""
     from . import launch
-    from .training.plan import plan
+    from .training.plan import this_machine
     from .training.run import continued
-    from .training.train import train
+    from .training.start import Task, begin
 
-    config = plan(continued(settings), launch.world_size(settings.devices))
-    launch.launch(functools.partial(explained, train), config, devices=settings.devices, master=master)
-    return config.path
+    settings, earlier = continued(settings)
+    machine = this_machine(settings, launch.world_size(settings.devices))
+    launch.share(settings.batch or machine.processes, machine.processes)  # refused before any process starts
+    task = Task(settings, machine, earlier)
+    launch.launch(functools.partial(explained, begin), task, devices=settings.devices, master=master)
+    return settings.model
+
+
+def plan(settings: PlanSettings) -> dict[str, Any]:
+    """Prints what `odtk train` would decide, and returns the settings of that run by name."""
+    import dataclasses
+
+    from . import launch
+    from .files import atomic_write
+    from .training.plan import plan, this_machine
+
+    given = {name: getattr(settings, name) for name in settings.given() if name != "output"}
+    asked = TrainSettings.layered({"model": settings.model}, given)
+    made = plan(asked, this_machine(asked, launch.world_size(asked.devices)))
+    for line in made.lines():
+        say(line)
+    if not made.decisions:
+        recipe = f"--head {asked.head} keeps its own recipe: leave the flag out for a plan by the data."
+        say("Every setting is given: nothing is left to decide." if asked.head == "dense" else recipe)
+    if settings.output:
+        with atomic_write(settings.output) as file:
+            file.write(made.to_yaml().encode())
+        say(f"Wrote {settings.output}. Next: odtk train {settings.model} --settings {settings.output}")
+    return dataclasses.asdict(made.config_settings())
 
 
 def infer(settings: InferSettings, master: str | None = None) -> list[dict[str, Any]] | None:

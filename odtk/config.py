@@ -209,6 +209,8 @@ class TrainConfig:
     momentum: float = 0.9
     precision: str = "mixed"  # mixed (fp16 on CUDA, bf16 on CPU), fp16, bf16, fp32
     val_iters: int = 8000
+    held_out: tuple[int, ...] = ()  # ids of the images of ``data`` that are validated on instead of trained on
+    patience: int = 0  # evaluations without a better AP after which the run ends; 0: never
     save_seconds: float = 600.0  # a run is also saved when this has passed since the last time
     fine_tune: str | None = None
     backbone_weights: str | None = None  # path, "none", or None: torchvision's ImageNet weights by URL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -53,6 +54,13 @@ class CpuGroup:
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, on every rank; anything that can be pickled."""
+        values = [make() if self.group is None or dist.get_rank() == 0 else None]
+        if self.group is not None:
+            dist.broadcast_object_list(values, 0, group=self.group)
+        return values[0]
 
     def barrier(self) -> None:
         """Waits until all ranks have called this."""

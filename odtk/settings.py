@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -42,6 +43,7 @@ ADAMW_DECAY = 0.05
 DENSE_EMA = 0.99
 DENSE_SCALE = (0.75, 4 / 3)
 DENSE_COLOR = {"brightness": 0.1, "contrast": 0.1, "hue": 0.01, "saturation": 0.1}
+PLANNED = "from the data, see `odtk plan`"  # the default of what training/rules.py decides
 FORMATS = "COCO JSON, YOLO's data.yaml, or a folder of one of them or of Pascal VOC; :SPLIT names a split"
 RESNET_OPTIONS = {  # of --resnet → fields of ModelConfig
     "caffe-stride": "caffe_stride",
@@ -93,6 +95,14 @@ def _devices(value: Any) -> bool:
     return value.isdecimal() and int(value) > 0
 
 
+def seconds_of(time: str) -> float:
+    """Seconds of a time such as 8m, 1.5h or 1h30m10s; 0 if it is none."""
+    found = re.fullmatch(r"(?:([0-9.]+)h)?(?:([0-9.]+)m)?(?:([0-9.]+)s)?", time)
+    if found is None:
+        return 0.0
+    return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+
+
 TEXT = Check(_text, bool, "a text")
 POSITIVE_INT = Check(int, lambda v: v > 0, "a positive whole number")
 COUNT = Check(int, lambda v: v >= 0, "a whole number, 0 or more")
@@ -100,7 +110,9 @@ SEED = Check(int, lambda v: 0 <= v < 2**64, "a whole number from 0 to 2^64 - 1")
 POSITIVE = Check(float, lambda v: 0 < v < math.inf, "a positive number")
 NUMBER = Check(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
 ANGLE = Check(float, math.isfinite, "a number of degrees")
+SHARE = Check(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 FRACTION = Check(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+DURATION = Check(_text, lambda v: seconds_of(v) > 0, "a time such as 8m, 1h30m or 90s")
 DEVICES = Check(str, _devices, "a number of GPUs, cpu or cpu:N")
 SWITCH = Check(bool, lambda v: True, "true or false")
 
@@ -504,7 +516,8 @@ VARIANTS: dict[str, dict[str, Any]] = {  # of --variant; their sizes and times a
         ("large", "ResNet50FPN", 7, 256, 2, 800, 1333),
     )
 }
-LENGTH = ("iters", "epochs", "milestones", "warmup", "val_iters")  # what one word on the length of a run decides
+# What one word on the length of a run decides.
+LENGTH = ("iters", "epochs", "time", "milestones", "warmup", "val_iters")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,7 +529,10 @@ class TrainSettings(_Devices, _Loader, _Anchors):
     """`odtk train`, and what a checkpoint keeps of a run."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
-    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"iters": LENGTH, "epochs": LENGTH, "resize": ("jitter",)}
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("iters", "epochs", "time"), LENGTH),
+        "resize": ("jitter",),
+    }
 
     model: str = _model("pth", "checkpoint to write; training resumes from it if it exists")
 
@@ -557,6 +573,23 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         shown="a fifth of --iters, 8000 at most",
         section="data",
         changes_result=False,
+    )
+    val_share: float | None = option(
+        None,
+        "without --val-annotations, the share of the images that is set aside to validate on: near-duplicates stay "
+        "together, every class stays in training",
+        SHARE,
+        "SHARE",
+        shown=f"{PLANNED}; 0, none, for other heads",
+        section="data",
+    )
+    patience: int | None = option(
+        None,
+        "end the run after so many evaluations without a better AP, 0 for never",
+        COUNT,
+        "N",
+        shown=f"{PLANNED}; 0 for other heads",
+        section="schedule",
     )
     skip_damaged: bool = switch(
         "leave damaged images out", shown="off: damaged images are refused before the run", section="data"
@@ -721,6 +754,16 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         shown="sgd; adamw for --head dense",
         section="schedule",
     )
+    time: str | None = option(
+        None,
+        "how long the run may take, instead of --iters, such as 8m or 1h30m; counted in iterations once, by 20 trial "
+        "steps",
+        DURATION,
+        "TIME",
+        shown="none",
+        section="schedule",
+        changes_result=False,
+    )
     lr_schedule: str | None = option(
         None,
         "how the learning rate falls: by --gamma at --milestones, or along a cosine in the second half",
@@ -801,6 +844,13 @@ class TrainSettings(_Devices, _Loader, _Anchors):
     )
     seed: int = option(TrainConfig.seed, "of everything that is drawn at random", SEED, "N", section="schedule")
 
+    augment_flip: float = option(
+        AugmentConfig.flip,
+        "probability of a mirror image, left for right",
+        FRACTION,
+        "PROBABILITY",
+        section="augmentation",
+    )
     augment_rotate: bool = switch("turn by multiples of 90 degrees", section="augmentation")
     augment_crop: float | None = option(
         None,
@@ -856,8 +906,9 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             raise OdtkError("--absolute-angle requires --rotated-bbox.")
         if self.dcn_v1 and not self.dcn:
             raise OdtkError("--dcn-v1 requires deformable convolution: name its stages with --dcn, for example 3 4 5.")
-        if self.iters is not None and self.epochs is not None:
-            raise OdtkError("--iters and --epochs both give the length: keep one.")
+        lengths = [flag(name) for name in ("iters", "epochs", "time") if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            raise OdtkError(f"{lengths[0]} and {lengths[1]} both give the length: keep one.")
         if self.jitter is not None:
             rising("--jitter", self.jitter)
         rising("--augment-free-rotate", self.augment_free_rotate)
@@ -898,6 +949,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             "iters": iters,
             "classes": classes,
             "epochs": None,
+            "time": None,
             "jitter": (max(1, round(self.resize * low)), max(1, round(self.resize * high))),
             "norm": "frozen" if self.pretrained else "batch",
             "milestones": tuple(sorted({max(1, round(iters * m / ODTK_ITERS)) for m in ODTK_MILESTONES}))
@@ -913,11 +965,25 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             "augment_crop": 0.0 if dense else AugmentConfig.crop,
             "augment_scale": factors,
             **{f"augment_{n}": value if dense else getattr(AugmentConfig, n) for n, value in DENSE_COLOR.items()},
+            "val_share": 0.0,
+            "patience": 0,
             "precision": "fp32" if self.full_precision else "mixed",
             **shape,
         }
-        kept = ("batch", "iters", "classes", "epochs")
+        kept = ("batch", "iters", "classes", "epochs", "time")
         return dataclasses.replace(self, **{k: v for k, v in follows.items() if k in kept or getattr(self, k) is None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(TrainSettings):
+    """`odtk plan`: those of `odtk train`."""
+
+    model: str = option(
+        "model.pth", "checkpoint that train would write", TEXT, "MODEL.pth", positional=True, changes_result=False
+    )
+    output: str | None = option(
+        None, "write the settings there, for train --settings", TEXT, "YAML", shown="none", changes_result=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

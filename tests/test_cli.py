@@ -22,7 +22,9 @@ from odtk.commands import export_config, infer_config
 from odtk.config import ModelConfig, OdtkError, TrainConfig
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
+from odtk.settings import TrainSettings
 from odtk.training.plan import plan
+from odtk.training.rules import Machine
 
 torch.set_num_threads(1)
 COMMANDS = ("train", "infer", "export", "evaluate", "check", "benchmark", "info", "visualize", "synth")
@@ -41,8 +43,11 @@ def train_args(folder: Path, *more: str, model: str = "m.pth") -> list[str]:
 
 
 def configured(folder: Path, *more: str, world: int = 1) -> TrainConfig:
-    """The settings that these flags of `odtk train` make."""
-    return plan(settings_of(build_parser().parse_args(train_args(folder, *more))), world)  # type: ignore[arg-type]
+    """The settings that these flags of `odtk train` make, for the head of NVIDIA's ODTK unless another is named."""
+    head = [] if "--head" in more else ["--head", "retinanet"]
+    settings = settings_of(build_parser().parse_args(train_args(folder, *head, *more)))
+    assert isinstance(settings, TrainSettings)
+    return plan(settings, Machine("cpu", world, cores=1, memory=8 << 30)).config
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
@@ -316,7 +321,8 @@ def tiny_model(path: Path) -> Path:
 
 def short_training(folder: Path, model: Path) -> list[str]:
     """A training run of one iteration on the CPU."""
-    flags = ["--backbone", "ResNet18FPN", "--backbone-weights", "none", "--iters", "1", "--batch", "1"]
+    flags = ["--head", "retinanet", "--backbone", "ResNet18FPN", "--backbone-weights", "none", "--iters", "1"]
+    flags += ["--batch", "1"]
     flags += ["--resize", "64", "--jitter", "64", "64", "--loader", "torch", "--devices", "cpu"]
     return train_args(folder, *flags, model=str(model))
 

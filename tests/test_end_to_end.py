@@ -112,7 +112,7 @@ def test_train_export_infer(flags: list[str], drawn: Path, tmp_path: Path) -> No
         data / "train.json",
         "--images",
         data / "train",
-        *flags,
+        *(flags if "--head" in flags else ["--head", "retinanet", *flags]),
         "--backbone-weights",
         "none",
         "--iters",

@@ -16,8 +16,10 @@ from odtk.model.sizes import count_parameters
 from odtk.settings import (
     ANGLE,
     DEVICES,
+    DURATION,
     FRACTION,
     PRESETS,
+    SHARE,
     SWITCH,
     TEXT,
     VARIANTS,
@@ -28,12 +30,14 @@ from odtk.settings import (
     TrainSettings,
     flag,
     options,
+    seconds_of,
 )
 from odtk.training.plan import train_config
 
 EVERY = [(command, name) for command, (cls, _, _) in COMMANDS.items() for name in options(cls)]
 REQUIRED: dict[str, dict[str, Any]] = {
     "train": {"model": "m.pth", "annotations": "a.json"},
+    "plan": {"annotations": "a.json"},
     "infer": {"model": "m.pth"},
     "export": {"model": "m.pth", "output": "m.onnx"},
     "evaluate": {"detections": "d.json", "annotations": "a.json"},
@@ -75,7 +79,9 @@ def sample(name: str, one: Option, default: Any) -> Any:
         single = "other"
     elif one.check is DEVICES:
         single = "cpu"
-    elif one.check is FRACTION:
+    elif one.check is DURATION:
+        single = "8m"
+    elif one.check in (FRACTION, SHARE):
         single = 0.25
     elif one.check is ANGLE:
         single = -3.5
@@ -248,7 +254,12 @@ def test_what_follows_from_other_settings() -> None:
         ({"learning_rate": 1}, "There is no setting 'learning_rate'"),
         ({"mile_stones": [1]}, "did you mean 'milestones'?"),
         ({"max-sise": 3}, "There is no setting 'max-sise': did you mean 'max_size'?"),
-        ({"iters": 5, "epochs": 2}, "--iters and --epochs"),
+        ({"iters": 5, "epochs": 2}, "--iters and --epochs both give the length"),
+        ({"epochs": 2, "time": "8m"}, "--epochs and --time both give the length"),
+        ({"time": "8 minutes"}, "--time: '8 minutes' is not a time such as 8m, 1h30m or 90s"),
+        ({"time": "1.2.3m"}, "is not a time"),
+        ({"time": "0s"}, "is not a time"),
+        ({"val_share": 1}, "--val-share: 1 is not a number from 0 to below 1"),
         ({"milestones": [5], "lr_schedule": "flat-cosine"}, "--milestones and --lr-schedule flat-cosine both"),
         ({"lr": float("nan")}, "is not a positive number"),
         ({"augment_scale": [0, 1]}, "--augment-scale: 0 is not a positive number"),
@@ -339,3 +350,8 @@ def test_given_are_those_that_were_named_even_with_their_default() -> None:
     found = TrainSettings.of({"model": "m", "annotations": "a", "resize": 800})
     assert set(found.given()) == {"model", "annotations", "resize"}
     assert set(TrainSettings(model="m", annotations="a", iters=5).given()) == {"model", "annotations", "iters"}
+
+
+def test_times_are_read() -> None:
+    assert [seconds_of(t) for t in ("8m", "1.5h", "1h30m10s", "90s")] == [480, 5400, 5410, 90]
+    assert [seconds_of(t) for t in ("", "m", "8", "8 m", "-8m", "8m1h")] == [0] * 6

@@ -23,5 +23,10 @@ def test_the_example_file_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     odtk.synth("data", images=10, size=64, classes=2)  # as the page says
     assert main(["train", "--settings", "train.yaml", "--devices", "cpu"]) == 0
     kept = torch.load("model.pth", weights_only=True)["settings"]
-    assert kept["epochs"] is None and kept["iters"] == math.ceil(2 * 8 / 2) and kept["lr"] == 0.01 * 2 / 16
-    assert kept["jitter"] == [51, 82] and kept["val_iters"] == 1 and Path("model.best.pth").is_file()
+    assert kept["epochs"] is None and kept["iters"] == math.ceil(2 * 8 / 2) and kept["lr"] == 0.001 * math.sqrt(2 / 8)
+    assert (
+        kept["jitter"] == [64, 64]
+        and kept["planned"]["head"]
+        and kept["val_iters"] == 1
+        and Path("model.best.pth").is_file()
+    )

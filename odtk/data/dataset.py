@@ -7,7 +7,7 @@ stated image sizes, so its images are turned by their EXIF orientation, as every
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -82,6 +82,11 @@ class Dataset:
         if damaged and not dataset.images:
             raise OdtkError(f"No image is left: {list_damaged(damaged)}.")
         return dataset
+
+    def part(self, ids: Collection[int], *, rest: bool = False) -> Dataset:
+        """The images with these ids, or the rest without them."""
+        chosen = set(ids)
+        return replace(self, images=[image for image in self.images if (image.id in chosen) != rest])
 
     def warnings(self) -> list[str]:
         """One sentence for each kind of fixed fault, with their number and the first of them; damaged images, which

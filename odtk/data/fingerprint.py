@@ -29,16 +29,17 @@ from ..config import OdtkError
 from ..files import atomic_write, cache_folder
 from ..text import plural
 from .dataset import Dataset
-from .images import ImageError, decode
+from .images import ImageError
 from .records import Image
 
-VERSION = 1  # of the fields: a cached fingerprint of another version is made anew
+VERSION = 2  # of the fields: a cached fingerprint of another version is made anew
 PERCENTILES = (1, 10, 50, 90, 99)
 MAX_DECODED = 2000  # images that are looked at for color and duplicates: of larger sets a seeded sample
 HASH_DISTANCE = 3
 BIT_COUNTS = np.array([bin(byte).count("1") for byte in range(256)])
 CROWDED_IOU = 0.3  # boxes of one class that overlap by more are crowded: NMS may take one for the other
 MIN_GRAY_SHARE = 0.95  # of images that are gray for the set to count as gray
+MIN_WHOLE = 20  # boxes inside their image that a class needs for a statement about their shape
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,20 @@ class Fingerprint:
 
     Attributes:
         images, empty: number of images, and of those without a box.
-        width, height: their percentiles PERCENTILES, px.
+        width, height, shorter, longer: percentiles PERCENTILES of the images' sides, px.
         boxes: number of boxes.
         side: percentiles of √(width · height) of boxes, px.
         relative_side: the same divided by the shorter side of its image.
         aspect: percentiles of width / height of boxes.
         per_image: percentiles of the number of boxes in an image that has any.
         classes: (id, name, boxes, images with one) of each category, in the order of the class indices.
+        lean: the largest |median of ln(width / height)| of a class; 0 where objects lie as often as they stand.
+        depth: the largest |correlation| of a class between the size of its boxes and how far down they are: in pictures
+            of a scene, what is nearer is larger and lower.
+        drop: the mean height of the boxes' centers in the image, from −0.5 (all at the top) to 0.5 (at the bottom).
+        light: how much brighter the images' upper halves are than the lower ones, in mean gray levels of 255.
+        whole: boxes that touch no border of their image; lean, depth and drop are of these, lean and depth of classes
+            with MIN_WHOLE of them.
         gray: share of the images looked at that have no color.
         crowded: share of boxes that another box of their class overlaps by more than CROWDED_IOU.
         decoded: images looked at for color and duplicates.
@@ -65,12 +73,19 @@ class Fingerprint:
     empty: int
     width: tuple[float, ...]
     height: tuple[float, ...]
+    shorter: tuple[float, ...]
+    longer: tuple[float, ...]
     boxes: int
     side: tuple[float, ...]
     relative_side: tuple[float, ...]
     aspect: tuple[float, ...]
     per_image: tuple[float, ...]
     classes: tuple[tuple[int, str, int, int], ...]
+    lean: float
+    depth: float
+    drop: float
+    light: float
+    whole: int
     gray: float
     crowded: float
     decoded: int
@@ -82,6 +97,10 @@ class Fingerprint:
     def distinct_images(self) -> int:
         """Images that are not near-duplicates of another, estimated from those looked at."""
         return round(self.images * (1 - self.copies / self.decoded)) if self.decoded else self.images
+
+    @property
+    def is_gray(self) -> bool:
+        return self.gray >= MIN_GRAY_SHARE
 
     @property
     def imbalance(self) -> float:
@@ -105,7 +124,7 @@ class Fingerprint:
                 f"{plural(len(self.classes), 'class', 'classes')}, the most frequent with "
                 f"{self.imbalance:.0f} times the boxes of the rarest",
             ]
-        kind = "gray" if self.gray >= MIN_GRAY_SHARE else "color" if self.gray <= 1 - MIN_GRAY_SHARE else "mixed"
+        kind = "gray" if self.is_gray else "color" if self.gray <= 1 - MIN_GRAY_SHARE else "mixed"
         found.append(
             f"{kind} images ({self.gray:.0%} gray), {self.copies} of {plural(self.decoded, 'image')} looked at "
             "are near-duplicates of another"
@@ -186,19 +205,24 @@ def _measure(dataset: Dataset) -> Fingerprint:
     shorter = np.concatenate([np.full(len(image.boxes), min(image.width, image.height)) for image in images])
     side = np.sqrt(boxes[:, 2] * boxes[:, 3])
     looked_at = _sample(len(images))
-    hashes, gray = _look([images[i] for i in looked_at])
+    hashes, gray, light = _look([images[i] for i in looked_at])
     groups = near_duplicates(hashes)
+    sides = np.array([(image.width, image.height) for image in images])
     return Fingerprint(
         images=len(images),
         empty=sum(not len(image.boxes) for image in images),
-        width=_percentiles([image.width for image in images]),
-        height=_percentiles([image.height for image in images]),
+        width=_percentiles(sides[:, 0]),
+        height=_percentiles(sides[:, 1]),
+        shorter=_percentiles(sides.min(axis=1)),
+        longer=_percentiles(sides.max(axis=1)),
         boxes=len(boxes),
         side=_percentiles(side),
         relative_side=_percentiles(side / shorter),
         aspect=_percentiles(boxes[:, 2] / boxes[:, 3]),
         per_image=_percentiles([len(image.boxes) for image in images if len(image.boxes)]),
         classes=_classes(dataset.categories, images),
+        **_posture(images, len(dataset.categories)),
+        light=round(float(np.mean(light)), 2) if light else 0.0,
         gray=round(float(np.mean(gray)), 4) if gray else 0.0,
         crowded=_crowded(images),
         decoded=len(looked_at),
@@ -228,6 +252,27 @@ def _classes(categories: Sequence[Category], images: Sequence[Image]) -> tuple[t
     return tuple((c.id, c.name, boxes[i], holding[i]) for i, c in enumerate(categories))
 
 
+def _posture(images: Sequence[Image], classes: int) -> dict[str, Any]:
+    """Fingerprint.lean, depth, drop and whole: whether objects and images have an upright direction."""
+    rows = []
+    for image in images:
+        x, y, w, h = image.boxes[:, :4].T
+        whole = (x > 1) & (y > 1) & (x + w < image.width - 1) & (y + h < image.height - 1)
+        down = (y + h / 2) / image.height - 0.5
+        rows.append(np.stack([image.labels, np.log(w / h), np.log(w * h) / 2, down], axis=1)[whole])
+    table = np.concatenate(rows)  # [whole boxes, 4] label, ln aspect, ln side, height of the center
+    lean = depth = 0.0
+    for label in range(classes):
+        _, aspect, side, down = table[table[:, 0] == label].T
+        if len(aspect) < MIN_WHOLE:
+            continue
+        lean = max(lean, abs(float(np.median(aspect))))
+        if side.std() > 1e-6 and down.std() > 1e-6:
+            depth = max(depth, abs(float(np.corrcoef(side, down)[0, 1])))
+    drop = float(table[:, 3].mean()) if len(table) else 0.0
+    return {"lean": round(lean, 4), "depth": round(depth, 4), "drop": round(drop, 4), "whole": len(table)}
+
+
 def _crowded(images: Sequence[Image]) -> float:
     """See Fingerprint.crowded."""
     crowded = total = 0
@@ -253,22 +298,26 @@ def _sample(count: int) -> list[int]:
     return sorted(np.random.default_rng(0).choice(count, MAX_DECODED, replace=False).tolist())
 
 
-def _look(images: Sequence[Image]) -> tuple[list[tuple[int, ...]], list[bool]]:
-    """Hashes of each image, and whether it is gray; a damaged one has a hash of its own and no color."""
+def _look(images: Sequence[Image]) -> tuple[list[tuple[int, ...]], list[bool], list[float]]:
+    """Hashes of each image; whether it is gray, and how much brighter its upper half is than the lower, in gray levels.
 
-    def one(image: Image) -> tuple[tuple[int, ...], bool | None]:
+    A damaged image has no hashes and is left out of the other two.
+    """
+
+    def one(image: Image) -> tuple[tuple[int, ...], bool, float] | None:
         try:
-            pixels = decode(image.path, image.orientation)
+            pixels = image.decode()
         except ImageError:
-            return (), None
+            return None
         small = PILImage.fromarray(pixels).resize((32, 32), PILImage.Resampling.BOX)
         channels = np.asarray(small, dtype=np.int16)  # [32, 32, 3]
         gray = bool((channels.max(axis=2) - channels.min(axis=2) <= 8).all())  # JPEG leaves a little color
-        return difference_hashes(pixels), gray
+        return difference_hashes(pixels), gray, float(channels[:16].mean() - channels[16:].mean())
 
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(one, images))
-    return [hashes for hashes, _ in found], [gray for _, gray in found if gray is not None]
+    seen = [values for values in found if values is not None]
+    return [() if v is None else v[0] for v in found], [gray for _, gray, _ in seen], [light for *_, light in seen]
 
 
 def difference_hashes(pixels: np.ndarray) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -42,6 +43,16 @@ def model_sizes(height: int = 800, width: int = 1280) -> list[ModelSize]:
         classification = classification_parameters(name.removesuffix("FPN").removesuffix("C4"))
         rows.append(ModelSize(name, count_parameters(detector), counter.get_total_flops() / 1e9, classification))
     return rows
+
+
+@lru_cache
+def gflops_per_megapixel(model: ModelConfig) -> float:
+    """10⁹ operations of the forward pass for a million pixels, counted on one image of 512×512."""
+    with torch.device("meta"):
+        detector, images = Detector(model), torch.empty(1, 3, 512, 512)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        detector(images)
+    return counter.get_total_flops() / 1e9 / (images.numel() / 3e6)
 
 
 def classification_parameters(name: str) -> int:

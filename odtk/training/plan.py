@@ -1,37 +1,192 @@
 """From the settings that were given to those of one run: what follows from the data and the machine.
 
-What follows from other settings alone is worked out in settings.py.
+The rules are in rules.py. What follows from other settings alone is worked out in settings.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+import yaml
 
 from ..config import ROTATED_ANGLES, AugmentConfig, LoaderConfig, LossConfig, ModelConfig, OdtkError, TrainConfig
 from ..data.coco import categories_of
+from ..data.dataset import Dataset
+from ..data.fingerprint import Fingerprint, fingerprint
 from ..data.layouts import image_folder, load_annotations, with_split
-from ..launch import share, workers_of
+from ..data.split import validation_split
+from ..launch import parse_devices, share, under_torchrun, workers_of
 from ..model.backbones.catalog import normalization
+from ..model.sizes import gflops_per_megapixel
+from ..model.weights import PACKAGES
 from ..settings import RESNET_OPTIONS, TrainSettings
+from ..text import plural
+from .rules import Decision, Machine, Situation, decide, is_planned
+from .run import Earlier
 
 
-def plan(settings: TrainSettings, world: int) -> TrainConfig:
-    """The run that settings give over `world` processes.
+@dataclass(frozen=True)
+class Plan:
+    """A run before it begins.
+
+    Attributes:
+        given: names of the settings that were given.
+        settings: what was given, over what was decided.
+        decisions: in the order in which they were taken; none of a run that is resumed.
+        config: the run; its length under --time is an estimate.
+        data: the dataset's fingerprint, where there were decisions to take.
+        expectation: what the run takes on this machine, in a sentence; empty without decisions.
+    """
+
+    given: tuple[str, ...]
+    settings: TrainSettings
+    decisions: tuple[Decision, ...]
+    config: TrainConfig
+    data: Fingerprint | None = None
+    expectation: str = ""
+
+    def lines(self) -> list[str]:
+        """What people read: the data, each decision with its reason, and what to expect."""
+        if not self.decisions:
+            return []
+        found = [] if self.data is None else [f"data: {line}" for line in self.data.lines()]
+        return [*found, *(f"plan: {decision.line()}" for decision in self.decisions), f"expected: {self.expectation}"]
+
+    def to_yaml(self) -> str:
+        """A file for --settings that makes the same run: first what was given, then what was decided and why, then what
+        follows. Paths are kept as they were given."""
+        decided = {name: d.reason for d in self.decisions for name in d.values}
+        resolved = dataclasses.replace(self.config_settings(), model=self.settings.model).to_dict()
+        if self.settings.time is not None:  # the length, and what follows from it, is not known yet
+            resolved |= dict.fromkeys(("iters", "warmup", "val_iters", "milestones")) | {"time": self.settings.time}
+        lines = ["# A plan of odtk: odtk train MODEL.pth --settings THIS_FILE"]
+        parts = {"given": self.given, "decided": tuple(decided), "following from these": tuple(resolved)}
+        done: set[str] = {"model", "override", "override_settings"}
+        for title, names in parts.items():
+            own = [name for name in names if name not in done and resolved.get(name) is not None]
+            done.update(own)
+            lines += ["", f"# {title}"] if own else []
+            for name in own:
+                value = yaml.safe_dump(resolved[name], default_flow_style=True, width=10**9, allow_unicode=True)
+                value = value.removesuffix("...\n").strip()  # YAML's end of a document that is a single value
+                lines.append(f"{name}: {value}" + (f"  # {decided[name]}" if name in decided else ""))
+        return "\n".join(lines) + "\n"
+
+    def config_settings(self) -> TrainSettings:
+        """Every setting with its value."""
+        values = self.config.settings or {}
+        known = {f.name for f in dataclasses.fields(TrainSettings)}
+        return TrainSettings(**{name: value for name, value in values.items() if name in known})
+
+
+def plan(
+    settings: TrainSettings, machine: Machine, earlier: Earlier | None = None, tried: Sequence[Decision] = ()
+) -> Plan:
+    """The run that settings, data and machine give.
+
+    Args:
+        settings: what was given; of a run that is resumed also what was decided when it began.
+        earlier: of a run that is resumed: no rule applies to it.
+        tried: decisions that trial steps led to, and those that they left as they were. They stand over the rules, and
+            a length among them over --time.
 
     Raises:
         OdtkError: annotations that cannot be read, or a batch that cannot be shared out.
     """
     content, images, _ = load_annotations(settings.annotations, settings.images, boxes_only=True)
-    batch = settings.batch or 2 * world
+    classes = settings.classes or count_categories(content, settings.annotations)
+    given = tuple(settings.given())
+    if tried:
+        stated = {name: getattr(settings, name) for name in given}
+        found = {name: value for decision in tried for name, value in decision.values.items()}
+        if "iters" in found:
+            stated.pop("time", None)
+        settings = TrainSettings.layered(found, stated)
+    decisions: list[Decision] = []
+    held_out: tuple[int, ...] = ()
+    data, expectation, count = None, "", len(content["images"])
+    if earlier is not None:
+        held_out = earlier.held_out
+    elif is_planned(settings) or settings.val_share:
+        dataset = Dataset.load(
+            settings.annotations,
+            images,
+            rotated=settings.rotated_bbox,
+            training=True,
+            skip_damaged=settings.skip_damaged,
+        )
+        data = fingerprint(dataset)
+        situation, decisions = decide(settings, data, machine, gflops_of)
+        settings, decisions = situation.settings, [*tried, *decisions]
+        if settings.val_share:
+            _, aside = validation_split(dataset, data, share=settings.val_share)
+            held_out = tuple(image.id for image in aside.images)
+        expectation = expected(situation) if decisions else ""
+    count -= len(held_out)
+    batch = settings.batch or 2 * machine.processes
     iters = settings.iters or TrainConfig.iters
     if settings.epochs is not None:
-        iters = max(1, math.ceil(settings.epochs * len(content["images"]) / (batch * settings.accumulate)))
-    classes = settings.classes or count_categories(content, settings.annotations)
-    config = train_config(settings.resolved(batch=batch, iters=iters, classes=classes), world, str(images))
-    assert config.settings is not None
-    return dataclasses.replace(config, settings={**config.settings, "given": settings.given()})
+        iters = max(1, math.ceil(settings.epochs * count / (batch * settings.accumulate)))
+    elif settings.time is not None and data is not None:
+        iters = situation.iterations()
+    reasons = {name: d.reason for d in decisions for name in d.values} if earlier is None else earlier.planned
+    config = train_config(
+        settings.resolved(batch=batch, iters=iters, classes=classes), machine.processes, str(images), held_out
+    )
+    kept = {**(config.settings or {}), "given": list(given), "planned": reasons, "held_out": list(held_out)}
+    config = dataclasses.replace(config, settings=kept)
+    return Plan(given, settings, tuple(decisions), config, data, expectation)
+
+
+def gflops_of(settings: TrainSettings) -> float:
+    """10⁹ operations for a megapixel of the model that settings make."""
+    return gflops_per_megapixel(model_config(settings.resolved(batch=1, iters=1, classes=settings.classes or 1)))
+
+
+def expected(s: Situation) -> str:
+    """What a run takes, in a sentence."""
+    settings = s.settings
+    iters = s.iterations()
+    seconds = iters * s.iteration_seconds(s.pixels) + s.evaluation_seconds()
+    time = f"{seconds / 3600:.1f} hours" if seconds >= 2 * 3600 else plural(max(1, round(seconds / 60)), "minute")
+    memory = s.bytes(s.batch / settings.accumulate / s.machine.processes) / 2**30
+    gpu = "GPU " if s.machine.kind == "cuda" else ""
+    length = "; the first steps are timed, and count the iterations" if settings.time else ""
+    shorter = "" if settings.time or seconds < 600 else "; --time 8m makes it a short one"
+    return (
+        f"about {time} on this machine ({s.machine}) for {iters} iterations, {iters * s.batch} images seen, about "
+        f"{memory:.1f} GiB of {gpu}memory{length}{shorter}"
+    )
+
+
+def this_machine(settings: TrainSettings, processes: int) -> Machine:
+    """What this machine gives to a run of so many processes."""
+    kind = parse_devices(settings.devices)[0]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if under_torchrun() else 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(allowed, torch.get_num_threads() * local)
+    memory = torch.cuda.get_device_properties(0).total_memory if kind == "cuda" else main_memory() // processes
+    installed = (name for name, package in PACKAGES.items() if importlib.util.find_spec(package.replace("-", "_")))
+    return Machine(kind, processes, cores, memory, frozenset(f"{name}FPN" for name in installed))
+
+
+def main_memory() -> int:
+    """Bytes of this machine's memory, or of what a container may use of it."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path, encoding="ascii") as file:
+                found = min(found, int(file.read()))
+        except (OSError, ValueError):  # no such file, or "max"
+            pass
+    return found
 
 
 def count_categories(content: dict, path: str) -> int:
@@ -42,15 +197,18 @@ def count_categories(content: dict, path: str) -> int:
     return len({str(category.get("id")) for category in categories})  # a wrong id is refused with the dataset
 
 
-def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfig:
-    """The stages' own configs, from settings that are resolved, and from the folder of the images."""
-    assert settings.batch and settings.iters and settings.classes and settings.jitter and settings.lr
-    assert settings.last_level and settings.pyramid_channels and settings.head_channels and settings.head_convs
+def train_config(settings: TrainSettings, world: int, images: str, held_out: tuple[int, ...] = ()) -> TrainConfig:
+    """The stages' own configs, from settings that are resolved, and from the folder of the images.
+
+    Args:
+        held_out: ids of the images that are validated on instead of trained on.
+    """
+    assert settings.batch and settings.iters and settings.jitter and settings.lr
     assert settings.augment_crop is not None and settings.augment_scale
     assert settings.augment_brightness is not None and settings.augment_contrast is not None
     assert settings.augment_hue is not None and settings.augment_saturation is not None
     assert settings.optimizer and settings.lr_schedule and settings.regularization_l2 is not None
-    assert settings.norm and settings.milestones is not None and settings.warmup is not None and settings.val_iters
+    assert settings.milestones is not None and settings.warmup is not None and settings.val_iters
     data = LoaderConfig(
         images=images,
         annotations=settings.annotations,
@@ -64,6 +222,7 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
         rotated=settings.rotated_bbox,
         absolute_angle=settings.absolute_angle,
         augment=AugmentConfig(
+            flip=settings.augment_flip,
             crop=settings.augment_crop,
             scale=(settings.augment_scale[0], settings.augment_scale[1]),
             rotate=settings.augment_rotate,
@@ -79,36 +238,15 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
         world=world,
     )
     val_data = None
-    if settings.val_annotations:
+    if held_out:
+        val_data = dataclasses.replace(data, training=False)
+    elif settings.val_annotations:
         val_annotations = with_split(settings.val_annotations, "val", strict=True)
         own = settings.val_images or settings.images or image_folder(val_annotations)
         val_data = dataclasses.replace(data, images=own, annotations=val_annotations, training=False)
-    mean, std = normalization(settings.backbone[0])
-    resnet: dict[str, Any] = {RESNET_OPTIONS[name]: True for name in settings.resnet}
     return TrainConfig(
         path=settings.model,
-        model=ModelConfig(
-            backbones=settings.backbone,
-            head=settings.head,
-            classes=settings.classes,
-            last_level=settings.last_level,
-            pyramid_channels=settings.pyramid_channels,
-            head_channels=settings.head_channels,
-            head_convs=settings.head_convs,
-            mean=mean,
-            std=std,
-            padding="black" if settings.head == "dense" else "mean",  # DeepStream pads with black
-            ratios=settings.anchor_ratios,
-            scales=settings.anchor_scales,
-            angles=ROTATED_ANGLES if settings.rotated_bbox else (),
-            norm=settings.norm,
-            freeze_at=settings.freeze_at,
-            resnet_width=settings.resnet_width,
-            dcn=tuple(sorted(set(settings.dcn))),
-            dcn_modulated=not settings.dcn_v1,
-            grad_checkpoint=settings.grad_checkpoint,
-            **resnet,
-        ),
+        model=model_config(settings),
         data=data,
         val_data=val_data,
         loss=LossConfig(
@@ -118,6 +256,8 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
         ),
         optimizer=settings.optimizer,
         iters=settings.iters,
+        held_out=held_out,
+        patience=settings.patience or 0,
         lr_schedule=settings.lr_schedule,
         milestones=settings.milestones,
         schedule=settings.schedule,
@@ -138,4 +278,34 @@ def train_config(settings: TrainSettings, world: int, images: str) -> TrainConfi
         post_metrics=settings.post_metrics,
         seed=settings.seed,
         settings=settings.to_dict(),
+    )
+
+
+def model_config(settings: TrainSettings) -> ModelConfig:
+    """The detector that resolved settings describe."""
+    assert settings.classes and settings.norm
+    assert settings.last_level and settings.pyramid_channels and settings.head_channels and settings.head_convs
+    mean, std = normalization(settings.backbone[0])
+    resnet: dict[str, Any] = {RESNET_OPTIONS[name]: True for name in settings.resnet}
+    return ModelConfig(
+        backbones=settings.backbone,
+        head=settings.head,
+        classes=settings.classes,
+        last_level=settings.last_level,
+        pyramid_channels=settings.pyramid_channels,
+        head_channels=settings.head_channels,
+        head_convs=settings.head_convs,
+        mean=mean,
+        std=std,
+        padding="black" if settings.head == "dense" else "mean",  # DeepStream pads with black
+        ratios=settings.anchor_ratios,
+        scales=settings.anchor_scales,
+        angles=ROTATED_ANGLES if settings.rotated_bbox else (),
+        norm=settings.norm,
+        freeze_at=settings.freeze_at,
+        resnet_width=settings.resnet_width,
+        dcn=tuple(sorted(set(settings.dcn))),
+        dcn_modulated=not settings.dcn_v1,
+        grad_checkpoint=settings.grad_checkpoint,
+        **resnet,
     )

@@ -18,7 +18,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from ..model.checkpoint import Checkpoint, load, load_weights
 from ..model.checkpoint_faults import is_number, is_weights, weights_fault
 from ..model.detector import Detector
 from ..ranks import CpuGroup
-from ..settings import TrainSettings, flag, options
+from ..settings import LENGTH, TrainSettings, flag, options
 from .log import print_line
 from .optimizer import EMA
 from .validation import Validation
@@ -48,6 +48,19 @@ FLAGS = {  # of ModelConfig's fields that have a flag of another name
 }
 ANEW = {"model", "annotations", "devices", "override", "override_settings"}  # settings that a resumed run is given anew
 SCHEDULE = ("optimizer", "lr", "iters", "schedule", "warmup", "milestones", "gamma")  # what a step depends on
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a run that is resumed was planned to be: it stays so, whatever the machine is now.
+
+    Attributes:
+        planned: the reason of each setting that was decided, by name.
+        held_out: ids of the images that are validated on.
+    """
+
+    planned: dict[str, str] = field(default_factory=dict)
+    held_out: tuple[int, ...] = ()
 
 
 @dataclass
@@ -277,27 +290,33 @@ def as_given(name: str, value: Any) -> Any:
     return bool(value) if name == "angles" else not value if name == "dcn_modulated" else value
 
 
-def continued(settings: TrainSettings) -> TrainSettings:
-    """The settings of a run that is resumed: those that were given when it began, under those that are given now.
+def continued(settings: TrainSettings) -> tuple[TrainSettings, Earlier | None]:
+    """The settings of a run that is resumed: those that were given or decided when it began, under those given now.
+
+    Returns:
+        These settings and what was decided; without a run to resume the settings as they are, and None.
 
     Raises:
         OdtkError: the file cannot be read.
     """
     if settings.override or not os.path.exists(settings.model):
-        return settings
+        return settings, None
     old = load(settings.model).settings
     if old is None:
-        return settings
+        return settings, Earlier()
+    planned: dict[str, str] = old.get("planned", {})
     now = {name: getattr(settings, name) for name in settings.given()}
     known = [name for name in old.get("given", ()) if name in options(TrainSettings) and name not in ANEW]
-    kept = {name: old[name] for name in known if old.get(name) is not None}
-    if "epochs" in known:
+    kept = {name: old[name] for name in [*planned, *known] if old.get(name) is not None}
+    if {"epochs", "time"} & set(known):
         kept["iters"] = old["iters"]  # which they came to
-    if {"iters", "epochs"} & now.keys():
-        kept.pop("iters", None)
+    if {"iters", "epochs", "time"} & now.keys():
+        for name in LENGTH:
+            if name == "iters" or name in planned:
+                kept.pop(name, None)
     if settings.annotations != old.get("annotations"):
         kept.pop("images", None)
-    return TrainSettings.layered({**kept, **now})
+    return TrainSettings.layered({**kept, **now}), Earlier(planned, tuple(old.get("held_out", ())))
 
 
 def dataset_hash(dataset: Dataset) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..categories import Category
 from ..config import OdtkError, TrainConfig
+from ..data.batch import Batch
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
 from ..data.sampler import input_size
@@ -67,53 +69,64 @@ def train_loop(run: Run, rank: int, world: int) -> None:
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(run.iteration, config)
 
-            for part in range(config.accumulate):
-                batch = next(batches)
-                images = batch.images.contiguous(memory_format=torch.channels_last)
-                last = part == config.accumulate - 1  # the ranks' gradients are averaged in its backward pass only
-                with nullcontext() if last or world == 1 else run.model.no_sync():  # type: ignore[operator]
-                    with run.autocast:
-                        logits, boxes = run.model(images)
-                    terms = detection_loss(
-                        logits,
-                        boxes,
-                        batch.boxes,
-                        batch.labels,
-                        anchors=run.anchors,
-                        strides=run.detector.strides,
-                        model=config.model,
-                        loss=config.loss,
-                    )
-                    loss, values = normalize(terms, world)
-                    run.scaler.scale(loss / config.accumulate).backward()
-                meter.add(values, run.iteration + 1, len(images) * world)
-
-            if config.clip_grad is not None:
-                run.scaler.unscale_(run.optimizer)
-                nn.utils.clip_grad_norm_(run.detector.parameters(), config.clip_grad)
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-            run.optimizer.zero_grad(set_to_none=True)
-            run.iteration += 1
-            if run.ema is not None:
-                run.ema.update(run.iteration)
+            terms = step(run, batches, meter, world)
 
             # All ranks take the same branch: a signal to any of them stops all, and rank 0's clock says when to save.
             overdue = rank == 0 and time.monotonic() - run.save_time > config.save_seconds
             stop, save_now = run.ranks.all_max(max(signals, default=0), overdue)
             scheduled = run.iteration == run.iters or run.iteration % config.val_iters == 0
             if stop or save_now or scheduled or run.iteration % READ_EVERY[run.device.type] == 0:
-                finish_interval(run, meter, log, list(terms), stop=stop, save_now=bool(save_now), scheduled=scheduled)
+                finish_interval(run, meter, log, terms, stop=stop, save_now=bool(save_now), scheduled=scheduled)
     if rank == 0:
         best = best_path(config.path)
         print_line(closing_line(config.path, best if run.best_ap >= 0 and os.path.exists(best) else None, run.best_ap))
+
+
+def step(run: Run, batches: Iterator[Batch], meter: Meter, world: int) -> list[str]:
+    """One iteration: the gradients of its batches, a step of the optimizer and of the EMA.
+
+    Returns:
+        The names of the losses that the meter has added up.
+    """
+    config = run.config
+    for part in range(config.accumulate):
+        batch = next(batches)
+        images = batch.images.contiguous(memory_format=torch.channels_last)
+        last = part == config.accumulate - 1  # the ranks' gradients are averaged in its backward pass only
+        with nullcontext() if last or world == 1 else run.model.no_sync():  # type: ignore[operator]
+            with run.autocast:
+                logits, boxes = run.model(images)
+            terms = detection_loss(
+                logits,
+                boxes,
+                batch.boxes,
+                batch.labels,
+                anchors=run.anchors,
+                strides=run.detector.strides,
+                model=config.model,
+                loss=config.loss,
+            )
+            loss, values = normalize(terms, world)
+            run.scaler.scale(loss / config.accumulate).backward()
+        meter.add(values, run.iteration + 1, len(images) * world)
+
+    if config.clip_grad is not None:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.detector.parameters(), config.clip_grad)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.iteration += 1
+    if run.ema is not None:
+        run.ema.update(run.iteration)
+    return list(terms)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before the loop
 
 
-def set_up(config: TrainConfig, rank: int, world: int) -> Run:
+def set_up(config: TrainConfig, rank: int, world: int, *, quiet: bool = False) -> Run:
     """Everything that the loop needs, new or as config.path has it; rank 0 prints what is about to happen."""
     device = torch.device(config.data.device)
     torch.manual_seed(config.seed)
@@ -125,6 +138,7 @@ def set_up(config: TrainConfig, rank: int, world: int) -> Run:
         skip_damaged=config.data.skip_damaged,
     )
     check_classes(config, dataset.categories)
+    dataset = dataset.part(config.held_out, rest=True)
     resumed = find_run(config, dataset.categories)
     data_hash = dataset_hash(dataset)
     if resumed is not None:
@@ -158,7 +172,7 @@ def set_up(config: TrainConfig, rank: int, world: int) -> Run:
         raise OdtkError(
             f"Not every machine finds the same {config.path}: keep that file on storage that all machines share."
         )
-    if rank == 0:
+    if rank == 0 and not quiet:
         print_line(opening_line(run, dtype, world))
         if (factors := run.loader.sampler.factors) is not None:
             print_line(

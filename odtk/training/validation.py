@@ -50,6 +50,8 @@ class Validation:
         self.dataset = Dataset.load(
             data.annotations, data.images, rotated=config.model.rotated, skip_damaged=data.skip_damaged
         )
+        if config.held_out:
+            self.dataset = self.dataset.part(config.held_out)
         if not set(categories) <= set(self.dataset.categories):
             raise OdtkError(
                 f"{data.annotations} has other categories than {train_data.annotations}: validation needs the same "
@@ -59,6 +61,10 @@ class Validation:
         # Faulty annotations are refused now, not at the first validation an hour later.
         truth = load_annotations(path, data.images, rotated=config.model.rotated).content
         self.ground_truth = prepare_ground_truth(truth, path)
+        if config.held_out:
+            held_out = set(config.held_out)
+            for name, key in (("images", "id"), ("annotations", "image_id")):
+                self.ground_truth[name] = [entry for entry in self.ground_truth[name] if entry[key] in held_out]
         self.loader = create_loader(self.dataset, data)
 
     def run(self, detector: Detector, autocast: torch.autocast) -> tuple[Metrics, list[np.ndarray]] | None:

@@ -88,7 +88,7 @@ def test_the_cache_spares_the_decoding_until_something_changes(dataset: Dataset,
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "decode", refuse)
+        patch.setattr(module.Image, "decode", refuse)
         assert fingerprint(dataset, cache=cache) == first
         os.utime(dataset.images[0].path, ns=(1, 1))
         with pytest.raises(AssertionError):
@@ -105,7 +105,11 @@ def test_the_cache_spares_the_decoding_until_something_changes(dataset: Dataset,
 def test_another_version_is_made_anew(dataset: Dataset, tmp_path: Path) -> None:
     found = fingerprint(dataset, cache=tmp_path / "cache")
     assert Fingerprint.from_json(found.to_json()) == found
-    for text in (found.to_json().replace('"version": 1', '"version": 0'), "[]", '{"version": 1}'):
+    for text in (
+        found.to_json().replace(f'"version": {module.VERSION}', '"version": 0'),
+        "[]",
+        f'{{"version": {module.VERSION}}}',
+    ):
         with pytest.raises(ValueError):
             Fingerprint.from_json(text)
 
@@ -119,3 +123,28 @@ def test_a_set_without_boxes_or_images(dataset: Dataset, tmp_path: Path) -> None
     assert dict(fingerprint(dataset, cache=tmp_path / "cache").groups)[0] == 0
     with pytest.raises(OdtkError, match="no usable image"):
         fingerprint(Dataset([], ()), cache=tmp_path / "cache")
+
+
+def test_posture_is_seen(tmp_path: Path) -> None:
+    """Tall boxes that are larger the lower they are, under a bright sky; and the same turned by quarter turns."""
+    generator = np.random.default_rng(3)
+    images: list[dict] = []
+    annotations: list[dict] = []
+    sky = np.repeat(np.linspace(200, 60, 90)[:, None], 120, axis=1).astype(np.uint8)
+    for i in range(1, 9):
+        PILImage.fromarray(sky).save(tmp_path / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png"})
+        for _ in range(4):
+            y = float(generator.uniform(10, 60))
+            box = [float(generator.uniform(10, 90)), y, 4 + y / 10, 8 + y / 5]
+            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": 1, "bbox": box})
+    content = {"images": images, "categories": [{"id": 1, "name": "a"}], "annotations": annotations}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    found = fingerprint(Dataset.load(tmp_path / "t.json", tmp_path), cache=tmp_path / "cache")
+    assert found.lean == pytest.approx(np.log(2), abs=1e-3) and found.depth > 0.9 and found.whole == 32
+    assert found.light == pytest.approx(70, abs=3) and found.is_gray and -0.1 < found.drop < 0.1
+    for entry in annotations[::2]:
+        entry["bbox"][2:] = entry["bbox"][3:1:-1]
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    mixed = fingerprint(Dataset.load(tmp_path / "t.json", tmp_path), cache=tmp_path / "cache")
+    assert mixed.whole == 32 and mixed.lean < 0.7

@@ -16,6 +16,9 @@ from odtk.data.layouts import find_images, image_folder, load_annotations, with_
 from odtk.evaluation.evaluate import evaluate
 from odtk.settings import TrainSettings
 from odtk.training.plan import plan
+from odtk.training.rules import Machine
+
+MACHINE = Machine("cpu", 1, cores=1, memory=8 << 30)
 
 
 @pytest.fixture
@@ -114,8 +117,10 @@ def test_training_takes_train_and_measuring_takes_val(layout, tmp_path: Path, tr
 def test_every_command_takes_the_split_that_is_meant_for_it(layout, tmp_path: Path) -> None:
     for name in ("train", "val"):
         layout(f"{name}.json", f"{name}/{name}.jpg", f"{name}.jpg")
-    settings = TrainSettings(model="m.pth", annotations=str(tmp_path), val_annotations=str(tmp_path), devices="cpu")
-    config = plan(settings, 1)
+    settings = TrainSettings(
+        model="m.pth", annotations=str(tmp_path), val_annotations=str(tmp_path), devices="cpu", head="retinanet"
+    )
+    config = plan(settings, MACHINE).config
     assert config.data.annotations == str(tmp_path) and config.data.images == str(tmp_path / "train")
     assert config.val_data is not None
     assert config.val_data.annotations == f"{tmp_path}:val" and config.val_data.images == str(tmp_path / "val")
@@ -127,9 +132,12 @@ def test_the_only_split_is_taken_but_not_to_validate_on(layout, tmp_path: Path) 
     path = layout("train/_annotations.coco.json", "train/a.jpg", "a.jpg")
     assert load_annotations(tmp_path).path == path
     assert commands.measured(str(tmp_path)) == str(tmp_path)
-    settings = TrainSettings(model="m.pth", annotations=str(tmp_path), val_annotations=str(tmp_path), devices="cpu")
+    folder = str(tmp_path)
+    settings = TrainSettings.of(
+        {"model": "m.pth", "annotations": folder, "val_annotations": folder, "head": "retinanet"}
+    )
     with pytest.raises(OdtkError, match=r"has no split 'val': give .*:train\."):
-        plan(settings, 1)
+        plan(settings, MACHINE)
 
 
 def test_a_folder_without_one_meaning_is_explained(layout, tmp_path: Path) -> None:

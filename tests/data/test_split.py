@@ -22,8 +22,10 @@ def dataset_of(labels: list[list[int]], classes: int) -> Dataset:
 
 
 def print_of(dataset: Dataset, groups: list[int]) -> Fingerprint:
-    empty = ((), (), 0, (), (), (), (), (), 0.0, 0.0)
-    return Fingerprint(len(dataset.images), 0, *empty, len(groups), 0, tuple(enumerate(groups)))
+    none = dict.fromkeys(("width", "height", "shorter", "longer", "side", "relative_side", "aspect", "per_image"), ())
+    zero = dict.fromkeys(("lean", "depth", "drop", "light", "whole", "gray", "crowded", "boxes", "empty"), 0)
+    own = {"images": len(dataset.images), "decoded": len(groups), "copies": 0, "groups": tuple(enumerate(groups))}
+    return Fingerprint(classes=(), **none, **zero, **own)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,0 +1,165 @@
+"""How a run begins: rank 0 plans it, trial steps show what the plan could not know, then it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from ..config import LoaderConfig, TrainConfig
+from ..ranks import CpuGroup
+from ..settings import LENGTH, TrainSettings, seconds_of
+from .log import Meter, print_line
+from .plan import Plan, plan
+from .rules import EVALUATIONS, Decision, Machine, count_images
+from .run import Earlier
+from .train import set_up, step, train
+
+TRIAL_STEPS, UNTIMED_STEPS = 20, 3  # the first steps are slower: memory is taken, kernels are chosen
+MEMORY_STEPS = 3  # that show whether a batch fits
+VALIDATION_COST = 2 / 3  # an image's time in an evaluation of both kinds of weights, in that of training
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every process of `odtk train` is told.
+
+    Attributes:
+        settings: those given; of a run that is resumed, over those that it began with.
+        machine: that the plan is for.
+        earlier: of a run that is resumed.
+        data: where launch() writes this process's rank and device; its other fields come with the plan.
+    """
+
+    settings: TrainSettings
+    machine: Machine
+    earlier: Earlier | None = None
+    data: LoaderConfig = field(default_factory=lambda: LoaderConfig(images=""))
+
+
+def begin(task: Task, rank: int = 0, world: int = 1) -> None:
+    """Plans, tries and trains; all ranks go by what rank 0 has decided.
+
+    Raises:
+        OdtkError: as plan() and train().
+    """
+    began = time.monotonic()
+    ranks = CpuGroup(world)
+    made: Plan = ranks.from_first(lambda: plan(task.settings, task.machine, task.earlier))
+    if task.earlier is None:
+        made = fit_batch(made, task, ranks)
+    if made.settings.time is not None:
+        seconds = step_seconds(own(made.config, task), ranks, rank, world)
+        made = ranks.from_first(lambda: with_length(made, task, seconds, time.monotonic() - began))
+    if rank == 0:
+        for line in made.lines():
+            print_line(line)
+    train(own(made.config, task), rank, world)
+
+
+def own(config: TrainConfig, task: Task) -> TrainConfig:
+    """The run as this process has it."""
+    place = {name: getattr(task.data, name) for name in ("rank", "world", "device")}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **place))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trial steps
+
+
+def fit_batch(made: Plan, task: Task, ranks: CpuGroup) -> Plan:
+    """The plan, whose batch is halved until the memory of every GPU holds it, unless it was given.
+
+    Each process tries alone, so that none waits for another that has failed.
+
+    Raises:
+        torch.OutOfMemoryError: not even one image fits.
+    """
+    while task.machine.kind == "cuda" and "batch" not in made.given and made.decisions:
+        config = own(made.config, task)
+        try:
+            trial(config, 0, 1, MEMORY_STEPS)
+            failed = False
+        except torch.OutOfMemoryError:
+            if config.data.batch == 1:
+                raise
+            failed = True
+        if not ranks.all_max(failed)[0]:
+            break
+        torch.cuda.empty_cache()
+        total = config.data.batch // 2 * task.machine.processes
+        smaller = Decision({"batch": total}, "what the memory holds: a trial step with twice as many did not fit")
+        made = ranks.from_first(functools.partial(replan, made, task, smaller))
+    return made
+
+
+def step_seconds(config: TrainConfig, ranks: CpuGroup, rank: int, world: int) -> float:
+    """Seconds of an iteration, of the slowest rank."""
+    seconds = trial(config, rank, world, TRIAL_STEPS, untimed=UNTIMED_STEPS)
+    return ranks.all_max(math.ceil(seconds * 1e6))[0] / 1e6
+
+
+def trial(config: TrainConfig, rank: int, world: int, steps: int, untimed: int = 0) -> float:
+    """Seconds of an iteration, from some of a run that is thrown away.
+
+    Raises:
+        OdtkError: as train().
+        torch.OutOfMemoryError: the batch is too large for a GPU.
+    """
+    apart = dataclasses.replace(config, override=True, val_data=None, logdir=None, post_metrics=None)
+    run = set_up(apart, rank, world, quiet=True)
+    meter, batches = Meter(run.device), iter(run.loader)
+    run.model.train()
+    started = time.monotonic()
+    try:
+        for number in range(untimed + steps):
+            if number == untimed:
+                wait_for(run.device)
+                started = time.monotonic()
+            step(run, batches, meter, world)
+        wait_for(run.device)
+    finally:
+        batches.close()  # type: ignore[attr-defined]  # ends the loader's threads
+    return (time.monotonic() - started) / steps
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def with_length(made: Plan, task: Task, seconds: float, spent: float) -> Plan:
+    """The plan once --time has become iterations.
+
+    Args:
+        seconds: of an iteration.
+        spent: seconds of the time that are gone.
+    """
+    given = made.settings.time
+    assert given is not None
+    evaluated = len(made.config.held_out)
+    if made.settings.val_annotations:
+        evaluated = count_images(made.settings.val_annotations)
+    images = made.config.data.batch * task.machine.processes * made.config.accumulate
+    evaluations = EVALUATIONS * evaluated * VALIDATION_COST * seconds / images
+    iters = max(1, int((seconds_of(given) - spent - evaluations) / seconds))
+    reason = (
+        f"--time {given} allows them, at {seconds:.2f} s for one by {TRIAL_STEPS} trial steps; {spent:.0f} s are gone, "
+        f"evaluations take about {evaluations:.0f} s"
+    )
+    return replan(made, task, Decision({"iters": iters}, reason))
+
+
+def replan(made: Plan, task: Task, new: Decision) -> Plan:
+    """The plan with a decision that stands over it, and what follows from that decision anew."""
+    later = {*LENGTH, "ema", *new.values} - set(made.given)
+    kept = [
+        dataclasses.replace(old, values=values)
+        for old in made.decisions
+        if (values := {name: value for name, value in old.values.items() if name not in later})
+    ]
+    return plan(task.settings, task.machine, tried=(*kept, new))
