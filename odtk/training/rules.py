@@ -33,13 +33,8 @@ SCRATCH = 3.0  # times as long without pretrained weights, https://arxiv.org/abs
 VAL_SHARE, MAX_VAL, MIN_SPLIT = 0.2, 1000, 20  # share set aside, images of it at most, images to split at least
 EVALUATIONS, PATIENCE = 10, 5  # in a run, and how many without a better AP end it
 EMA = (0.99, 0.9998)  # for short and long runs
-MAX_LEAN, MAX_DEPTH, MAX_DROP, MAX_LIGHT, MIN_WHOLE = (
-    0.15,
-    0.25,
-    0.1,
-    16.0,
-    50,
-)  # of objects without an upright direction
+# Bounds of the fingerprint of objects without an upright direction, and the least number of boxes to tell by.
+MAX_LEAN, MAX_DEPTH, MAX_DROP, MAX_LIGHT, MIN_WHOLE = 0.15, 0.25, 0.1, 16.0, 50
 SIDES = {"left", "right", "l", "r", "lh", "rh", "lhs", "rhs"}
 UPRIGHT = {"up", "down", "top", "bottom", "upper", "lower", "north", "south", "east", "west", "standing", "lying"}
 
