@@ -228,10 +228,22 @@ def infer_config(settings: InferSettings, world: int) -> InferConfig:
         explicit=tuple(settings.thresholds),
         draw=settings.draw,
         draw_threshold=settings.draw_threshold,
-        video=VideoConfig(settings.video, settings.every, settings.realtime, settings.rtsp_transport)
-        if settings.video
-        else None,
+        video=video_config(settings),
         tiles=TilesConfig((settings.tiles[0], settings.tiles[-1]), settings.overlap) if settings.tiles else None,
+    )
+
+
+def video_config(settings: InferSettings) -> VideoConfig | None:
+    """How the video is read, if there is one."""
+    if not settings.video:
+        return None
+    return VideoConfig(
+        settings.video,
+        every=settings.every,
+        realtime=settings.realtime,
+        transport=settings.rtsp_transport,
+        track=settings.track,
+        track_threshold=settings.track_threshold,
     )
 
 

@@ -234,6 +234,7 @@ class VideoConfig:
     realtime: bool = False  # read a file as fast as it plays, and drop frames that wait too long, like a camera
     transport: str = "tcp"  # of RTSP: tcp or udp
     track: bool = False  # give the same object the same number in every frame
+    track_threshold: float = 0.3  # a detection that scores so much starts a track
 
 
 @dataclass(frozen=True)

@@ -1035,6 +1035,14 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
         shown="off: a file drops none",
         section="video",
     )
+    track: bool = switch("give the same object the same number in every frame (ByteTrack)", section="video")
+    track_threshold: float = option(
+        VideoConfig.track_threshold,
+        "a detection that scores so much starts a track",
+        FRACTION,
+        "SCORE",
+        section="video",
+    )
     rtsp_transport: str = option(VideoConfig.transport, "what carries rtsp://", choices=("tcp", "udp"), section="video")
     output: tuple[str, ...] | None = option(
         None,
@@ -1085,10 +1093,12 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
         drawn = self.draw or (self.video and any(path.endswith(".mp4") for path in self.outputs))
         if self.draw_threshold is not None and not drawn:
             raise OdtkError("--draw-threshold needs --draw DIR, or an .mp4 of a video.")
+        if "track_threshold" in self.given() and not self.track:
+            raise OdtkError("--track-threshold needs --track.")
         if self.video:
             self.check_video(self.video)
-        elif names := [flag(name) for name in ("every", "realtime", "rtsp_transport") if name in self.given()]:
-            raise OdtkError(f"{names[0]} needs --video.")
+        elif names := [name for name in ("every", "realtime", "track", "rtsp_transport") if name in self.given()]:
+            raise OdtkError(f"{flag(names[0])} needs --video.")
         elif "-" in self.outputs:
             raise OdtkError("--output - is for --video: name a file for the detections of images.")
 

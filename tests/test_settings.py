@@ -58,6 +58,8 @@ NEEDS: dict[str, dict[str, Any]] = {  # what else must be given for an option to
     "overlap": {"tiles": [64]},
     "every": {"video": "v.mp4"},
     "realtime": {"video": "v.mp4"},
+    "track": {"video": "v.mp4"},
+    "track_threshold": {"video": "v.mp4", "track": True},
     "rtsp_transport": {"video": "rtsp://v"},
     "hardware_compatible": {"output": "m.plan"},
     "version_compatible": {"output": "m.plan"},

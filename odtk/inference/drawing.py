@@ -46,7 +46,7 @@ class Shape:
 
 
 def coco_to_shapes(entries: Iterable[dict[str, Any]], names: dict[int, str] | None = None) -> list[Shape]:
-    """COCO annotations or results → shapes, labeled with the category and the score; the highest score is drawn last.
+    """COCO annotations or results → shapes, labeled with category, score and track; the highest score is drawn last.
 
     Args:
         entries: each with a ``bbox`` [x, y, w, h] or [x, y, w, h, theta] in pixels and radians, and a ``category_id``.
@@ -57,6 +57,8 @@ def coco_to_shapes(entries: Iterable[dict[str, Any]], names: dict[int, str] | No
         category = entry["category_id"]
         name = entry.get("category") or (names or {}).get(category) or str(category)
         label = f"{name} {entry['score']:.2f}" if "score" in entry else name
+        if "track_id" in entry:
+            label += f" #{entry['track_id']}"
         found.append(Shape(coco_to_outline(entry["bbox"]), category_color(category), label))
     return found
 

@@ -37,6 +37,7 @@ from .detect import box_outlines, coco_results, detect_batches
 from .drawing import annotate, coco_to_shapes
 from .infer import as_trained, describe_size, loader_config, match_categories
 from .tiles import detect_tiles
+from .tracking import Tracker
 from .video import Frame, Video, is_video, shown_name
 
 FilePath: TypeAlias = str | os.PathLike[str]
@@ -63,6 +64,8 @@ class Detections:
         path: of the image's file; None if it came from memory.
         error: why the image could not be read, where damaged images are skipped; else None.
         frame: of a video: its index, its time and its pixels; else None.
+        tracks: of a video that is tracked, int64 [n]: the same number for the same object in every frame, from 1 on; 0
+            for none, or not yet. Else None.
     """
 
     rows: np.ndarray
@@ -72,6 +75,7 @@ class Detections:
     path: Path | None = None
     error: str | None = None
     frame: Frame | None = None
+    tracks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -133,16 +137,26 @@ class Detections:
 
     def above(self, score: float) -> Detections:
         """Those that score above a number."""
-        return dataclasses.replace(self, rows=self.rows[self.rows[:, 1] > score])
+        kept = self.rows[:, 1] > score
+        return dataclasses.replace(
+            self, rows=self.rows[kept], tracks=None if self.tracks is None else self.tracks[kept]
+        )
 
     def to_coco(self, image_id: int | None = None) -> list[dict[str, Any]]:
         """COCO results, exactly as `odtk infer` writes them (``bbox`` is [x, y, w, h], or [x, y, w, h, theta]).
+
+        What has a track has its number as ``track_id``.
 
         Args:
             image_id: of the image; None: its position in what was given, as in a folder without annotations.
         """
         ids = np.full(len(self), self.image_id if image_id is None else image_id, dtype=np.int64)
-        return coco_results(ids, self.rows, self.categories)
+        results = coco_results(ids, self.rows, self.categories)
+        if self.tracks is not None:
+            for result, track in zip(results, self.tracks.tolist(), strict=True):
+                if track:
+                    result["track_id"] = track
+        return results
 
     def to_supervision(self) -> Any:
         """As supervision.Detections: ``xyxy``, ``confidence``, ``class_id``, ``data["class_name"]``.
@@ -166,6 +180,7 @@ class Detections:
             confidence=self.scores.astype(np.float32),
             class_id=self.labels,
             data=data,
+            tracker_id=self.tracks,
         )
 
     def draw(self, image: ImageLike | None = None) -> PILImage.Image:
@@ -275,6 +290,13 @@ def in_memory(pixels: np.ndarray, number: int, name: FilePath, rotated: bool) ->
     return Image(number, Path(name), width, height, boxes, labels, plain=False, pixels=pixels)
 
 
+def tracker_of(video: Video) -> Tracker | None:
+    """The tracker that a video is to have."""
+    if not video.config.track:
+        return None
+    return Tracker(float(video.rate / video.config.every) if video.rate else None, video.config.track_threshold)
+
+
 def warn(line: str) -> None:
     """Says on stderr what becomes of a video."""
     print(f"Warning: {printable(line)}", file=sys.stderr, flush=True)
@@ -362,6 +384,7 @@ class Model:
         stream: Literal[True],
         skip_damaged: bool = ...,
         every: int = ...,
+        track: bool = ...,
     ) -> Iterator[Detections]: ...
 
     def predict(
@@ -372,6 +395,7 @@ class Model:
         stream: bool = False,
         skip_damaged: bool = False,
         every: int = 1,
+        track: bool = False,
     ) -> Any:
         """Finds the objects in one image, in several, or in a video, in their order.
 
@@ -393,6 +417,7 @@ class Model:
             skip_damaged: an image that cannot be read gives Detections without objects, which have an ``error``; a
                 video file that is damaged or cut off ends with a warning in place of an error.
             every: of a video, detect in each n-th frame only.
+            track: of a video, give the same object the same number in every frame (Detections.tracks).
 
         Returns:
             Detections of one image, a list of them for several, or with ``stream`` an iterator of them.
@@ -409,7 +434,7 @@ class Model:
                 raise OdtkError(
                     f"{shown_name(os.fspath(images))} is a video: pass stream=True to get frame after frame."
                 )
-            return self._predict_video(VideoConfig(os.fspath(images), every), batch, skip_damaged)
+            return self._predict_video(VideoConfig(os.fspath(images), every, track=track), batch, skip_damaged)
         single = isinstance(images, (str, os.PathLike, bytes, bytearray, PILImage.Image, np.ndarray, Tensor))
         groups: Iterable[Sequence[ImageLike]]
         if isinstance(images, (str, os.PathLike)):
@@ -445,13 +470,17 @@ class Model:
 
     def predict_frames(self, video: Video, batch: int) -> Generator[Detections, None, None]:
         """The Detections of a video's frames as they come, each with its ``frame``."""
+        tracker = tracker_of(video)
         while frames := video.take(batch if video.live else batch * VIDEO_BATCHES):
             images = {f.index: in_memory(f.pixels, f.index, video.name, self.rotated) for f in frames}
             found = self._detect(images, batch)
             for frame in frames:
                 rows, image = next(found), images[frame.index]
                 assert not isinstance(rows, ImageError)  # there is no file that could be damaged
-                yield Detections(rows, self.categories, (image.width, image.height), frame.index, frame=frame)
+                one = Detections(rows, self.categories, (image.width, image.height), frame.index, frame=frame)
+                if tracker is not None:
+                    one = dataclasses.replace(one, tracks=tracker.update(one.boxes, one.scores, frame.time))
+                yield one
             next(found, None)  # to its end, where the loader is put back
 
     def _predict_group(self, group: Sequence[ImageLike], first: int, batch: int, skip: bool) -> Iterator[Detections]:
