@@ -1268,7 +1268,7 @@ class BenchmarkSettings(_Devices, _Loader, _Size, _Precision):
     warmup: int = option(BenchmarkConfig.warmup, "batches before those", COUNT, "N")
     images: str | None = option(
         None,
-        "time the loader and the model on these images too",
+        "time it from these files to their detections too",
         TEXT,
         "DIR",
         shown="the model alone, on random images",

@@ -87,7 +87,14 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in said for name in (*SHOWN, "[bold]", r"\x1b[2J\r.jpg"))
 
     runs = {NAMES[0]: {"images per second": 1.0, "latency ms": dict.fromkeys((50, 90, 99), 1.0)}}
-    figures = {"model": FILE, "backend": "[red]", "precision": "fp32", "input": (1, 3, 2, 2), "machine": "[/]"}
+    figures = {
+        "model": FILE,
+        "backend": "[red]",
+        "precision": "fp32",
+        "input": (1, 3, 2, 2),
+        "input type": "uint8",
+        "machine": "[/]",
+    }
     print_report({**figures, "runs": runs, "memory": {}})
     said = clean(capsys.readouterr().out)
     assert all(name in said for name in (SHOWN[0], "[red]", "On [/]", r"\x1b[2J\r"))

@@ -84,6 +84,7 @@ class Loader:
         self.config = config
         self.sampler = Sampler(dataset, config)
         self._threads = threads
+        self._copies: torch.cuda.Stream | None = None
         self._next = 0  # number of the next batch in training
         self.damaged: set[Path] = set()
 
@@ -108,6 +109,10 @@ class Loader:
                 yield batch
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def batch(self, number: int) -> Batch:
+        """A batch by its number from 0, below ``len()`` in inference, made now: nothing is prepared ahead."""
+        return self._make_batch(*self._prepare(number))
 
     def state(self) -> dict[str, int]:
         """The position after the last batch given, in images over all ranks, for a checkpoint."""
@@ -179,16 +184,32 @@ class Loader:
         )
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """The tensor on ``LoaderConfig.device``; copies from the CPU do not make the caller wait."""
+        """The tensor on ``LoaderConfig.device``, for the current stream.
+
+        Copies from the CPU have a stream of their own and do not make the caller wait: while the device works on a
+        batch, the next one is copied.
+        """
         if self.config.device == "cpu" or tensor.is_cuda:
             return tensor
-        return tensor.pin_memory().to(self.config.device, non_blocking=True)
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.config.device)
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        with torch.cuda.stream(self._copies):
+            moved = pinned.to(self.config.device, non_blocking=True)
+        current = torch.cuda.current_stream(moved.device)
+        current.wait_stream(self._copies)
+        moved.record_stream(current)  # it was allocated on the other stream
+        return moved
 
     def render_with_torch(self, plan: BatchPlan) -> Tensor:
         """The images of a plan, as Batch has them, made by Pillow and PyTorch on the CPU."""
         # NumPy and not torch, as several of these run at once and torch would spread each over all cores.
         padding = padding_value(self.config)
-        images = np.empty((len(plan.samples), 3, plan.height, plan.width), dtype=padding.dtype)
+        shape = (len(plan.samples), 3, plan.height, plan.width)
+        kind = torch.uint8 if padding.dtype == np.uint8 else torch.float32
+        # For a GPU pinned at once; torch keeps such memory, and gives it again once the copies from it are done.
+        batch = torch.empty(shape, dtype=kind, pin_memory=self.config.device != "cpu")
+        images = batch.numpy()
         images[:] = padding[:, None, None]
         for i, sample in enumerate(plan.samples):
             try:
@@ -197,7 +218,7 @@ class Loader:
                 self._report_damage(sample, error)
                 continue
             images[i, :, : pixels.shape[1], : pixels.shape[2]] = pixels
-        return torch.from_numpy(images)
+        return batch
 
     def _report_damage(self, sample: Sample, error: ImageError) -> None:
         if sample.image.path not in self.damaged:

@@ -84,6 +84,10 @@ class Backend:
         """As __call__, with the thresholds that are fixed in the file."""
         raise NotImplementedError
 
+    def place(self, images: Tensor) -> Tensor:
+        """Images, as __call__ has them, where the backend reads them without copying them once more."""
+        return images
+
     def as_input(self, images: Tensor) -> Tensor:
         """Images, as __call__ has them, in the form that an exported file takes, on the same device."""
         if images.dtype != torch.uint8:
@@ -191,6 +195,9 @@ class EngineBackend(Backend):
 
     It runs on a CUDA stream of its own, because on the default stream, which torch uses, TensorRT synchronizes with the
     CPU at every call. Torch's stream and this one wait for each other.
+
+    Each batch size is a CUDA graph from its second call on, which needs addresses that stay: images are copied into
+    buffers that are kept, on the GPU, and the detections out of them.
     """
 
     def __init__(self, path: str, *, device: str) -> None:
@@ -209,31 +216,78 @@ class EngineBackend(Backend):
         self.apply_metadata(metadata)
         self.min_batch, self.max_batch = self.engine.batch
         self.stream = torch.cuda.Stream(self.device)
-        self.lock = threading.Lock()  # the engine's execution context takes one call at a time
+        self.lock = threading.Lock()  # the buffers and the engine's execution context take one call at a time
+        self.buffers: dict[str, Tensor] = {}
+        self.graphs = True  # until the engine proves to be one that cannot be captured
         self.name = f"{os.path.basename(path)} (TensorRT {extension.tensorrt_version()})"
 
+    @torch.inference_mode()
     def compute(self, images: Tensor) -> Detections:
-        assert self.metadata is not None
-        given, rows = len(images), self.metadata.thresholds.detections
+        given = len(images)
         if self.max_batch and given > self.max_batch:
             raise OdtkError(f"{self.name} takes at most {plural(self.max_batch, 'image')} at a time, not {given}.")
-        images = aligned(self.as_input(images.to(self.device)).contiguous())
-        if given < self.min_batch:
-            images = torch.cat([images, images.new_zeros(self.min_batch - given, *images.shape[1:])])
-        batch = len(images)
-        found = Detections(
-            torch.empty(batch, rows, device=self.device),
-            torch.empty(batch, rows, 6 if self.rotated else 4, device=self.device),
-            torch.empty(batch, rows, dtype=torch.int32, device=self.device),
-        )
-        values = {"images": images, "scores": found.scores, "boxes": found.boxes, "classes": found.classes}
-        addresses = {name: (value.data_ptr(), tuple(value.shape)) for name, value in values.items()}
+        images = self.as_input(images.to(self.device, non_blocking=True))
+        batch = max(given, self.min_batch)  # what lies in the buffers behind fewer images is of no account
+        with self.own_stream() as current:
+            buffers = self.buffers_for(batch)
+            if images.data_ptr() != buffers["images"].data_ptr():
+                buffers["images"][:given].copy_(images)
+            self.run({name: buffer[:batch] for name, buffer in buffers.items()})
+            # Copies, because the next call, perhaps of another thread, writes into the buffers.
+            scores, boxes = (buffers[name][:given].clone() for name in ("scores", "boxes"))
+            classes = buffers["classes"][:given].long()
+            for values in (scores, boxes, classes):
+                values.record_stream(current)  # the memory belongs to the engine's stream
+        return Detections(scores, boxes, classes)
+
+    @torch.inference_mode()
+    def place(self, images: Tensor) -> Tensor:
+        images = self.as_input(images.to(self.device))
+        with self.own_stream():
+            return self.buffers_for(max(len(images), self.min_batch))["images"][: len(images)].copy_(images)
+
+    @contextmanager
+    def own_stream(self) -> Iterator[torch.cuda.Stream]:
+        """Within it torch works on the engine's stream, one thread at a time, behind what the current stream had to do.
+
+        Gives the current stream, which then waits for what was enqueued.
+        """
         current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
         with self.lock:
-            self.engine.infer(addresses, self.stream.cuda_stream)
-        current.wait_stream(self.stream)  # the tensors are torch's: it may not free or read them earlier
-        return Detections(found.scores[:given], found.boxes[:given], found.classes[:given].long())
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                yield current
+            current.wait_stream(self.stream)
+
+    def buffers_for(self, batch: int) -> dict[str, Tensor]:
+        """The engine's tensors by name, for that many images or more; the same ones until a batch is larger."""
+        if not self.buffers or len(self.buffers["images"]) < batch:
+            assert self.metadata is not None
+            rows, values = self.metadata.thresholds.detections, self.metadata.box_values
+            pixels = torch.uint8 if self.input_type == "uint8" else torch.float32
+            shapes = {
+                "images": ((3, *self.metadata.size), pixels),
+                "scores": ((rows,), torch.float32),
+                "boxes": ((rows, values), torch.float32),
+                "classes": ((rows,), torch.int32),
+            }
+            self.buffers = {
+                name: torch.zeros(batch, *shape, dtype=kind, device=self.device)
+                for name, (shape, kind) in shapes.items()
+            }
+        return self.buffers
+
+    def run(self, tensors: dict[str, Tensor]) -> None:
+        """Enqueues one inference on the engine's stream, as a CUDA graph unless the engine cannot be captured."""
+        addresses = {name: (tensor.data_ptr(), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        if self.graphs:
+            try:
+                return self.engine.infer(addresses, self.stream.cuda_stream, graph=True)
+            except RuntimeError as error:
+                if "cannot be captured" not in str(error):
+                    raise
+                self.graphs = False
+        self.engine.infer(addresses, self.stream.cuda_stream)
 
 
 @contextmanager
@@ -246,11 +300,6 @@ def without_tf32() -> Iterator[None]:
         yield
     finally:
         cudnn.allow_tf32, matmul.allow_tf32 = before
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if its address is not a multiple of 256 bytes, as TensorRT requires: a part of a batch."""
-    return tensor.clone() if tensor.data_ptr() % 256 else tensor
 
 
 def open_backend(

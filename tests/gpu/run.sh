@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, the most telling steps first: build, kernels, sanitizers, engines,
 # training, benchmarks. Each step has its own time limit, and one that fails stops none of the others.
-#   tests/gpu/run.sh [STEP…]     default: all of build kernels memcheck racecheck synccheck engine training benchmark dali
+#   tests/gpu/run.sh [STEP…]     default: all of build kernels memcheck racecheck synccheck loader engine training benchmark dali
 # Writes report.txt and one log for each step to $OUT, default build/gpu/report. Exit status 1 if a step failed.
 #
 # It needs nvcc, cmake, a C++ compiler, and a Python ($PYTHON, default python3) with torch for this GPU, pybind11, pytest
@@ -102,6 +102,7 @@ for tool in memcheck racecheck synccheck; do
     leave_out $tool "no compute-sanitizer on the PATH or in /usr/local/cuda/bin"
   fi
 done
+step loader 60 "$python" -m pytest -q -rs tests/gpu/test_gpu_loader.py
 if [ "$tensorrt" = 1 ]; then
   step engine 540 "$python" -m pytest -q -rs tests/gpu/test_gpu_engine.py tests/gpu/test_gpu_export.py
 else

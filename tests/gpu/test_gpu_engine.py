@@ -6,16 +6,22 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from odtk import kernels
 from odtk.categories import Category
-from odtk.config import ROTATED_ANGLES, ExportConfig, ModelConfig, OdtkError
+from odtk.config import ROTATED_ANGLES, ExportConfig, LoaderConfig, ModelConfig, OdtkError
+from odtk.data.dataset import Dataset
+from odtk.data.loader import create_loader
 from odtk.exporting import export
 from odtk.exporting.engine import require_tensorrt
 from odtk.inference import backends
+from odtk.inference.detect import detect_batches
+from odtk.inference.infer import loader_config
 from odtk.postprocess import Detections
 from tests.random_models import detector_of, pixels_of, save
 
@@ -119,6 +125,41 @@ def test_the_same_bits_at_every_run_and_in_a_graph(opened: Open) -> None:
         assert torch.equal(tensors["scores"], expected.scores)
         assert torch.equal(tensors["boxes"], expected.boxes)
         assert torch.equal(tensors["classes"].long(), expected.classes)
+
+
+def test_the_backend_replays_graphs_from_buffers_that_it_keeps(opened: Open) -> None:
+    """The bits of plain calls, for batch sizes in turns, from pinned images, and kept over later calls."""
+    engine, _ = opened("retinanet", "fp16")
+    assert isinstance(engine, backends.EngineBackend)
+    given = [pixels_of(size, SIZE, seed).pin_memory() for seed, size in enumerate((2, 1, 4, 2, 3))]
+    engine.graphs = False
+    expected = [engine(images) for images in given]
+    engine.graphs = True
+    addresses = [tensor.data_ptr() for tensor in engine.buffers.values()]
+    found = [engine(images) for _ in range(3) for images in given]
+    assert engine.graphs, "this engine could not be captured"
+    assert [tensor.data_ptr() for tensor in engine.buffers.values()] == addresses
+    for i, actual in enumerate(found):
+        wanted = expected[i % len(given)]
+        assert torch.equal(actual.scores, wanted.scores) and torch.equal(actual.boxes, wanted.boxes)
+        assert torch.equal(actual.classes, wanted.classes)
+    placed = engine.place(given[2])
+    assert placed.data_ptr() == addresses[0] and torch.equal(engine(placed).scores, expected[2].scores)
+
+
+def test_infer_finds_in_files_what_single_calls_find(opened: Open, tmp_path: Path) -> None:
+    """Copies run ahead of the engine, on a stream of their own; the last batch is smaller."""
+    engine, _ = opened("retinanet", "fp16")
+    images = pixels_of(11, SIZE)
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:02}.png")
+    data = loader_config(LoaderConfig(str(tmp_path), batch=4, loader="torch", device="cuda:0"), engine)
+    dataset = Dataset.load(None, tmp_path)
+    for _ in range(3):
+        rows = [rows for _, rows in detect_batches(engine, create_loader(dataset, data))]
+        scores = np.concatenate([values[:, 1] for _, values in rows])
+        expected = torch.cat([engine(part.cuda()).scores.flatten() for part in images.split(4)]).cpu()
+        np.testing.assert_array_equal(scores, expected[expected > 0].numpy())
 
 
 def bound(engine: backends.EngineBackend, images: Tensor) -> tuple[dict[str, Tensor], dict[str, tuple]]:
