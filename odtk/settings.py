@@ -510,9 +510,9 @@ VARIANTS: dict[str, dict[str, Any]] = {  # of --variant; their sizes and times a
         "max_size": max_size,
     }
     for name, backbone, last_level, channels, convs, resize, max_size in (
-        ("nano", "EfficientNetLite0FPN", 5, 64, 1, 256, 352),
-        ("small", "EfficientNetLite0FPN", 5, 96, 2, 384, 512),
-        ("medium", "EfficientNetLite2FPN", 6, 128, 2, 512, 704),
+        ("nano", "EfficientNetLite0FPN", 5, 64, 1, 256, 320),
+        ("small", "EfficientNetLite0FPN", 5, 64, 2, 352, 448),
+        ("medium", "EfficientNetLite0FPN", 5, 96, 2, 480, 640),
         ("large", "ResNet50FPN", 7, 256, 2, 800, 1333),
     )
 }
