@@ -699,6 +699,7 @@ def test_a_checkpoint_tells_its_settings(trained: Path, capsys) -> None:
     assert any(line.split()[:1] == ["odtk"] for line in lines)
     assert main(["info", str(trained), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert 0 <= found["settings"]["padding_share"] < 0.9 and len(found["settings"]["aspects"]) == 20
     assert found["settings"]["resize"] == 64 and found["iteration"] == 1
     assert found["categories"] == [[3, "cell"], [8, "plate"]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..data.sampler import round_up
 from ..files import atomic_write
 from ..model.checkpoint import Checkpoint, build_detector, load, trained_size, weights_hash
 from ..model.detector import Detector
+from ..model.padding import padding_warning, share_in_frame
 from ..text import printable
 from .calibration import load_or_calibrate
 from .calibration_table import CalibrationTable, table_path
@@ -60,6 +62,7 @@ def export(config: ExportConfig) -> ExportResult:
     checkpoint = load(config.path)
     detector = build_detector(checkpoint).fold()
     config = with_input_size(config, checkpoint, detector.stride)
+    warn_of_padding(detector, checkpoint, config.input_size)
     if config.input_type == "uint8" and checkpoint.model.padding == "mean":
         print(describe_rounded_padding(checkpoint.model))
     graph, table = raw_graph(detector, checkpoint, config, tensorrt)
@@ -95,6 +98,15 @@ def with_input_size(config: ExportConfig, checkpoint: Checkpoint, stride: int) -
     if trained is not None and trained != (height, width):
         print(f"--size {given}: the model was trained at {trained[0]}×{trained[1]}.")
     return dataclasses.replace(config, size=(height, width))
+
+
+def warn_of_padding(detector: Detector, checkpoint: Checkpoint, size: tuple[int, int]) -> None:
+    """Prints a warning where the detections depend on padding, and images like those of training get more or less."""
+    shapes = checkpoint.setting("aspects")
+    share = share_in_frame(shapes, size) if shapes else 0.0
+    trained = checkpoint.setting("padding_share") if shapes else None
+    if warning := padding_warning(detector, trained, share, f"at {size[0]}×{size[1]} for images of the same shapes"):
+        print(warning, file=sys.stderr)
 
 
 def describe_rounded_padding(model: ModelConfig) -> str:

@@ -24,6 +24,7 @@ from ..exporting.metadata import ENGINES, Metadata, unpack
 from ..exporting.session import open_session
 from ..model import checkpoint
 from ..model.detector import normalize
+from ..model.padding import padding_warning
 from ..postprocess import Detections, postprocess
 from ..ranks import silent
 from ..text import plural, say
@@ -65,6 +66,14 @@ class Backend:
     precision: str
     thresholds: PostprocessConfig
     metadata: Metadata | None = None
+
+    def padding_warning(self, share: float) -> str | None:
+        """A sentence where detections depend on padding, and images have another share of it than in training.
+
+        Args:
+            share: of the pixels of the batches to come, 0 to 1.
+        """
+        return None  # an exported file does not say; `odtk export` warns for its size
 
     def __call__(self, images: Tensor) -> Detections:
         """RGB images [N, 3, H, W] → Detections with boxes in pixels of these images.
@@ -132,7 +141,11 @@ class TorchBackend(Backend):
         self.input_type = "uint8" if self.padding == "black" else "normalized"  # no pixel is 0 once normalized
         self.resize, self.max_size = loaded.setting("resize"), loaded.setting("max_size")
         self.input_size = checkpoint.trained_size(loaded)
+        self.padding_share = loaded.setting("padding_share")
         self.precision, self.thresholds = precision, thresholds
+
+    def padding_warning(self, share: float) -> str | None:
+        return padding_warning(self.detector, self.padding_share, share, "in these batches")
 
     @torch.inference_mode()
     def compute(self, images: Tensor) -> Detections:

@@ -18,6 +18,7 @@ from ..data.batch import Loader
 from ..data.dataset import Dataset
 from ..data.images import ImageError
 from ..data.loader import create_loader
+from ..data.padding import padded_share
 from ..data.records import DAMAGED, Image
 from ..data.sampler import round_up
 from ..files import check_writable, write_json
@@ -55,6 +56,8 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     dataset = Dataset.load(data.annotations, data.images, rotated=data.rotated, skip_damaged=data.skip_damaged)
     categories = match_categories(backend, dataset.categories, log)
     loader = create_loader(dataset, data)
+    if warning := backend.padding_warning(padded_share(loader.sampler)):
+        log(warning)
     total = len(dataset.images)
     skipped = sum(fault.rule == DAMAGED for fault in dataset.faults)
     log(

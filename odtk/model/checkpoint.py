@@ -8,7 +8,8 @@ A file of odtk holds plain values and tensors only, so that it loads with ``weig
     categories   [[id, name], …] in the order of the class indices, or None
     state_dict   the weights to detect with: the moving average (EMA) if training kept one
     training     what resuming needs (see training/run.py), or None
-    settings     those of its training by name (settings.TrainSettings) and ``input_size`` [H, W]; absent in older files
+    settings     those of its training by name (settings.TrainSettings) and facts about its data: ``input_size`` [H, W],
+                 ``padding_share`` and ``aspects`` (data/padding.py) …; absent in older files
     versions     of odtk and torch that wrote it; absent in older files
 """
 
@@ -46,7 +47,8 @@ class Checkpoint:
         state_dict: the detector's parameters and buffers, float32: the moving average (EMA) if training kept one.
         training: optimizer, iteration, loader position and so on, to resume from; None if it cannot be resumed.
         settings: those of its training by name, plain values, with ``input_size``: (H, W) in pixels, multiples of the
-            stride, that hold nearly all of its images at the size they were trained at; None if the file does not say.
+            stride, that hold nearly all of its images at the size they were trained at; and with the share of padding
+            and the images' shapes (data.padding.padding_facts); None if the file does not say.
     """
 
     model: ModelConfig

@@ -115,11 +115,17 @@ def settings_fault(settings: Any) -> str | None:
         ("resize", int | None),
         ("max_size", int | None),
         ("given", tuple[str, ...] | None),
+        ("padding_share", float | None),
+        ("aspects", tuple[float, ...] | None),
     ):
         value = settings.get(name)
         whole = [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int)]
         if not fits(value, hint) or any(not 0 < number < 2**20 for number in whole):
             return f"its setting {name} is {shown(value)}"
+    if not 0 <= (settings.get("padding_share") or 0) <= 1:
+        return f"its setting padding_share is {shown(settings['padding_share'])}"
+    if not all(aspect > 0 for aspect in settings.get("aspects") or ()):
+        return f"its setting aspects is {shown(settings['aspects'])}"
     return None
 
 

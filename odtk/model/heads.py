@@ -175,8 +175,11 @@ class SharedTower(nn.Module):
 
 
 def _apply_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """norm(x). One cell of one image has no statistics to train with: there the running ones are used."""
-    if norm.training and len(x) * x.shape[2] * x.shape[3] == 1:
+    """norm(x). One cell of one image has no statistics to train with: there the running ones are used.
+
+    Not by a norm over several processes: each of them must take part in its statistics.
+    """
+    if type(norm) is nn.BatchNorm2d and norm.training and len(x) * x.shape[2] * x.shape[3] == 1:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     return norm(x)
 

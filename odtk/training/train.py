@@ -19,6 +19,7 @@ from ..config import OdtkError, TrainConfig
 from ..data.batch import Batch
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
+from ..data.padding import padding_facts
 from ..data.sampler import input_size
 from ..launch import catch_stop_signals, exit_on_stop_signals
 from ..model.checkpoint import Checkpoint, load_weights, save
@@ -31,6 +32,7 @@ from .loss import detection_loss, normalize
 from .memory import freed_memory_kept
 from .optimizer import EMA, autocast_type, create_optimizer, create_scaler, learning_rate
 from .run import Run, best_path, dataset_hash, find_run, own_files, refuse_other_data, trained_weights
+from .sync_batch_norm import synchronize_batch_norms
 from .validation import Validation
 
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
@@ -149,6 +151,8 @@ def set_up(config: TrainConfig, rank: int, world: int, *, quiet: bool = False) -
     dtype = autocast_type(config.precision, device)
     data = replace(config.data, training=True, stride=detector.stride, rank=rank, world=world, **config.model.pixels)
     size = input_size(dataset, data.resize, data.max_size, detector.stride)
+    loader = create_loader(dataset, data)
+    facts = {"input_size": list(size), "data": data_hash, **padding_facts(loader.sampler)}
     run = Run(
         config=config,
         categories=dataset.categories,
@@ -162,8 +166,8 @@ def set_up(config: TrainConfig, rank: int, world: int, *, quiet: bool = False) -
         optimizer=create_optimizer(detector, config),
         autocast=torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         scaler=create_scaler(dtype, device),
-        loader=create_loader(dataset, data),
-        settings=None if config.settings is None else {**config.settings, "input_size": list(size), "data": data_hash},
+        loader=loader,
+        settings=None if config.settings is None else {**config.settings, **facts},
         validation=None if config.val_data is None else Validation(config, dataset.categories, detector.stride, ranks),
     )
     if resumed is not None:
@@ -205,6 +209,7 @@ def create_model(
     ranks.barrier()  # rank 0 may have spent minutes on a download
     if world == 1:
         return detector, detector
+    synchronize_batch_norms(detector.head)  # a backbone's batch norms are meant to be frozen with small batches
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # older versions of torch lack broadcast_buffers' successor
         model = DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -137,6 +137,8 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "settings list": (put([1], "settings"), "its settings are not"),
     "settings tensor": (put(torch.ones(1), "settings", "lr"), "its settings are not"),
     "settings nested": (put(NESTED, "settings", "lr"), "its settings are not"),
+    "share": (put(1.5, "settings", "padding_share"), "its setting padding_share is 1.5"),
+    "shapes": (put([1.0, 0.0], "settings", "aspects"), "its setting aspects is"),
     "size text": (put(["a", "b"], "settings", "input_size"), "its setting input_size is"),
     "size short": (put([64], "settings", "input_size"), "its setting input_size is"),
     "size 0": (put([0, 64], "settings", "input_size"), "its setting input_size is"),
