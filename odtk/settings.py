@@ -590,6 +590,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         "N",
         shown=f"{PLANNED}; 0 for other heads",
         section="schedule",
+        changes_result=False,
     )
     skip_damaged: bool = switch(
         "leave damaged images out", shown="off: damaged images are refused before the run", section="data"

@@ -126,18 +126,29 @@ class RunLog:
             print_line(f"[{iteration}/{self.iters}]  {text}  {clock} left")
         self.record(iteration, {**losses, "lr": rate, "images_per_second": speed})
 
-    def validation(self, iteration: int, metrics: Metrics, pictures: list[np.ndarray]) -> None:
-        """Logs metrics, and RGB pictures, uint8 [H, W, 3]."""
+    def validation(
+        self, iteration: int, metrics: Metrics, pictures: list[np.ndarray], ema: float | None = None
+    ) -> None:
+        """Logs metrics, and RGB pictures, uint8 [H, W, 3].
+
+        Args:
+            ema: AP of the EMA, where the metrics are those of the trained weights, as theirs is higher.
+        """
         text = f"[{iteration}/{self.iters}]  validation: AP {metrics.ap:.3f}  AP50 {metrics.ap50:.3f}"
         text += f"  ({classes})" if (classes := classes_line(metrics)) else ""
+        text += "" if ema is None else f"  without the average of the weights, whose AP is {ema:.3f}"
+        self.line(text)
+        values = dict(zip(STATS, metrics.stats, strict=True))
+        self.record(iteration, {**values, **{f"AP/{c.name}": c.ap for c in metrics.classes if c.ap >= 0}}, pictures)
+
+    def line(self, text: str) -> None:
+        """Prints a line above the progress bar."""
         if self.bar is not None:
             with suppress(OSError):  # the terminal is gone
                 # The names of classes may look like rich's tags.
                 self.bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
         else:
             print_line(text)
-        values = dict(zip(STATS, metrics.stats, strict=True))
-        self.record(iteration, {**values, **{f"AP/{c.name}": c.ap for c in metrics.classes if c.ap >= 0}}, pictures)
 
     def record(self, iteration: int, values: dict[str, float], pictures: Sequence[np.ndarray] = ()) -> None:
         """Hands values to metrics.jsonl, TensorBoard and the server, and pictures to TensorBoard; waits for nothing."""
@@ -340,5 +351,5 @@ def closing_line(path: str, best: str | None, ap: float) -> str:
     if best and ap == 0:
         said += "; no object of the validation set was found yet, train longer"
     if ap < 0:
-        said += "; --val-annotations would say its AP"
+        said += "; --val-annotations, or --val-share 0.2, would say its AP"
     return printable(f"{said}. Next: odtk export {shlex.quote(chosen)} {shlex.quote(output)}")

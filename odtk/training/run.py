@@ -7,7 +7,10 @@ What a checkpoint holds of a run (Checkpoint.training):
     schedule     lr, iters … of the run, for people to read; a resumed run takes its schedule from the flags, but for
                  the name of its optimizer (files without it: SGD)
     average      the weights that are trained, if the run keeps an EMA (then ``state_dict`` is the EMA), else None
+    ema          the EMA, in a file whose ``state_dict`` is not the EMA, as the trained weights had the higher AP
     best         highest validation AP so far, −1 before the first validation
+    best_at      its iteration
+    ended        the run has ended early, see Run.is_over
     rng          state of rank 0's torch generator (the loader has a seed of its own)
     loader       position in the data
 """
@@ -74,6 +77,8 @@ class Run:
         anchors: per level [A, 4 or 5], see model.anchors.base_anchors; on the device.
         iteration: optimizer steps done.
         best_ap: highest validation AP so far, −1 before the first validation.
+        best_at: iteration of that validation.
+        ended: no iteration is to follow, as validation has stopped improving.
         saved_at: iteration of the newest checkpoint, 0 if there is none.
         save_time: when it was written, or when training began if that was later; seconds of time.monotonic().
     """
@@ -95,23 +100,40 @@ class Run:
     settings: dict[str, Any] | None = None
     iteration: int = 0
     best_ap: float = -1.0
+    best_at: int = 0
+    ended: bool = False
     saved_at: int = 0
     save_time: float = 0.0
 
-    def checkpoint(self) -> Checkpoint:
-        """The run as it stands, for a file."""
+    def is_over(self) -> bool:
+        """Whether config.patience evaluations in a row have brought no better AP; an equal one is as good as better."""
+        waited = self.iteration - self.best_at
+        return (
+            bool(self.config.patience) and self.best_ap >= 0 and waited >= self.config.patience * self.config.val_iters
+        )
+
+    def checkpoint(self, *, raw: bool = False) -> Checkpoint:
+        """The run as it stands, for a file.
+
+        Args:
+            raw: the file is to be used with the weights that are trained, and not with their EMA.
+        """
         weights = self.detector.state_dict()
+        ema = None if self.ema is None else self.ema.detector.state_dict()
         return Checkpoint(
             model=self.config.model,
             categories=self.categories,
-            state_dict=weights if self.ema is None else self.ema.detector.state_dict(),
+            state_dict=weights if raw or ema is None else ema,
             training={
                 "iteration": self.iteration,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "schedule": {name: getattr(self.config, name) for name in SCHEDULE},
                 "average": None if self.ema is None else weights,  # this key is in files written before: it stays
+                "ema": ema if raw else None,
                 "best": self.best_ap,
+                "best_at": self.best_at,
+                "ended": self.ended,
                 "rng": torch.get_rng_state(),
                 "loader": self.loader.state(),
             },
@@ -127,6 +149,8 @@ class Run:
         state = training_state(checkpoint)
         try:
             self.iteration, self.best_ap = state["iteration"], float(state["best"])
+            self.best_at = int(state.get("best_at", 0))  # files written before lack it
+            self.ended = bool(state.get("ended")) and self.is_over()
             # The hyperparameters are this run's: what is resumed are the momenta.
             own = self.optimizer.state_dict()
             self.optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
@@ -140,7 +164,7 @@ class Run:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise OdtkError(damaged_run(self.config.path, "its entries are not those of a run")) from error
         if self.ema is not None:
-            load_weights(self.ema.detector, checkpoint.state_dict)
+            load_weights(self.ema.detector, state.get("ema") or checkpoint.state_dict)
 
 
 def damaged_run(path: str, fault: str) -> str:
@@ -159,6 +183,8 @@ def run_fault(checkpoint: Checkpoint) -> str | None:
         return f"it lacks the run's {missing[0]}"
     if state["average"] is not None and (fault := weights_fault(checkpoint.model, state["average"])):
         return f"in the weights that are trained, {fault}"
+    if state.get("ema") is not None and (fault := weights_fault(checkpoint.model, state["ema"])):
+        return f"in the EMA of the weights, {fault}"
     if not (isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict)):
         return "it lacks the state of the optimizer"
     if not all(isinstance(one, dict) and all(map(is_state, one.values())) for one in optimizer["state"].values()):

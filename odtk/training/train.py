@@ -67,7 +67,7 @@ def train_loop(run: Run, rank: int, world: int) -> None:
     run.model.train()
 
     with catch_stop_signals() as signals, log or nullcontext():
-        while run.iteration < run.iters:
+        while run.iteration < run.iters and not run.ended:
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(run.iteration, config)
 
@@ -220,6 +220,11 @@ def create_model(
 def opening_line(run: Run, dtype: torch.dtype, world: int) -> str:
     """What is about to happen, in one line."""
     config, iteration, iters = run.config, run.iteration, run.iters
+    if run.ended:
+        return (
+            f"{config.path} is trained: it ended at iteration {iteration} of {iters}, as AP had stopped rising; raise "
+            "--patience to continue."
+        )
     if iteration >= iters:
         done = f"{plural(iteration, 'iteration')} {'is' if iteration == 1 else 'are'} done"
         return f"{config.path} is trained: {done}; raise --iters to continue."
@@ -265,6 +270,7 @@ def finish_interval(
         log.training(run.iteration, losses, run.optimizer.param_groups[0]["lr"], speed)
     if scheduled and run.validation is not None and not stop:
         validate(run, run.validation, log)
+        end_early(run, log)
     if stop and run.iteration < run.iters:
         if log is not None:
             print_line(f"{signal.Signals(stop).name}: saved {run.config.path} at iteration {run.iteration}.")
@@ -273,18 +279,34 @@ def finish_interval(
 
 
 def validate(run: Run, validation: Validation, log: RunLog | None) -> None:
-    """Validates the detector, or its EMA; rank 0 saves the best checkpoint and logs the figures."""
-    detector = run.detector if run.ema is None else run.ema.detector
-    run.ranks.broadcast_buffers(detector)
-    result = validation.run(detector, run.autocast)
-    if log is not None and result is not None:
-        metrics, pictures = result
-        if metrics.ap >= max(0, run.best_ap):  # the later of equals is trained longer; no ground truth gives −1
-            run.best_ap = metrics.ap
-            for path in (best_path(run.config.path), run.config.path):  # both, so that a resumed run knows the best AP
-                with notice_if_slow(f"saving {path}"):
-                    save(path, run.checkpoint())
-        log.validation(run.iteration, metrics, pictures)
+    """Validates the detector, and its EMA; rank 0 saves the better one if it is the best so far, and logs it."""
+    results = []
+    for detector in (run.detector,) if run.ema is None else (run.ema.detector, run.detector):
+        run.ranks.broadcast_buffers(detector)
+        results.append(validation.run(detector, run.autocast))
+    found = [result for result in results if result is not None]
+    if log is None or not found:
+        return
+    chosen = max(range(len(found)), key=lambda i: found[i][0].ap)  # of equals the EMA
+    metrics, pictures = found[chosen]
+    if metrics.ap >= max(0, run.best_ap):  # the later of equals is trained longer; no ground truth gives −1
+        run.best_ap, run.best_at = metrics.ap, run.iteration
+        best = best_path(run.config.path)
+        for path, raw in ((best, chosen == 1), (run.config.path, False)):  # both, so that a resumed run knows the best
+            with notice_if_slow(f"saving {path}"):
+                save(path, run.checkpoint(raw=raw))
+    log.validation(run.iteration, metrics, pictures, ema=found[0][0].ap if chosen else None)
+
+
+def end_early(run: Run, log: RunLog | None) -> None:
+    """Ends the run if validation has stopped improving; rank 0 decides, and notes it in the checkpoint."""
+    over = log is not None and run.iteration < run.iters and run.is_over()
+    run.ended = bool(run.ranks.all_max(over)[0])
+    if run.ended and log is not None:
+        with notice_if_slow(f"saving {run.config.path}"):
+            save(run.config.path, run.checkpoint())
+        evaluations = plural(run.config.patience, "evaluation")
+        log.line(f"Ended at iteration {run.iteration}: {evaluations} have brought no better AP (--patience).")
 
 
 def not_finite_message(run: Run, iteration: int) -> str:

@@ -1,14 +1,26 @@
-"""The best checkpoint: of equal APs the later one, and what the last line says where nothing was found."""
+"""The best checkpoint, when a run ends early, and what its last line says."""
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from odtk.model import checkpoint as files
 from odtk.training import train
 from odtk.training.log import closing_line
+from odtk.training.validation import Validation
+from tests.training.test_train import draw_dataset, settings, with_validation
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    draw_dataset(tmp_path / "shapes", 4)
+    return tmp_path / "shapes"
 
 
 def test_the_later_of_equal_aps_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,14 +35,68 @@ def test_the_later_of_equal_aps_is_the_best(monkeypatch: pytest.MonkeyPatch) -> 
         config=SimpleNamespace(path="m.pth"),
         ranks=SimpleNamespace(broadcast_buffers=lambda detector: None),
     )
-    run.checkpoint = lambda: run.iteration
-    log: Any = SimpleNamespace(validation=lambda *seen: None)
+    run.checkpoint = lambda raw: run.iteration
+    log: Any = SimpleNamespace(validation=lambda *seen, ema: None)
     kept = []
     for run.iteration, ap in enumerate((-1.0, 0.0, 0.0, 0.3, 0.2, 0.3, float("nan")), start=1):  # −1: no ground truth
         measured: Any = SimpleNamespace(run=lambda *_, ap=ap: (SimpleNamespace(ap=ap), []))
         train.validate(run, measured, log)
         kept.append([iteration for path, iteration in saved if path == "m.best.pth"][-1:])
     assert kept == [[], [2], [3], [4], [4], [6], [6]] and run.best_ap == 0.3
+
+
+def test_the_better_of_average_and_trained_weights_is_kept(tmp_path: Path, dataset: Path, monkeypatch) -> None:
+    """The best file holds those that scored higher, the newest one the EMA; both resume to the same run."""
+    config = with_validation(settings(tmp_path / "m.pth", dataset), iters=3, milestones=(), ema=0.5, val_iters=3)
+    scores = {"ema": 0.2, "raw": 0.4}
+    real, seen = Validation.run, []
+
+    def scored(self: Validation, detector: Any, autocast: Any) -> Any:
+        _, pictures = real(self, detector, autocast)  # type: ignore[misc]
+        seen.append("raw" if any(p.requires_grad for p in detector.parameters()) else "ema")
+        return SimpleNamespace(ap=scores[seen[-1]], ap50=0.0, stats=(0.0,) * 12, classes=()), pictures
+
+    monkeypatch.setattr(Validation, "run", scored)
+    train.train(config)
+    assert seen == ["ema", "raw"]
+    best, newest = (files.load(tmp_path / name) for name in ("m.best.pth", "m.pth"))
+    assert best.training is not None and newest.training is not None and newest.training["ema"] is None
+    assert best.training["best"] == newest.training["best"] == 0.4 and newest.training["best_at"] == 3
+    for name, trained in newest.training["average"].items():
+        assert torch.equal(best.state_dict[name], trained)
+        assert torch.equal(best.training["ema"][name], newest.state_dict[name])
+    assert any(not torch.equal(best.state_dict[name], newest.state_dict[name]) for name in best.state_dict)
+    (tmp_path / "m.best.pth").rename(tmp_path / "other.pth")
+    ends = []
+    for name in ("other.pth", "m.pth"):
+        train.train(dataclasses.replace(config, path=str(tmp_path / name), iters=4, val_data=None))
+        ends.append(files.load(tmp_path / name).state_dict)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize(("aps", "last"), [((0.1, 0.3, 0.2, 0.3, 0.1, 0.2, 0.9), 6), ((0.0,) * 7, 7), ((-1.0,) * 7, 7)])
+def test_a_run_ends_once_validation_has_stopped_improving(
+    aps: tuple[float, ...], last: int, tmp_path: Path, dataset: Path, monkeypatch, capsys
+) -> None:
+    config = with_validation(
+        settings(tmp_path / "m.pth", dataset), iters=7, milestones=(), val_iters=1, patience=2, save_seconds=1e9
+    )
+    left = list(aps)
+
+    def scored(*_: Any) -> Any:
+        return SimpleNamespace(ap=left.pop(0), ap50=0.0, stats=(0.0,) * 12, classes=()), []
+
+    monkeypatch.setattr(Validation, "run", scored)
+    train.train(config)
+    training = files.load(config.path).training
+    assert training is not None and training["iteration"] == last
+    shown = capsys.readouterr().out
+    assert ("Ended at iteration 6: 2 evaluations have brought no better AP" in shown) == (last == 6)
+    if last == 6:
+        train.train(config)
+        assert "it ended at iteration 6 of 7" in capsys.readouterr().out and len(left) == 1, "it stays ended"
+        train.train(dataclasses.replace(config, patience=5))
+        assert files.load(config.path).training["iteration"] == 7  # type: ignore[index]
 
 
 def test_the_last_line_says_that_nothing_was_found() -> None:
