@@ -56,12 +56,12 @@ class Fingerprint:
         per_image: percentiles of the number of boxes in an image that has any.
         classes: (id, name, boxes, images with one) of each category, in the order of the class indices.
         lean: the largest |median of ln(width / height)| of a class; 0 where objects lie as often as they stand.
-        depth: the largest |correlation| of a class between the size of its boxes and how far down they are: in pictures
-            of a scene, what is nearer is larger and lower.
+        depth: |correlation| between the size of boxes, relative to their class, and how far down they are: in pictures of
+            a scene, what is nearer is larger and lower.
         drop: the mean height of the boxes' centers in the image, from −0.5 (all at the top) to 0.5 (at the bottom).
         light: how much brighter the images' upper halves are than the lower ones, in mean gray levels of 255.
-        whole: boxes that touch no border of their image; lean, depth and drop are of these, lean and depth of classes
-            with MIN_WHOLE of them.
+        whole: boxes that touch no border of their image; lean, depth and drop are of these, lean and depth of those
+            of classes with MIN_WHOLE of them.
         gray: share of the images looked at that have no color.
         crowded: share of boxes that another box of their class overlaps by more than CROWDED_IOU.
         decoded: images looked at for color and duplicates.
@@ -122,7 +122,7 @@ class Fingerprint:
                 f"{_spread(self.per_image)} boxes in an image; {self.crowded:.0%} are overlapped by another of their "
                 f"class (IoU above {CROWDED_IOU:g})",
                 f"{plural(len(self.classes), 'class', 'classes')}, the most frequent with "
-                f"{self.imbalance:.0f} times the boxes of the rarest",
+                f"{self.imbalance:.2g} times the boxes of the rarest",
             ]
         kind = "gray" if self.is_gray else "color" if self.gray <= 1 - MIN_GRAY_SHARE else "mixed"
         found.append(
@@ -261,14 +261,15 @@ def _posture(images: Sequence[Image], classes: int) -> dict[str, Any]:
         down = (y + h / 2) / image.height - 0.5
         rows.append(np.stack([image.labels, np.log(w / h), np.log(w * h) / 2, down], axis=1)[whole])
     table = np.concatenate(rows)  # [whole boxes, 4] label, ln aspect, ln side, height of the center
-    lean = depth = 0.0
+    lean, pairs = 0.0, [np.zeros((0, 2))]
     for label in range(classes):
-        _, aspect, side, down = table[table[:, 0] == label].T
-        if len(aspect) < MIN_WHOLE:
-            continue
-        lean = max(lean, abs(float(np.median(aspect))))
-        if side.std() > 1e-6 and down.std() > 1e-6:
-            depth = max(depth, abs(float(np.corrcoef(side, down)[0, 1])))
+        own = table[table[:, 0] == label]
+        if len(own) >= MIN_WHOLE:
+            lean = max(lean, abs(float(np.median(own[:, 1]))))
+            pairs.append(own[:, 2:] - own[:, 2:].mean(axis=0))
+    side, down = np.concatenate(pairs).T
+    spread = math.sqrt(float((side**2).sum() * (down**2).sum()))
+    depth = abs(float((side * down).sum())) / spread if spread > 1e-9 else 0.0
     drop = float(table[:, 3].mean()) if len(table) else 0.0
     return {"lean": round(lean, 4), "depth": round(depth, 4), "drop": round(drop, 4), "whole": len(table)}
 

@@ -68,6 +68,9 @@ def initialize_weights(detector: Detector, *, fine_tune: str | None, backbone_we
 
 def print_loaded(source: str, loaded: list[str], unmatched: list[str]) -> None:
     """Prints how many tensors came from ``source`` and how many stay random, and the modules that they are in."""
+    if not unmatched:
+        print(f"Loaded from {printable(source)}: all {plural(len(loaded), 'tensor')}.", flush=True)
+        return
     for text, names in ((f"Loaded from {printable(source)}", loaded), ("Initialized at random", unmatched)):
         modules = sorted({name.rpartition(".")[0] for name in names})
         print(f"{text} ({plural(len(names), 'tensor')}): {', '.join(modules) or 'nothing'}.", flush=True)

@@ -393,6 +393,10 @@ def size(s: Situation) -> Iterator[Decision]:
     if need > fit:  # frames far larger than what can be trained on, with small objects in them
         yield from crops(s, need, fit, aspect)
         return
+    if shorter < LEAST:
+        side = f"the least size, as the images are only {shorter:.0f} pixels"
+        yield Decision({"resize": LEAST, "max_size": cap(LEAST * aspect)}, side)
+        return
     device = "CPU" if s.machine.kind == "cpu" else "GPU"
     scale, why = fit, "the images' own size" if fit == 1 else f"as large as training on a {device} can be"
 
@@ -403,7 +407,7 @@ def size(s: Situation) -> Iterator[Decision]:
         if scale * SMALLER >= need and too_long(scale):
             scale *= SMALLER
             why = f"smaller than the images, as the time would end before half of the {s.wanted()} iterations wanted"
-    side = rounded(shorter * scale)
+    side = round(shorter) if scale == 1 else rounded(shorter * scale)
     spans = f"; a tenth of the objects spans less than {small * side / shorter:.0f} pixels (√area) there"
     spans = spans if s.data.boxes else ""
     yield Decision({"resize": side, "max_size": cap(side * aspect)}, why + spans)
