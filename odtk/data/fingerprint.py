@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,8 +57,8 @@ class Fingerprint:
         per_image: percentiles of the number of boxes in an image that has any.
         classes: (id, name, boxes, images with one) of each category, in the order of the class indices.
         lean: the largest |median of ln(width / height)| of a class; 0 where objects lie as often as they stand.
-        depth: |correlation| between the size of boxes, relative to their class, and how far down they are: in pictures of
-            a scene, what is nearer is larger and lower.
+        depth: |correlation| between the size of boxes, relative to their class, and how far down they are: in pictures
+            of a scene, what is nearer is larger and lower.
         drop: the mean height of the boxes' centers in the image, from −0.5 (all at the top) to 0.5 (at the bottom).
         light: how much brighter the images' upper halves are than the lower ones, in mean gray levels of 255.
         whole: boxes that touch no border of their image; lean, depth and drop are of these, lean and depth of those

@@ -394,8 +394,8 @@ def size(s: Situation) -> Iterator[Decision]:
         yield from crops(s, need, fit, aspect)
         return
     if shorter < LEAST:
-        side = f"the least size, as the images are only {shorter:.0f} pixels"
-        yield Decision({"resize": LEAST, "max_size": cap(LEAST * aspect)}, side)
+        why = f"the least size, as the images are only {shorter:.0f} pixels"
+        yield Decision({"resize": LEAST, "max_size": cap(LEAST * aspect)}, why)
         return
     device = "CPU" if s.machine.kind == "cpu" else "GPU"
     scale, why = fit, "the images' own size" if fit == 1 else f"as large as training on a {device} can be"
