@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config import (
     ROTATED_ANGLES,
@@ -31,9 +33,12 @@ from .settings import (
     InferSettings,
     InfoSettings,
     PlanSettings,
+    Settings,
     SynthSettings,
     TrainSettings,
     VisualizeSettings,
+    flag,
+    options,
 )
 from .text import say
 
@@ -105,6 +110,30 @@ def need_file(path: str, what: str) -> None:
         raise OdtkError(f"There is no {what} {path}.")
 
 
+M = TypeVar("M", InferSettings, BenchmarkSettings)
+
+
+def with_file(settings: M, *, gpu: bool | None = None) -> M:
+    """Settings whose model is a file: of a bundle, its engine or its ONNX file.
+
+    Args:
+        gpu: one is to be used; None: where there is one, unless ``devices`` says cpu.
+
+    Raises:
+        OdtkError: there is no such model, or a file of the bundle is not as it was written.
+    """
+    if not os.path.isdir(settings.model):
+        need_file(settings.model, "model")
+        return settings
+    import torch
+
+    from .deploy.manifest import artifact
+
+    if gpu is None:
+        gpu = torch.cuda.is_available() and not (settings.devices or "").startswith("cpu")
+    return dataclasses.replace(settings, model=artifact(settings.model, gpu=gpu))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands
 
@@ -154,7 +183,7 @@ def infer(settings: InferSettings, master: str | None = None) -> list[dict[str, 
     """
     from . import launch
 
-    need_file(settings.model, "model")
+    settings = with_file(settings)
     if settings.video:
         infer_video(settings)
         return None
@@ -177,13 +206,10 @@ def infer_video(settings: InferSettings) -> None:
 
 def load(settings: InferSettings, *, device: str | None = None, precision: str = "mixed") -> Any:
     """The model of an inference (inference.predict.Model), in this process."""
-    import dataclasses
-
     import torch
 
     from .inference.predict import Model
 
-    need_file(settings.model, "model")
     if precision not in PRECISIONS:
         raise OdtkError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}.")
     found = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -195,7 +221,7 @@ def load(settings: InferSettings, *, device: str | None = None, precision: str =
         raise OdtkError(f"device: {device!r} is not cpu, cuda or cuda:N.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise OdtkError(f"device: {device!r} needs a GPU, and torch finds none: `odtk info` says what is missing.")
-    config = infer_config(settings, 1)
+    config = infer_config(with_file(settings, gpu=kind == "cuda"), 1)
     data = dataclasses.replace(config.data, device="cuda:0" if found == "cuda" else found)
     return Model.load(dataclasses.replace(config, data=data, precision=precision))
 
@@ -281,7 +307,7 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[
 
 
 def export(settings: ExportSettings) -> Verdict | None:
-    """Writes the artifact; returns what --verify found, or None if that was not asked for."""
+    """Writes the artifact or the bundle; returns what --verify found, or None if that was not asked for."""
     from .exporting.export import export
     from .model.checkpoint import load
 
@@ -289,15 +315,37 @@ def export(settings: ExportSettings) -> Verdict | None:
     if settings.rotated_bbox and not load(settings.model).model.rotated:
         raise OdtkError(f"--rotated-bbox: {settings.model} was not trained with rotated boxes.")
     config = export_config(settings)
+    proof = None
+    if settings.verify:
+        annotations = measured(settings.annotations)
+        assert annotations is not None  # checked with the settings
+        proof = (annotations, images_of(settings.images, annotations), settings.max_ap_drop)
+    if settings.bundle:
+        from .deploy.bundle import write_bundle
+
+        engine = not (settings.devices or "").startswith("cpu")
+        return write_bundle(config, proof, command=command_of("export", settings), settings=settings, engine=engine)
     export(config)
-    if not settings.verify:
+    if proof is None:
         return None
     from .evaluation.verify import verify
 
-    annotations = measured(settings.annotations)
-    assert annotations is not None  # checked with the settings
-    images = images_of(settings.images, annotations)
-    return verify(config, annotations=annotations, images=images, max_ap_drop=settings.max_ap_drop)
+    return verify(config, annotations=proof[0], images=proof[1], max_ap_drop=proof[2])
+
+
+def command_of(name: str, settings: Settings) -> str:
+    """The command line that gives these settings."""
+    known, words = options(type(settings)), ["odtk", name]
+    for key in settings.given():
+        value = getattr(settings, key)
+        values = [str(one) for one in (value if isinstance(value, tuple) else [value])]
+        if known[key].positional:
+            words += values
+        elif value is True:
+            words.append(flag(key))
+        elif value is not None and value is not False:
+            words += [flag(key), *values]
+    return shlex.join(words)
 
 
 def export_config(settings: ExportSettings) -> ExportConfig:
@@ -417,7 +465,7 @@ def benchmark(settings: BenchmarkSettings, master: str | None = None) -> None:
     from . import launch
     from .evaluation.benchmark import benchmark
 
-    need_file(settings.model, "model")
+    settings = with_file(settings)
     world = launch.world_size(settings.devices)
     data = LoaderConfig(
         images=settings.images or "",

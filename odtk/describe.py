@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from . import __version__, kernels
 from .config import OdtkError, to_dict
+from .deploy.manifest import describe as describe_bundle
 from .evaluation.benchmark import describe_devices
 from .exporting.engine import require_tensorrt
 from .inference.backends import open_backend
@@ -118,11 +120,13 @@ def print_environment(found: dict[str, Any]) -> None:
 
 
 def describe_file(path: str) -> dict[str, Any]:
-    """What a checkpoint or an exported file says of itself: plain values by name.
+    """What a checkpoint, an exported file or a bundle says of itself: plain values by name.
 
     Raises:
         OdtkError: no such file, or not one of odtk.
     """
+    if os.path.isdir(path):
+        return describe_bundle(path, describe_file)
     if path.endswith(".pth"):
         return describe_checkpoint(path)
     backend = open_backend(path, device="cpu", precision="fp32", thresholds=None, log=silent)

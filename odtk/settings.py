@@ -991,7 +991,7 @@ class PlanSettings(TrainSettings):
 class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
     """`odtk infer`."""
 
-    model: str = _model("{pth,onnx,plan,engine}", "checkpoint or exported file")
+    model: str = _model("{pth,onnx,plan,engine}", "checkpoint, exported file, or the folder of a bundle")
     images: tuple[str, ...] | None = option(
         None,
         "folder of the images; without --annotations also files and patterns such as 'scans/*.jpg', several of them",
@@ -1120,7 +1120,17 @@ class ExportSettings(_Size, _Thresholds):
     """`odtk export`."""
 
     model: str = _model("pth", "checkpoint")
-    output: str = option(dataclasses.MISSING, "file to write", TEXT, "OUT.{onnx,plan,engine}", positional=True)
+    output: str = option(
+        dataclasses.MISSING,
+        "file to write, or with --bundle a new folder",
+        TEXT,
+        "OUT.{onnx,plan,engine}",
+        positional=True,
+    )
+    bundle: bool = switch(
+        "write a folder that a server can take: the model as ONNX, and as an engine where a GPU is, its labels, "
+        "settings, figures and a manifest with the hash of every file"
+    )
     batch: tuple[int, ...] = option(
         ExportConfig.batch,
         "batch sizes that the file accepts and is tuned for",
@@ -1183,9 +1193,12 @@ class ExportSettings(_Size, _Thresholds):
     )
 
     def check(self) -> None:
-        if os.path.splitext(self.output)[1] not in (".onnx", ".plan", ".engine"):
-            raise OdtkError(f"{self.output} must end in .onnx, .plan or .engine.")
-        if self.devices and self.devices.startswith("cpu") and not self.output.endswith(".onnx"):
+        suffix = os.path.splitext(self.output)[1]
+        if self.bundle and suffix in (".onnx", ".plan", ".engine"):
+            raise OdtkError(f"--bundle writes a folder: {self.output} names a file; omit one of them.")
+        if not self.bundle and suffix not in (".onnx", ".plan", ".engine"):
+            raise OdtkError(f"{self.output} must end in .onnx, .plan or .engine; a folder needs --bundle.")
+        if self.devices and self.devices.startswith("cpu") and suffix in (".plan", ".engine"):
             raise OdtkError(f"--devices cpu: {self.output} is built on the GPU that will run it; an .onnx needs none.")
         if self.output.endswith(".onnx"):
             for name in ("hardware_compatible", "version_compatible"):
@@ -1263,7 +1276,7 @@ class CheckSettings(_Anchors):
 class BenchmarkSettings(_Devices, _Loader, _Size, _Precision):
     """`odtk benchmark`."""
 
-    model: str = _model("{pth,onnx,plan,engine}", "checkpoint or exported file")
+    model: str = _model("{pth,onnx,plan,engine}", "checkpoint, exported file, or the folder of a bundle")
     batch: int | None = option(None, "images at a time over all devices", POSITIVE_INT, "N", shown="1 × devices")
     iters: int = option(BenchmarkConfig.iters, "timed batches", POSITIVE_INT, "N")
     warmup: int = option(BenchmarkConfig.warmup, "batches before those", COUNT, "N")
@@ -1281,7 +1294,9 @@ class BenchmarkSettings(_Devices, _Loader, _Size, _Precision):
 class InfoSettings(Settings):
     """`odtk info`."""
 
-    model: str | None = option(None, "file to tell about", TEXT, "MODEL", positional=True, shown="this machine")
+    model: str | None = option(
+        None, "file or bundle to tell about", TEXT, "MODEL", positional=True, shown="this machine"
+    )
     json: bool = switch("as JSON", shown="a table")
 
 

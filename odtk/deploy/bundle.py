@@ -1,0 +1,159 @@
+"""Checkpoint → bundle: exports what a server takes, measures it if asked to, and writes the folder (manifest.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from typing import Any
+
+import torch
+import yaml
+
+import odtk
+
+from ..config import ExportConfig, OdtkError
+from ..evaluation.report import Verdict
+from ..evaluation.verify import verify
+from ..exporting.engine import require_tensorrt
+from ..exporting.export import export
+from ..exporting.metadata import Metadata
+from ..inference.backends import open_backend
+from ..model.checkpoint import Checkpoint, load
+from ..ranks import silent
+from ..settings import ExportSettings
+from ..text import plural, say
+from .manifest import CALIBRATION, ENGINE, LABELS, ONNX, PLUGINS, discard, finish, label, start, write_text
+from .model_card import model_card, now
+
+SEVERITY = (0, 3, 2)  # exit codes of `odtk export --verify`, the worst last
+
+
+def write_bundle(
+    config: ExportConfig,
+    proof: tuple[str, str, float] | None,
+    *,
+    settings: ExportSettings,
+    command: str,
+    engine: bool = True,
+) -> Verdict | None:
+    """Writes the folder ``config.output``, which must be new or empty, completely or not at all.
+
+    Args:
+        config: of the export; its output is a folder.
+        proof: annotations, image folder and points of AP that may be lost, to measure the files on (verify.py); None
+            measures nothing.
+        settings: from which the config was made, for export.yaml.
+        command: that was given, for the model card.
+        engine: write an engine too, if this machine has a GPU and TensorRT.
+
+    Returns:
+        The worst of what was measured about the files; a bundle that lost too much is written and says so.
+
+    Raises:
+        OdtkError: as exporting.export.export, or the folder is not empty; nothing is left of it then.
+    """
+    folder = config.output
+    made = start(folder)
+    try:
+        return fill(config, proof, settings, command, engine)
+    except BaseException:
+        discard(folder, made)
+        raise
+
+
+def fill(
+    config: ExportConfig, proof: tuple[str, str, float] | None, settings: ExportSettings, command: str, engine: bool
+) -> Verdict | None:
+    """Writes every file of a bundle into its empty folder, the manifest last."""
+    folder, created = config.output, now()
+    checkpoint = load(config.path)
+    config = with_own_table(config)
+    verdicts = {}
+    for name in artifacts(engine):
+        one = dataclasses.replace(config, output=os.path.join(folder, name))
+        export(one)
+        if proof is not None:
+            verdicts[name] = verify(one, annotations=proof[0], images=proof[1], max_ap_drop=proof[2])
+        if name == ENGINE:
+            shutil.copyfile(plugins_library(), os.path.join(folder, PLUGINS))
+    metadata = metadata_of(os.path.join(folder, ONNX))
+    write_text(folder, LABELS, "".join(f"{label(name)}\n" for name in names_of(metadata)))
+    write_settings(folder, checkpoint, settings, metadata)
+    card = model_card(checkpoint, metadata, verdicts, command=command, created=created, images=proof and proof[1])
+    write_text(folder, "model_card.md", card)
+    manifest = finish(folder, created, metadata.model)
+    files = plural(len(manifest["files"]), "file")
+    say(f"Bundle: {folder}, {files} and their hashes. `odtk info {folder}` checks them.")
+    return max(verdicts.values(), key=lambda found: SEVERITY.index(found.exit_code), default=None)
+
+
+def artifacts(engine: bool) -> list[str]:
+    """The exported files of a bundle: ONNX, and an engine if it is wanted and this machine can build it."""
+    if not engine or not torch.cuda.is_available():
+        return [ONNX]
+    try:
+        require_tensorrt(build=True)
+        plugins_library()
+    except OdtkError as error:
+        say(f"The bundle gets no {ENGINE}: {error}")
+        return [ONNX]
+    return [ONNX, ENGINE]
+
+
+def plugins_library() -> str:
+    """The path of odtk's TensorRT plugins as a library.
+
+    Raises:
+        OdtkError: it was not built.
+    """
+    path = os.path.join(os.path.dirname(odtk.__file__), PLUGINS)
+    if not os.path.isfile(path):
+        raise OdtkError(f"There is no {path}: `pip install .` in the clone builds it where TensorRT's headers are.")
+    return path
+
+
+def with_own_table(config: ExportConfig) -> ExportConfig:
+    """The config with the calibration table inside the bundle; one that was given is copied there, and stays as it is.
+
+    Raises:
+        OdtkError: the table that was given does not exist, and there are no images to calibrate with.
+    """
+    if config.precision != "int8":
+        return config
+    own = os.path.join(config.output, CALIBRATION)
+    given = config.calibration_table
+    if given and os.path.isfile(given):
+        shutil.copyfile(given, own)
+    elif given and not config.calibration_images:
+        raise OdtkError(f"There is no calibration table {given}, and there are no --calibration-images.")
+    return dataclasses.replace(config, calibration_table=own)
+
+
+def metadata_of(path: str) -> Metadata:
+    """What an exported file says of itself."""
+    metadata = open_backend(path, device="cpu", precision="fp32", thresholds=None, log=silent).metadata
+    assert metadata is not None  # an exported file has some
+    return metadata
+
+
+def names_of(metadata: Metadata) -> list[str]:
+    """The class names of an exported file, in the order of the class indices."""
+    if metadata.categories is None:
+        return [f"class {index}" for index in range(metadata.classes)]
+    return [category.name for category in metadata.categories]
+
+
+def write_settings(folder: str, checkpoint: Checkpoint, settings: ExportSettings, metadata: Metadata) -> None:
+    """Writes the settings with which the model can be trained and exported again."""
+    exported = settings.to_dict() | {"size": list(metadata.size)}
+    write_text(folder, "export.yaml", as_yaml(exported))
+    if checkpoint.settings is not None:
+        trained = {key: value for key, value in checkpoint.settings.items() if key != "input_size"}
+        write_text(folder, "train.yaml", as_yaml(trained))
+
+
+def as_yaml(values: dict[str, Any]) -> str:
+    """Settings as a settings file has them; those without a preference are left out."""
+    stated = {key: value for key, value in values.items() if value is not None}
+    return yaml.safe_dump(stated, allow_unicode=True, sort_keys=False)

@@ -1,0 +1,207 @@
+"""A bundle: one folder from which a model can be served and which says what it is; every file stands with its hash.
+
+The folder holds the exported files, the names of the classes, the settings, what was measured, and a manifest, which is
+written last: a folder without one is not finished. What a server needs is in a subfolder for each (deepstream.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .. import __version__
+from ..config import OdtkError
+from ..files import atomic_write, parse_json
+from ..text import printable
+
+SCHEMA = 1
+KIND = "odtk bundle"
+MANIFEST = "manifest.json"
+ONNX, ENGINE, PLUGINS, LABELS, CALIBRATION = (
+    "model.onnx",
+    "model.plan",
+    "libodtk_plugins.so",
+    "labels.txt",
+    "model.calibration.json",
+)
+WHAT = {
+    ONNX: "the model for ONNX Runtime and Triton",
+    ENGINE: "the model for TensorRT, on the kind of GPU that built it",
+    PLUGINS: "TensorRT's plugins, without which model.plan does not load",
+    LABELS: "names of the classes, in the order of the class indices",
+    CALIBRATION: "ranges of the activations in INT8",
+    "model_card.md": "what the model is, and what was measured",
+    "train.yaml": "settings of the training, for `odtk train --settings`",
+    "export.yaml": "settings of the export, for `odtk export --settings`",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def start(folder: str) -> bool:
+    """Makes the folder of a new bundle; True if there was none.
+
+    Raises:
+        OdtkError: it exists and is not empty, or it cannot be made.
+    """
+    try:
+        made = not os.path.isdir(folder)
+        os.makedirs(folder, exist_ok=True)
+        if os.listdir(folder):
+            raise OdtkError(f"{folder} is not empty: pass a new folder for the bundle, or remove this one.")
+    except OSError as error:
+        raise OdtkError(f"Cannot make the folder {folder}: {error.strerror}.") from error
+    return made
+
+
+def discard(folder: str, made: bool) -> None:
+    """Removes what a failed export has written into the folder that ``start`` found empty, or ``made``."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+        if made:
+            os.rmdir(folder)
+
+
+def write_text(folder: str, name: str, text: str) -> None:
+    """Writes one text file of a bundle, and the subfolder that it is in."""
+    path = Path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def label(name: str) -> str:
+    """A category's name as a line of labels.txt: line ends would shift the lines after it, and DeepStream splits a line
+    at semicolons."""
+    return printable(name).replace(";", ",") or "unnamed"
+
+
+def finish(folder: str, created: str, model: str) -> dict[str, Any]:
+    """Writes the manifest of a folder that is complete, and returns it.
+
+    Args:
+        created: date and time in UTC.
+        model: hash of the weights.
+    """
+    files = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"sha256": sha256(path), "bytes": path.stat().st_size, "what": WHAT.get(name, "")}
+    manifest = {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "odtk": __version__,
+        "created": created,
+        "model": model,
+        "files": files,
+    }
+    write_text(folder, MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Use
+
+
+def read_manifest(folder: str) -> dict[str, Any]:
+    """The manifest of a bundle.
+
+    Raises:
+        OdtkError: there is none, it is damaged, or a newer odtk wrote it.
+    """
+    path = os.path.join(folder, MANIFEST)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise OdtkError(
+            f"{folder} is a folder without {MANIFEST}: not a bundle, or one whose export did not end; "
+            "`odtk export MODEL.pth DIR --bundle` writes one."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise OdtkError(f"{path} cannot be read ({type(error).__name__}): export the bundle again.") from error
+    found = parse_json(text, path)
+    if not isinstance(found, dict) or found.get("kind") != KIND or type(found.get("schema")) is not int:
+        raise OdtkError(f"{path} is not the manifest of a bundle of odtk.")
+    if found["schema"] > SCHEMA:
+        raise OdtkError(f"{folder} was written by a newer odtk ({printable(found.get('odtk'))}): update odtk.")
+    files = found.get("files")
+    if not isinstance(files, dict) or not all(is_entry(name, entry) for name, entry in files.items()):
+        raise OdtkError(f"{path} is damaged (files): export the bundle again.")
+    return found
+
+
+def is_entry(name: str, entry: Any) -> bool:
+    """Whether a file's entry in a manifest names a file inside the folder, and its hash."""
+    inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+    return inside and isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+
+
+def fault(folder: str, name: str, manifest: dict[str, Any]) -> str | None:
+    """What is wrong with one file of a bundle: missing, changed, unreadable; None if it is as it was written."""
+    path = Path(folder, name)
+    if not path.is_file():
+        return "missing"
+    try:
+        return None if sha256(path) == manifest["files"][name]["sha256"] else "changed"
+    except OSError:
+        return "unreadable"
+
+
+def artifact(folder: str, *, gpu: bool) -> str:
+    """The path of the file that runs a bundle's model: its engine where a GPU is to be used, else its ONNX file.
+
+    The file is read once more to compare its hash with the manifest's; so is the library that an engine needs.
+
+    Raises:
+        OdtkError: the folder is no bundle, or a file that is needed is missing or not the one that the export wrote.
+    """
+    manifest = read_manifest(folder)
+    needed = [ENGINE, PLUGINS] if gpu and ENGINE in manifest["files"] else [ONNX]
+    for name in needed:
+        if name not in manifest["files"]:
+            raise OdtkError(f"The bundle {folder} has no {name}: export it again.")
+        if found := fault(folder, name, manifest):
+            raise OdtkError(
+                f"{os.path.join(folder, name)} is {found}, against {MANIFEST}: copy the whole bundle again, or export "
+                "it again."
+            )
+    return os.path.join(folder, needed[0])
+
+
+def describe(folder: str, describe_file: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """What a bundle says of itself, and the state of each of its files.
+
+    Args:
+        describe_file: what an exported file says of itself.
+
+    Raises:
+        OdtkError: as artifact.
+    """
+    manifest = read_manifest(folder)
+    states = {
+        name: f"{fault(folder, name, manifest) or 'as written'}, {entry.get('bytes', 0):,} bytes"
+        + (f": {entry['what']}" if entry.get("what") else "")
+        for name, entry in manifest["files"].items()
+    }
+    head = {key: manifest.get(key) for key in ("schema", "odtk", "created")}
+    model = {key: value for key, value in describe_file(artifact(folder, gpu=False)).items() if key != "file"}
+    return {"bundle": folder, **head, "files": states, "model": model}

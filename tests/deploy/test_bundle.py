@@ -1,0 +1,164 @@
+"""The folder of `odtk export --bundle`: what is in it, what runs it, and what is said when it is not as written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import odtk
+from odtk import describe
+from odtk.categories import Category
+from odtk.cli import main
+from odtk.config import ModelConfig, OdtkError
+from odtk.deploy import manifest
+from odtk.settings import ExportSettings
+from tests.random_models import detector_of, save
+
+NAMES = ("red; round cell", "two\nlines")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of random weights, in fp32."""
+    folder = tmp_path_factory.mktemp("bundle")
+    model = ModelConfig(backbones=("ResNet18C4",), classes=2, padding="black")
+    path = save(detector_of(model), folder, [Category(3, NAMES[0]), Category(8, NAMES[1])])
+    odtk.export(path, folder / "out", bundle=True, size=(64, 64), full_precision=True, devices="cpu")
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+def test_the_folder_is_complete_and_every_file_has_its_hash(bundle: Path) -> None:
+    written = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    assert written >= {"manifest.json", "model.onnx", "labels.txt", "model_card.md", "export.yaml"}
+    found = manifest.read_manifest(str(bundle))
+    assert found["files"].keys() == written - {"manifest.json"} and found["schema"] == 1
+    assert [manifest.fault(str(bundle), name, found) for name in found["files"]] == [None] * len(found["files"])
+    # One line a class, whatever a name holds: the line is what a server shows for the class index.
+    assert (bundle / "labels.txt").read_text().splitlines() == ["red, round cell", "two\\nlines"]
+    card = (bundle / "model_card.md").read_text()
+    assert "uint8 [N, 3, 64, 64]" in card and "Nothing was measured" in card and "--full-precision" in card
+
+
+def test_the_settings_of_the_export_write_it_again(bundle: Path, tmp_path: Path) -> None:
+    again = ExportSettings.of({"settings": bundle / "export.yaml", "output": tmp_path / "again"})
+    assert (again.bundle, again.size, again.full_precision) == (True, (64, 64), True)
+    odtk.export(settings=bundle / "export.yaml", output=tmp_path / "again")
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
+
+
+def test_a_bundle_is_used_as_a_model(bundle: Path, coco: Path, tmp_path: Path) -> None:
+    def detections(model: Path) -> str:
+        output = tmp_path / f"{model.name}.json"
+        assert main(["infer", str(model), "--images", str(coco), "--output", str(output), "--devices", "cpu"]) == 0
+        return output.read_text()
+
+    assert detections(bundle) == detections(bundle / "model.onnx") and len(json.loads(detections(bundle))) > 5
+    image = next(coco.glob("*.jpg"))
+    folder, file = (odtk.load(path, device="cpu").predict(image) for path in (bundle, bundle / "model.onnx"))
+    assert (folder.scores == file.scores).all() and len(folder.scores)
+    odtk.benchmark(bundle, devices="cpu", iters=1, warmup=0, output=tmp_path / "times.json")
+    assert json.loads((tmp_path / "times.json").read_text())
+
+
+def test_a_file_that_is_not_as_written_is_named(copy: Path, capsys) -> None:
+    with open(copy / "model.onnx", "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(OdtkError, match=r"model\.onnx is changed"):
+        manifest.artifact(str(copy), gpu=False)
+    assert main(["infer", str(copy), "--images", str(copy)]) == 1
+    assert "model.onnx is changed" in capsys.readouterr().err
+    (copy / "model.onnx").unlink()
+    with pytest.raises(OdtkError, match=r"model\.onnx is missing"):
+        odtk.load(copy)
+
+
+def test_info_shows_the_state_of_every_file(copy: Path, capsys) -> None:
+    (copy / "labels.txt").write_text("other\n")
+    (copy / "export.yaml").unlink()
+    found = describe.describe_file(str(copy))
+    assert found["files"]["labels.txt"].startswith("changed") and found["files"]["export.yaml"].startswith("missing")
+    assert found["files"]["model.onnx"].startswith("as written") and found["model"]["size"] == [64, 64]
+    assert main(["info", str(copy)]) == 0
+    assert "labels.txt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "whose export did not end"),
+        ("{", "not valid JSON"),
+        ("[]", "not the manifest"),
+        ('{"kind": "odtk bundle", "schema": 99, "odtk": "9", "files": {}}', "newer odtk"),
+        ('{"kind": "odtk bundle", "schema": 1, "files": {"../x": {"sha256": ""}}}', "damaged"),
+        ('{"kind": "odtk bundle", "schema": 1, "files": {}}', "has no model.onnx"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_one_sentence(content: str | None, words: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(OdtkError, match=words):
+        manifest.artifact(str(tmp_path), gpu=False)
+
+
+def test_an_engine_is_used_where_a_gpu_is_and_needs_its_plugins(copy: Path) -> None:
+    for name in ("model.plan", "libodtk_plugins.so"):
+        (copy / name).write_bytes(name.encode())
+    (copy / "manifest.json").unlink()
+    manifest.finish(str(copy), "now", "hash")
+    assert manifest.artifact(str(copy), gpu=True).endswith("model.plan")
+    assert manifest.artifact(str(copy), gpu=False).endswith("model.onnx")
+    (copy / "libodtk_plugins.so").unlink()
+    with pytest.raises(OdtkError, match=r"libodtk_plugins\.so is missing"):
+        manifest.artifact(str(copy), gpu=True)
+
+
+def test_nothing_of_the_users_is_touched_and_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
+    model = save(detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2)), tmp_path)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "notes.txt").write_text("mine")
+    with pytest.raises(OdtkError, match="is not empty"):
+        odtk.export(model, own, bundle=True)
+    assert [path.name for path in own.iterdir()] == ["notes.txt"]
+    with pytest.raises(OdtkError, match="no calibration table"):
+        odtk.export(model, tmp_path / "new", bundle=True, int8=True, calibration_table=tmp_path / "none.json")
+    assert not (tmp_path / "new").exists()
+
+
+def test_folder_and_file_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(OdtkError, match="--bundle writes a folder"):
+        ExportSettings(model="m.pth", output="out.onnx", bundle=True)
+    with pytest.raises(OdtkError, match="a folder needs --bundle"):
+        ExportSettings(model="m.pth", output="out")
+
+
+@pytest.mark.slow
+def test_what_was_measured_is_in_the_card(tmp_path: Path, coco: Path, bundle: Path) -> None:
+    path = str(bundle.parent / "model.pth")
+    truth = json.loads((coco / "truth.json").read_text())
+    truth["categories"] = [{"id": 3, "name": NAMES[0]}, {"id": 8, "name": NAMES[1]}]
+    (coco / "truth.json").write_text(json.dumps(truth))
+    odtk.export(
+        path,
+        tmp_path / "out",
+        bundle=True,
+        size=(64, 64),
+        full_precision=True,
+        devices="cpu",
+        verify=True,
+        annotations=coco / "truth.json",
+        images=coco,
+    )
+    card = (tmp_path / "out" / "model_card.md").read_text()
+    report = json.loads((tmp_path / "out" / "model.onnx.verify.json").read_text())
+    assert f"| model.onnx | ONNX fp32 | {report['runs'][-1]['stats']['AP']:.4f} |" in card
+    assert "model.onnx.verify.json" in manifest.read_manifest(str(tmp_path / "out"))["files"]
