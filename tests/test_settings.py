@@ -48,7 +48,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "visualize": {},
     "synth": {"folder": "d"},
 }
-NEEDS: dict[str, dict[str, Any]] = {  # what else must be given for an option to make sense
+NEEDS: dict[str, dict[str, Any]] = {
+    "bundle": {"output": "folder"},  # what else must be given for an option to make sense
     "dcn_v1": {"dcn": [4]},
     "absolute_angle": {"rotated_bbox": True},
     "verify": {"annotations": "v.json"},
