@@ -23,6 +23,7 @@ from ..model.checkpoint import Checkpoint, load
 from ..ranks import silent
 from ..settings import ExportSettings
 from ..text import plural, say
+from .deepstream import write_deepstream
 from .manifest import CALIBRATION, ENGINE, LABELS, ONNX, PLUGINS, discard, finish, label, start, write_text
 from .model_card import model_card, now
 
@@ -70,7 +71,8 @@ def fill(
     checkpoint = load(config.path)
     config = with_own_table(config)
     verdicts = {}
-    for name in artifacts(engine):
+    exported = artifacts(engine)
+    for name in exported:
         one = dataclasses.replace(config, output=os.path.join(folder, name))
         export(one)
         if proof is not None:
@@ -78,7 +80,10 @@ def fill(
         if name == ENGINE:
             shutil.copyfile(plugins_library(), os.path.join(folder, PLUGINS))
     metadata = metadata_of(os.path.join(folder, ONNX))
-    write_text(folder, LABELS, "".join(f"{label(name)}\n" for name in names_of(metadata)))
+    labels = "".join(f"{label(name)}\n" for name in names_of(metadata))
+    write_text(folder, LABELS, labels)
+    if not write_deepstream(config, metadata, exported, labels):
+        say(f"The bundle gets no deepstream/: rotated boxes need {ENGINE}, as ONNX has no NMS for them.")
     write_settings(folder, checkpoint, settings, metadata)
     card = model_card(checkpoint, metadata, verdicts, command=command, created=created, images=proof and proof[1])
     write_text(folder, "model_card.md", card)

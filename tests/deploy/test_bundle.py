@@ -10,7 +10,6 @@ import pytest
 
 import odtk
 from odtk import describe
-from odtk.categories import Category
 from odtk.cli import main
 from odtk.config import ModelConfig, OdtkError
 from odtk.deploy import manifest
@@ -18,16 +17,6 @@ from odtk.settings import ExportSettings
 from tests.random_models import detector_of, save
 
 NAMES = ("red; round cell", "two\nlines")
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of random weights, in fp32."""
-    folder = tmp_path_factory.mktemp("bundle")
-    model = ModelConfig(backbones=("ResNet18C4",), classes=2, padding="black")
-    path = save(detector_of(model), folder, [Category(3, NAMES[0]), Category(8, NAMES[1])])
-    odtk.export(path, folder / "out", bundle=True, size=(64, 64), full_precision=True, devices="cpu")
-    return folder / "out"
 
 
 @pytest.fixture
@@ -38,7 +27,14 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
 
 def test_the_folder_is_complete_and_every_file_has_its_hash(bundle: Path) -> None:
     written = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    assert written >= {"manifest.json", "model.onnx", "labels.txt", "model_card.md", "export.yaml"}
+    assert written >= {
+        "manifest.json",
+        "model.onnx",
+        "labels.txt",
+        "model_card.md",
+        "export.yaml",
+        "deepstream/config_infer.txt",
+    }
     found = manifest.read_manifest(str(bundle))
     assert found["files"].keys() == written - {"manifest.json"} and found["schema"] == 1
     assert [manifest.fault(str(bundle), name, found) for name in found["files"]] == [None] * len(found["files"])
