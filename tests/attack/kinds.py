@@ -19,7 +19,7 @@ import yaml
 
 from tests.attack.judge import Outcome, Run, changes, faults_of, leftovers, snapshot
 from tests.attack.materials import TRAIN
-from tests.attack.mutations import mutate_bytes, mutate_text, mutate_value, to_json
+from tests.attack.mutations import mutate_bytes, mutate_lines, mutate_text, mutate_value, to_json
 
 IMAGES = ["--images", "user/images"]
 JSON = ["--annotations", "user/train.json"]
@@ -108,7 +108,7 @@ def yolo(case: Case) -> None:
     case.give("yolo")
     files = [path for path in sorted((case.user / "yolo").rglob("*")) if path.suffix in (".txt", ".yaml")]
     for path in case.rng.sample(files, case.rng.randint(1, 3)):
-        case.change(path, mutate_text)
+        case.change(path, mutate_lines)
     annotations_of(case, "user/yolo/data.yaml")
 
 
@@ -117,7 +117,7 @@ def voc(case: Case) -> None:
     case.give("voc")
     files = sorted((case.user / "voc").rglob("*.xml"))
     for path in case.rng.sample(files, case.rng.randint(1, 3)):
-        case.change(path, mutate_text)
+        case.change(path, mutate_lines)
     annotations_of(case, "user/voc")
 
 

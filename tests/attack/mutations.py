@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from typing import Any
 
 HUGE = 10**400
@@ -34,6 +35,7 @@ ODD: list[Any] = [
     *("\ud800", "none", "1.jpg", "C:\\x\\1.jpg", "%s", "{}", "x" * 5000),
     *([], {}, [[]], [None], [0, 0, 0, 0], [1e308] * 4, [float("nan")] * 4, [-5, -5, 200, 200], {"id": 1}, DEEP),
 ]
+NUMBERS = ["nan", "inf", "-inf", "1e308", "1e400", "-0", "0", "", "9" * 400, "1e-320", "0x10", "1_000", "1,5", "٣"]
 TOKENS = [
     b"NaN",
     b"-Infinity",
@@ -68,6 +70,13 @@ def odd(rng: random.Random) -> Any:
     return copy.deepcopy(rng.choice(ODD))
 
 
+def near(rng: random.Random, number: float) -> Any:
+    """A number that may pass for the one given: what no syntax refuses, and often no check."""
+    return rng.choice(
+        [number * 1000, -number, number + 0.5, float(number), number / 1000, number + 1, number - 1, 1e6, 0, 1e-9]
+    )
+
+
 def places(value: Any, depth: int = 0) -> list[tuple[Any, Any]]:
     """Every (container, key or index) in nested lists and dictionaries."""
     keys: list[Any] = list(value) if isinstance(value, dict) else list(range(len(value)))
@@ -81,13 +90,16 @@ def places(value: Any, depth: int = 0) -> list[tuple[Any, Any]]:
 def mutate_value(rng: random.Random, value: Any, changes: int = 3) -> Any:
     """A copy of nested lists and dictionaries with one to ``changes`` changes: replaced, removed, doubled, swapped."""
     value = copy.deepcopy(value)
-    for _ in range(rng.randint(1, changes)):
+    for _ in range(rng.choice([1, 1, changes])):
         found = places(value)
         if not found:
             return odd(rng)
         container, key = rng.choice(found)
         what = rng.random()
-        if what < 0.6:
+        current = container[key]
+        if what < 0.35 and isinstance(current, (int, float)) and abs(current) < 1e15:
+            container[key] = near(rng, current)
+        elif what < 0.6:
             container[key] = odd(rng)
         elif what < 0.75:
             del container[key]
@@ -109,10 +121,14 @@ def to_json(value: Any) -> bytes:
 def mutate_text(rng: random.Random, data: bytes) -> bytes:
     """Text with tokens put in, bytes lost, an end cut off, or in another encoding."""
     content = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.choice([1, 1, 2, 4])):
         at = rng.randrange(len(content) + 1)
         what = rng.random()
-        if what < 0.5:
+        numbers = list(re.finditer(rb"\d+\.?\d*", content))
+        if numbers and rng.random() < 0.5:
+            found = rng.choice(numbers)
+            content[found.start() : found.end()] = str(near(rng, float(found.group()[:300]))).encode()
+        elif what < 0.5:
             content[at:at] = rng.choice(TOKENS)
         elif what < 0.75:
             del content[at : at + rng.choice([1, 1, 5, 50])]
@@ -126,6 +142,27 @@ def mutate_text(rng: random.Random, data: bytes) -> bytes:
     if rng.random() < 0.03:
         return b"[" * 200_000 + bytes(content)
     return bytes(content)
+
+
+def mutate_lines(rng: random.Random, data: bytes) -> bytes:
+    """Text whose syntax mostly stays: numbers replaced, lines doubled or lost; else as mutate_text."""
+    if rng.random() < 0.3:
+        return mutate_text(rng, data)
+    text = data.decode()
+    for _ in range(rng.choice([1, 1, 3])):
+        lines = text.split("\n")
+        at = rng.randrange(len(lines))
+        numbers = list(re.finditer(r"-?\d+\.?\d*", text))
+        what = rng.random()
+        if what < 0.8 and numbers:
+            found = rng.choice(numbers)
+            value = near(rng, float(found.group()[:300])) if rng.random() < 0.7 else rng.choice(NUMBERS)
+            text = f"{text[: found.start()]}{value}{text[found.end() :]}"
+        elif what < 0.9:
+            text = "\n".join([*lines[: at + 1], *lines[at:]])
+        else:
+            text = "\n".join(lines[:at] + lines[at + 1 :])
+    return text.encode()
 
 
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
