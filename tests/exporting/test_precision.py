@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from odtk.config import ModelConfig, OdtkError
+from odtk.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, OdtkError
 from odtk.exporting import calibration, calibration_table, precision
-from odtk.exporting.graph import producers_of, serialize, trace
+from odtk.exporting.graph import producers_of, serialize, take_pixels, trace
 from odtk.exporting.session import open_session
 from odtk.model.detector import Detector
 
@@ -345,7 +345,7 @@ def level_types(log: list[str]) -> set[str]:
 
 
 def raw_files(backbone: str, head: str) -> Iterator[tuple[str, bytes, int]]:
-    """(precision, ONNX of the raw levels at 128×160, convolutions) in FP16 and INT8, of random weights."""
+    """(precision, ONNX from uint8 pixels to raw levels at 128×160, convolutions) in FP16, INT8, of random weights."""
     torch.manual_seed(0)
     detector = Detector(ModelConfig(backbones=(backbone,), head=head, classes=3))
     detector.initialize()
@@ -360,6 +360,7 @@ def raw_files(backbone: str, head: str) -> Iterator[tuple[str, bytes, int]]:
     int8 = quantized(model, calibration_table.CalibrationTable("m", (128, 160), "minmax", (), scales), tensorrt=10)
     for kind, graph in (("fp16", model), ("int8", int8)):
         precision.to_fp16(graph, tensorrt=10)
+        take_pixels(graph, IMAGENET_MEAN, IMAGENET_STD, "uint8")
         yield kind, serialize(graph), count
 
 

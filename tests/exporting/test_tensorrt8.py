@@ -9,9 +9,9 @@ import onnxruntime
 import torch
 from onnx import TensorProto
 
-from odtk.config import ModelConfig
+from odtk.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from odtk.exporting import calibration, calibration_table, precision, tensorrt8
-from odtk.exporting.graph import trace
+from odtk.exporting.graph import take_pixels, trace
 from odtk.exporting.precision import to_fp16
 from tests.random_models import detector_of
 
@@ -62,6 +62,15 @@ def test_float32_nodes_leave_islands_of_int8_out() -> None:
     to_fp16(model)
     kinds = {node.op_type for node in model.graph.node if node.name in tensorrt8.float32_nodes(model)}
     assert "GridSample" in kinds and not kinds & {"QuantizeLinear", "DequantizeLinear", "Relu", "Conv"}
+
+
+def test_the_normalization_stays_in_float32() -> None:
+    """TensorRT 8 chooses types by itself, unless it is told the layers by name."""
+    detector = detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2)).fold()
+    model = trace(detector, (64, 64))
+    to_fp16(model)
+    take_pixels(model, IMAGENET_MEAN, IMAGENET_STD, "uint8")
+    assert tensorrt8.float32_nodes(model)[:2] == ["images/scaled", "images/normalized"]
 
 
 def test_a_mean_over_a_map_is_a_global_pooling() -> None:
