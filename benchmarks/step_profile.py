@@ -3,8 +3,9 @@
     PYTHONPATH=. python benchmarks/step_profile.py [--backbone EfficientNetLite0FPN] [--head dense] [--size 384 512]
 
 The step is that of `odtk train` in mixed precision: forward, loss, backward, clipping, update and moving average, on
-random images with fifteen boxes each. The shares are those of torch's profiler, of the operators' own time; the time of
-a step is the median of unprofiled ones.
+random images with fifteen boxes each. With --plain it has torch's own gradients of depthwise convolutions and glibc's
+usual memory, as odtk before 2026-11-24. The shares are those of torch's profiler, of the operators' own time; the time
+of a step is the median of unprofiled ones.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from odtk.config import LoaderConfig, LossConfig, ModelConfig, TrainConfig
+from odtk.model import depthwise
+from odtk.model.backbones import efficientnet_lite
 from odtk.model.detector import Detector
 from odtk.settings import DENSE
 from odtk.training.loss import detection_loss, normalize
@@ -93,10 +97,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--full-precision", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    with freed_memory_kept():
+    if args.plain:
+        for module in (depthwise, efficientnet_lite):
+            module.has_slow_gradients = lambda conv, x: False  # type: ignore[attr-defined]
+    with nullcontext() if args.plain else freed_memory_kept():
         step = training_step(args)
         step()
         times = [seconds(step) for _ in range(args.rounds)]
