@@ -479,7 +479,7 @@ class Model:
                 assert not isinstance(rows, ImageError)  # there is no file that could be damaged
                 one = Detections(rows, self.categories, (image.width, image.height), frame.index, frame=frame)
                 if tracker is not None:
-                    one = dataclasses.replace(one, tracks=tracker.update(one.boxes, one.scores, frame.time))
+                    one = dataclasses.replace(one, tracks=tracker.update(one.boxes, one.scores, one.labels, frame.time))
                 yield one
             next(found, None)  # to its end, where the loader is put back
 

@@ -56,8 +56,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_numbers_return_to_their_detections(stub: None) -> None:
     tracker = Tracker(25, 0.3)
     boxes = np.array([[0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]], dtype=float)
-    assert tracker.update(boxes, np.array([0.95, 0.75, 0.15]), 1.0).tolist() == [10, 8, 0]
-    assert tracker.update(boxes[:0], np.zeros(0), 1.0).tolist() == []
+    scores, labels = np.array([0.95, 0.75, 0.15]), np.array([0, 0, 0])
+    assert tracker.update(boxes, scores, labels, 1.0).tolist() == [2, 1, 0], "in the order of ByteTrack's answers"
+    assert tracker.update(boxes[:0], scores[:0], labels[:0], 1.0).tolist() == []
+    assert tracker.update(boxes, scores, np.array([0, 1, 1]), 1.0).tolist() == [2, 3, 0], (
+        "another class, another object"
+    )
     assert Reversing.times[1] > Reversing.times[0], "no two frames have the same time"
 
 
@@ -65,10 +69,12 @@ def test_tracks_in_python_and_in_the_lines(stub: None, model: str, tmp_path: Pat
     source = make_video(tmp_path / "a.mp4", 3, pictures=[picture(i, (320, 240)) for i in range(3)], size=(320, 240))
     loaded = odtk.load(model, device="cpu", resize=48, max_size=80)
     found = list(loaded.predict(source, stream=True, track=True))
+    known: dict[Any, int] = {}
     for one in found:
         assert one.tracks is not None and len(one.tracks) == len(one)
-        numbers = np.floor(10 * one.scores.astype(np.float32)).astype(int)
-        np.testing.assert_array_equal(one.tracks, np.where(numbers < 5, 0, numbers + 1))
+        for label, score, track in zip(one.labels, one.scores.astype(np.float32), one.tracks.tolist(), strict=True):
+            number = int(10 * score)
+            assert bool(track) == (number >= 5) and (not track or known.setdefault((label, number), track) == track)
         assert [d.get("track_id", 0) for d in one.to_coco()] == one.tracks.tolist()
         assert one.to_supervision().tracker_id.tolist() == one.tracks.tolist()
         some = one.above(0.55)
@@ -118,13 +124,25 @@ def test_two_objects_that_cross_keep_their_numbers() -> None:
             if i in missed:
                 del objects[name]
         scores = np.array([0.15 if i == 10 else 0.8] * len(objects))  # weak ones continue a track
-        tracks = tracker.update(np.array(list(objects.values())), scores, 0.04 * i)
+        tracks = tracker.update(np.array(list(objects.values())), scores, np.zeros(len(scores), dtype=int), 0.04 * i)
         if i < 2:
             continue
         for name, track in zip(objects, tracks.tolist(), strict=True):
             seen[name].add(track)
         weak += int(i == 10 and tracks.all())
     assert seen == {"right": {1}, "left": {2}} and weak == 1, seen
+
+
+def test_overlapping_boxes_of_two_classes_keep_their_numbers() -> None:
+    pytest.importorskip("trackers", reason="the package trackers is not installed (pip install 'odtk[track]')")
+    tracker = Tracker(25, 0.3)
+    found = []
+    for i in range(20):
+        boxes = np.array([[10.0 + i, 20, 60 + i, 70], [12.0 + i, 21, 61 + i, 72]])
+        order = [0, 1] if i % 3 else [1, 0]  # of descending scores
+        tracks = tracker.update(boxes[order], np.array([0.8, 0.7]), np.array([0, 1])[order], 0.04 * i)
+        found.append(tuple(tracks[np.argsort(order)].tolist()))
+    assert found[0] == (0, 0) and set(found[1:]) in ({(1, 2)}, {(2, 1)}), found
 
 
 def test_a_gap_in_time_is_a_gap_for_the_tracker() -> None:
@@ -134,5 +152,5 @@ def test_a_gap_in_time_is_a_gap_for_the_tracker() -> None:
     found = []
     for i in [*range(20), *range(32, 40)]:
         box = np.array([[10.0 + 5 * i, 20, 60 + 5 * i, 70]])
-        found.append(int(tracker.update(box, np.array([0.9]), 0.04 * i)[0]))
+        found.append(int(tracker.update(box, np.array([0.9]), np.array([3]), 0.04 * i)[0]))
     assert set(found[2:]) == {1}, found
