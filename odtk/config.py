@@ -221,6 +221,7 @@ class TrainConfig:
     ema: float | None = None
     logdir: str | None = None
     post_metrics: str | None = None
+    log_to: tuple[str, ...] = ()  # training.log.TRACKERS
     seed: int = 0
     settings: dict[str, Any] | None = None  # TrainSettings as plain values, for the checkpoint
 

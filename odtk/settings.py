@@ -885,10 +885,27 @@ class TrainSettings(_Devices, _Loader, _Anchors):
     augment_saturation: float | None = _color_option("saturation")
 
     logdir: str | None = option(
-        None, "TensorBoard files and metrics.jsonl", TEXT, "DIR", shown="none", section="log", changes_result=False
+        None,
+        "run.html to watch the run, TensorBoard files and metrics.jsonl",
+        TEXT,
+        "DIR",
+        shown="none",
+        section="log",
+        changes_result=False,
     )
     post_metrics: str | None = option(
         None, "POST metrics as JSON to this address", TEXT, "URL", shown="none", section="log", changes_result=False
+    )
+    log_to: tuple[str, ...] = option(
+        (),
+        "log there too: mlflow (LOGDIR/mlflow.db, or MLFLOW_TRACKING_URI), wandb (offline in LOGDIR, or WANDB_MODE)",
+        TEXT,
+        "NAME",
+        count=(0, None),
+        choices=("mlflow", "wandb"),
+        shown="none",
+        section="log",
+        changes_result=False,
     )
 
     @classmethod
@@ -901,6 +918,8 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         super().check()
         if self.full_precision and self.precision not in (None, "fp32"):
             raise OdtkError(f"--full-precision contradicts --precision {self.precision}.")
+        if self.log_to and not self.logdir:
+            raise OdtkError(f"--log-to {' '.join(self.log_to)} needs --logdir DIR.")
         if self.head != "retinanet" and self.rotated_bbox:
             raise OdtkError(f"--head {self.head} has no angle: rotated boxes need --head retinanet.")
         if self.absolute_angle and not self.rotated_bbox:

@@ -1,13 +1,15 @@
-"""The log of a training run: the terminal, TensorBoard, LOGDIR/metrics.jsonl, HTTP."""
+"""The log of a training run: the terminal, and a list of writers (files, the page, HTTP, MLflow, W&B)."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import json
 import math
 import os
 import queue
+import re
 import shlex
 import socket
 import struct
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,13 +30,18 @@ from ..config import OdtkError, TrainConfig
 from ..evaluation.evaluate import STATS, Metrics
 from ..files import append
 from ..text import printable
+from .run_page import RunPage
 
 POST_TIMEOUT = 3.0  # seconds that the server of --post-metrics has for an answer
 CLOSE_SECONDS = 3.0  # that the end of a run waits for what is still to be logged
+PAGE_SECONDS = 10.0  # the same for the page
+TRACKER_SECONDS = 30.0  # the same for MLflow and W&B, which take seconds to start
 WAITING = 100  # entries that wait to be logged; more are dropped
 SLOW_SECONDS = 60.0  # that writing a checkpoint takes only where something is wrong
 PRINT_SECONDS = 10  # between printed lines if there is no terminal, and so no progress bar
 SHOWN_CLASSES = 8  # in a line
+
+Item = tuple[dict[str, float], Sequence[np.ndarray]]  # an entry, and RGB pictures, uint8 [H, W, 3]
 
 
 class Meter:
@@ -77,7 +84,7 @@ class Meter:
 
 
 class RunLog:
-    """Logs a run, on rank 0: a progress bar or lines on the terminal, TensorBoard, LOGDIR/metrics.jsonl, HTTP.
+    """Logs a run, on rank 0: a progress bar or lines on the terminal, and what open_writers returns.
 
     A line of metrics.jsonl, and the body of a POST, is a flat JSON object: ``iteration``, ``time`` (seconds since the
     epoch), and either ``loss``, its terms, ``lr`` and ``images_per_second``, or the validation metrics (see
@@ -88,16 +95,12 @@ class RunLog:
         iters: iterations of the whole run.
 
     Raises:
-        OdtkError: config.logdir cannot be written.
+        OdtkError: config.logdir cannot be written, or a package is missing.
     """
 
     def __init__(self, config: TrainConfig, start: int, iters: int) -> None:
         self.start, self.iters, self.began, self.printed_at = start, iters, time.monotonic(), -math.inf
-        self.poster = MetricsPoster(config.post_metrics) if config.post_metrics else None
-        self.files: Background | None = None
-        if config.logdir:
-            files = LogFiles(config.logdir, new=not start)
-            self.files = Background(files.write, f"--logdir {config.logdir}", files.close)
+        self.writers = open_writers(config, start, iters)
         self.bar: Any = progress_bar(start, iters) if sys.stdout.isatty() else None
 
     def __enter__(self) -> RunLog:
@@ -109,9 +112,11 @@ class RunLog:
         if self.bar is not None:
             with suppress(OSError):  # the terminal is gone
                 self.bar.stop()
-        for logger in (self.poster, self.files):
-            if logger is not None:
-                logger.close()
+        began = time.monotonic()
+        for writer in self.writers:
+            writer.end(began)
+        for writer in self.writers:
+            writer.wait(began)
 
     def training(self, iteration: int, losses: dict[str, float], rate: float, speed: float) -> None:
         """Logs the mean losses since the last call, the learning rate, and the speed in images per second."""
@@ -151,12 +156,10 @@ class RunLog:
             print_line(text)
 
     def record(self, iteration: int, values: dict[str, float], pictures: Sequence[np.ndarray] = ()) -> None:
-        """Hands values to metrics.jsonl, TensorBoard and the server, and pictures to TensorBoard; waits for nothing."""
+        """Hands values and pictures to the writers; waits for nothing."""
         entry = {"iteration": iteration, "time": round(time.time(), 3), **values}
-        if self.files is not None:
-            self.files.send((entry, pictures))
-        if self.poster is not None:
-            self.poster.send(entry)
+        for writer in self.writers:
+            writer.send((entry, pictures))
 
 
 def classes_line(metrics: Metrics) -> str:
@@ -202,7 +205,7 @@ class LogFiles:
         except OSError as error:
             raise OdtkError(f"Cannot write in --logdir {folder}: {error.strerror}.") from error
 
-    def write(self, item: tuple[dict[str, float], Sequence[np.ndarray]]) -> None:
+    def write(self, item: Item) -> None:
         """Writes an entry, and RGB pictures, uint8 [H, W, 3].
 
         Raises:
@@ -272,25 +275,34 @@ def progress_bar(start: int, iters: int) -> Any:
     return bar
 
 
+class Writer(Protocol):
+    """Where a log goes. Its methods are called in a thread of its own; they may raise, and may never return."""
+
+    def write(self, item: Item) -> None:
+        """Writes one entry."""
+
+    def close(self) -> None:
+        """Is called after the last entry."""
+
+
 class Background:
-    """Hands entries to a function in a thread of its own, so that no disk or server can delay or stop the training.
+    """Hands entries to a writer in a thread of its own, so that no disk or server can delay or stop the training.
 
     What fails is lost; the first failure, and the first entry that is dropped, is said on stderr.
 
     Args:
-        handle: writes one entry; it may raise anything, and may never return.
         label: what fails then, for the warning.
-        finish: called in the thread after the last entry.
+        seconds: that the end of a run waits for it.
     """
 
-    def __init__(self, handle: Callable[[Any], None], label: str, finish: Callable[[], None] = lambda: None) -> None:
-        self.handle, self.label, self.finish = handle, printable(label), finish
+    def __init__(self, writer: Writer, label: str, seconds: float | None = None) -> None:
+        self.writer, self.label, self.seconds = writer, printable(label), seconds or CLOSE_SECONDS
         self.warned: set[str] = set()
-        self.waiting: queue.Queue[Any] = queue.Queue(maxsize=WAITING)
+        self.waiting: queue.Queue[Item | None] = queue.Queue(maxsize=WAITING)
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
-    def send(self, entry: Any) -> None:
+    def send(self, entry: Item) -> None:
         """Queues an entry; drops it if WAITING others wait."""
         try:
             self.waiting.put_nowait(entry)
@@ -298,13 +310,16 @@ class Background:
             self.warn("slow", "takes no more entries, which are lost until it does again; training goes on")
 
     def run(self) -> None:
-        """The thread: until close()."""
+        """The thread: until end()."""
         while (entry := self.waiting.get()) is not None:
-            try:
-                self.handle(entry)
-            except Exception as error:  # whatever it is, the next entry may succeed
-                self.warn("fails", f"fails ({describe(error)}); training goes on")
-        self.finish()
+            self.attempt(self.writer.write, entry)
+        self.attempt(self.writer.close)
+
+    def attempt(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except Exception as error:  # whatever it is, the next entry may succeed
+            self.warn("fails", f"fails ({describe(error)}); training goes on")
 
     def warn(self, kind: str, text: str) -> None:
         """Says something on stderr, the first time only."""
@@ -313,29 +328,130 @@ class Background:
             with suppress(OSError, ValueError):  # stderr is gone
                 print(f"Warning: {self.label} {text}.", file=sys.stderr)
 
-    def close(self) -> None:
-        """Waits at most CLOSE_SECONDS for the last entries."""
+    def end(self, began: float) -> None:
+        """Queues the end, at most until half of its seconds since ``began`` have passed."""
         with suppress(queue.Full):
-            self.waiting.put(None, timeout=CLOSE_SECONDS / 2)
-        self.thread.join(CLOSE_SECONDS / 2)
+            self.waiting.put(None, timeout=max(0.0, began + self.seconds / 2 - time.monotonic()))
+
+    def wait(self, began: float) -> None:
+        """Waits for the last entries, at most until its seconds since ``began`` have passed."""
+        self.thread.join(max(0.0, began + self.seconds - time.monotonic()))
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """The operating system's reason for an error, or else its type."""
+    if isinstance(error, OdtkError) and error.__cause__ is not None:
+        error = error.__cause__
     return getattr(error, "strerror", None) or type(error).__name__
 
 
-class MetricsPoster(Background):
+# ---------------------------------------------------------------------------------------------------------------------
+# The writers besides LogFiles and the page
+
+
+def open_writers(config: TrainConfig, start: int, iters: int) -> list[Background]:
+    """Every place that a run is logged to.
+
+    Raises:
+        OdtkError: config.logdir cannot be written, or a package is missing.
+    """
+    found = []
+    if config.post_metrics:
+        found.append(Background(MetricsPoster(config.post_metrics), f"--post-metrics {config.post_metrics}"))
+    for name in config.log_to:
+        if importlib.util.find_spec(name) is None:
+            raise OdtkError(f"--log-to {name} needs its package: pip install 'odtk[{name}]'.")
+    if config.logdir:
+        found.append(Background(LogFiles(config.logdir, new=not start), f"--logdir {config.logdir}"))
+        page = RunPage(config, start, iters)
+        found.append(Background(page, f"the page {page.path}", PAGE_SECONDS))
+    found += [Background(TRACKERS[name](config), f"--log-to {name}", TRACKER_SECONDS) for name in config.log_to]
+    return found
+
+
+class MetricsPoster:
     """Sends metrics as JSON by HTTP POST."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        super().__init__(self.post, f"--post-metrics {url}")
 
-    def post(self, entry: dict[str, Any]) -> None:
+    def write(self, item: Item) -> None:
         import requests
 
-        requests.post(self.url, json=entry, timeout=POST_TIMEOUT).raise_for_status()
+        requests.post(self.url, json=item[0], timeout=POST_TIMEOUT).raise_for_status()
+
+    def close(self) -> None:
+        pass
+
+
+class MlflowWriter:
+    """MLflow: the server of MLFLOW_TRACKING_URI, or else LOGDIR/mlflow.db."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.run = config, ""
+        self.client: Any = None
+
+    def open(self) -> Any:
+        """Starts a run in the experiment "odtk"; the first time it takes seconds."""
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        folder = Path(self.config.logdir or ".").resolve()
+        client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}")
+        known = client.get_experiment_by_name("odtk")
+        local = None if "MLFLOW_TRACKING_URI" in os.environ else (folder / "mlflow").as_uri()
+        experiment = known.experiment_id if known else client.create_experiment("odtk", artifact_location=local)
+        self.run = client.create_run(experiment, run_name=os.path.basename(self.config.path)).info.run_id
+        settings = [Param(name, str(value)[:500]) for name, value in (self.config.settings or {}).items()]
+        client.log_batch(self.run, params=settings[:100])
+        return client
+
+    def write(self, item: Item) -> None:
+        from mlflow.entities import Metric
+
+        self.client = self.client or self.open()
+        entry, pictures = item
+        stamp, step = int(1000 * entry["time"]), int(entry["iteration"])
+        names = {name: re.sub(r"[^\w\-. /:]", "_", name) for name in entry if name not in ("iteration", "time")}
+        self.client.log_batch(self.run, [Metric(names[name], entry[name], stamp, step) for name in names])
+        for i, one in enumerate(pictures):
+            self.client.log_image(self.run, one, artifact_file=f"validation/{i}/{step:08}.png")
+
+    def close(self) -> None:
+        if self.client is not None:
+            self.client.set_terminated(self.run)
+
+
+class WandbWriter:
+    """Weights & Biases: offline in LOGDIR/wandb (`wandb sync` sends it), or as WANDB_MODE says."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.run: Any = None
+
+    def write(self, item: Item) -> None:
+        import wandb
+
+        if self.run is None:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "odtk"),
+                name=os.path.basename(self.config.path),
+                dir=self.config.logdir,
+                config=self.config.settings,
+                mode=os.environ.get("WANDB_MODE", "offline"),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        entry, pictures = item
+        values = {name: value for name, value in entry.items() if name not in ("iteration", "time")}
+        images = {f"validation/{i}": wandb.Image(one) for i, one in enumerate(pictures)}
+        self.run.log({**values, **images}, step=int(entry["iteration"]))
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.finish()
+
+
+TRACKERS: dict[str, Callable[[TrainConfig], Writer]] = {"mlflow": MlflowWriter, "wandb": WandbWriter}
 
 
 def closing_line(path: str, best: str | None, ap: float) -> str:

@@ -276,6 +276,7 @@ def train_config(settings: TrainSettings, world: int, images: str, held_out: tup
         ema=settings.ema or None,
         logdir=settings.logdir,
         post_metrics=settings.post_metrics,
+        log_to=settings.log_to,
         seed=settings.seed,
         settings=settings.to_dict(),
     )

@@ -75,7 +75,7 @@ def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             run.validation(iteration, METRICS, [np.zeros((4, 6, 3), np.uint8)])
         assert time.monotonic() - start < 10
         deadline = time.monotonic() + 30
-        while run.files is not None and not run.files.waiting.empty() and time.monotonic() < deadline:
+        while not run.writers[0].waiting.empty() and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.1)
         full = False
@@ -100,7 +100,8 @@ def test_a_disk_that_does_not_answer_holds_up_nothing(
     assert time.monotonic() - start < 10
     answered.set()
     said = f"Warning: --logdir {tmp_path} takes no more entries, which are lost until it does again; training goes on."
-    assert capsys.readouterr().err.splitlines() == [said]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "run.html" not in line] == [said]  # 500 at once are too many for the page too
 
 
 def test_a_terminal_that_is_gone_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
