@@ -380,7 +380,11 @@ def evaluate(settings: EvaluateSettings) -> Any:
     if settings.report:
         check_writable(settings.report)
     evaluation = run_cocoeval(
-        settings.detections, annotations, images=settings.images, segmentation=settings.segmentation
+        settings.detections,
+        annotations,
+        images=settings.images,
+        segmentation=settings.segmentation,
+        evaluator=settings.evaluator,
     )
     metrics = metrics_of(evaluation)
     print_metrics(metrics)

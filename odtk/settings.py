@@ -1248,6 +1248,11 @@ class EvaluateSettings(Settings):
     segmentation: bool = switch(
         "overlap of masks; rotated boxes count as polygons", shown="off: of boxes, rotated if they are"
     )
+    evaluator: str = option(
+        "pycocotools",
+        "what computes the figures; faster-coco-eval (an extra package) is quicker on large sets",
+        choices=("pycocotools", "faster-coco-eval"),
+    )
     output: str | None = option(None, "write the figures there too", TEXT, "JSON", shown="none")
     report: str | None = option(
         None,
@@ -1261,6 +1266,10 @@ class EvaluateSettings(Settings):
         super().check()
         if self.report and not self.report.lower().endswith((".html", ".htm")):
             raise OdtkError(f"--report {self.report}: the name of the page must end in .html.")
+        if self.report and self.evaluator != "pycocotools":
+            raise OdtkError(
+                f"--report needs --evaluator pycocotools, as {self.evaluator} does not say what it matched."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,8 +115,17 @@ def run_cocoeval(
     images: str | None = None,
     rotated: bool | None = None,
     segmentation: bool = False,
+    evaluator: str = "pycocotools",
 ) -> COCOeval:
-    """pycocotools' evaluation with all that it keeps, such as the matches of each image; arguments as evaluate."""
+    """An evaluation with all that it keeps; arguments as evaluate.
+
+    Args:
+        evaluator: pycocotools, whose evaluation has the matches of each image, or faster-coco-eval, which is quicker
+            and has the figures only.
+
+    Raises:
+        OdtkError: as evaluate; or faster-coco-eval is not installed, or cannot evaluate rotated boxes.
+    """
     results = read_detections(detections) if isinstance(detections, str) else detections
     truth = load_truth(annotations, results, images) if isinstance(annotations, str) else annotations
     file, results_file = (given if isinstance(given, str) else "" for given in (annotations, detections))
@@ -124,23 +133,36 @@ def run_cocoeval(
     check_detections(results, truth, results_file, segmentation=segmentation)
     if rotated is None:
         rotated = any(len(entry["bbox"]) == 5 for entry in (*truth["annotations"], *results))
+    index, evaluation = evaluator_classes(evaluator, rotated=rotated and not segmentation)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints each step
         box_values = 5 if rotated else 4
-        gt, dt = (coco_index(truth, entries, box_values) for entries in (truth["annotations"], results))
+        gt, dt = (coco_index(truth, entries, box_values, index) for entries in (truth["annotations"], results))
         if segmentation:
             add_missing_masks([gt, dt])
-        coco_eval = (RotatedCOCOeval if rotated and not segmentation else COCOeval)(
-            gt, dt, "segm" if segmentation else "bbox"
-        )
+        coco_eval = evaluation(gt, dt, "segm" if segmentation else "bbox")
         coco_eval.evaluate()
         coco_eval.accumulate()
         coco_eval.summarize()
     return coco_eval
 
 
+def evaluator_classes(evaluator: str, *, rotated: bool) -> tuple[Any, Any]:
+    """The classes of an evaluator: the index of a set, and the evaluation."""
+    if evaluator == "pycocotools":
+        return COCO, RotatedCOCOeval if rotated else COCOeval
+    if rotated:
+        raise OdtkError(f"--evaluator {evaluator} knows no rotated boxes: leave the flag out.")
+    try:
+        from faster_coco_eval import COCO as FasterCOCO
+        from faster_coco_eval import COCOeval_faster
+    except ImportError as error:
+        raise OdtkError(f"--evaluator {evaluator} needs its package: pip install 'odtk[fast]'.") from error
+    return FasterCOCO, COCOeval_faster
+
+
 def metrics_of(coco_eval: COCOeval) -> Metrics:
     """The figures of an evaluation."""
-    return Metrics(tuple(float(s) for s in coco_eval.stats), class_metrics(coco_eval, coco_eval.cocoGt))
+    return Metrics(tuple(float(s) for s in coco_eval.stats[: len(STATS)]), class_metrics(coco_eval, coco_eval.cocoGt))
 
 
 class RotatedCOCOeval(COCOeval):
@@ -165,7 +187,7 @@ def corner_boxes(entries: Sequence[dict[str, Any]]) -> torch.Tensor:
     return coco_to_corners(torch.tensor([(*e["bbox"], 0.0)[:5] for e in entries], dtype=torch.float64))
 
 
-def coco_index(truth: dict[str, Any], entries: Iterable[dict[str, Any]], box_values: int) -> COCO:
+def coco_index(truth: dict[str, Any], entries: Iterable[dict[str, Any]], box_values: int, index: type = COCO) -> Any:
     """pycocotools' index of annotations or results, made of copies with the fields that it needs.
 
     Entries are numbered from 1, as pycocotools takes a ground truth with id 0 for unmatched. An "area" that is not a
@@ -175,8 +197,9 @@ def coco_index(truth: dict[str, Any], entries: Iterable[dict[str, Any]], box_val
         truth: gives the images and categories.
         entries: annotations or results.
         box_values: 4 for boxes without an angle, 5 for boxes with one.
+        index: the class of the index, pycocotools' or one that is made like it.
     """
-    coco = COCO()
+    coco = index()
     copies = []
     for number, entry in enumerate(entries, 1):
         box = [*entry["bbox"], 0.0][:box_values]

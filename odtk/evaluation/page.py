@@ -43,7 +43,9 @@ td:first-child,th:first-child{text-align:left}tbody th{font-weight:400}
 th.name{white-space:normal;overflow-wrap:break-word;max-width:24em;min-width:6em}th.name:has(br){min-width:15em}
 td.tint{background:color-mix(in srgb,var(--accent) calc(var(--v)*60%),transparent)}
 .bar{display:inline-block;height:.75em;background:var(--c0);min-width:1px}
-td.bars{text-align:left;min-width:9em}td.why{text-align:left;white-space:normal;min-width:14em}
+td.bars{text-align:left;min-width:9em}td.why{text-align:left;white-space:normal;min-width:14em;
+overflow-wrap:anywhere}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,28em),1fr));gap:0 2em}
 progress{width:100%;max-width:46em;accent-color:var(--accent)}
 figure{margin:1em 0}svg{display:block;width:100%;height:auto;max-width:46em;overflow:visible}
 svg text{fill:var(--fg);font:12px system-ui,sans-serif}

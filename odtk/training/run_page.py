@@ -36,6 +36,7 @@ PICTURE = re.compile(
 TITLES = {  # of the charts, in their order, and the values that each shows
     "Loss": "loss",
     "AP": "validation AP",
+    "AP by the area of the object": "validation AP",
     "AP of each class": "AP per class",
     "Recall": "validation AR",
     "Learning rate": "learning rate",
@@ -183,13 +184,15 @@ class RunPage:
         parts = []
         for title, group in TITLES.items():
             names = [name for name in self.curves if plot_of(name) == group]
+            if group == "validation AP":
+                names = [name for name in names if (" " in name) == (" " in title)]  # AP small … apart
             if group == "AP per class" and len(names) > CHART_CLASSES:
                 continue
             lines = [Line(label(name), self.curves[name]) for name in names]
             if lines:
                 bounds = (0.0, 1.0) if "A" in group else None  # AP and recall
                 parts.append(line_chart(title, lines, "iteration", y_range=bounds))
-        return join(parts) if parts else paragraph("There are no figures yet.")
+        return Markup(f'<div class="charts">{join(parts)}</div>') if parts else paragraph("There are no figures yet.")
 
     def picture_rows(self) -> Markup:
         """The validation pictures, the newest first."""
@@ -216,7 +219,10 @@ def settings_table(settings: dict[str, Any]) -> Markup:
         if name not in hidden
     }
     order = sorted(origin, key=lambda name: (name not in given, name not in planned))
-    rows = [[name, shown(settings[name]), Markup(f'<td class="why">{text(origin[name])}</td>')] for name in order]
+    rows = [
+        [name, *(Markup(f'<td class="why">{text(cell)}</td>') for cell in (shown(settings[name]), origin[name]))]
+        for name in order
+    ]
     meaning = "Given settings first, then those that were decided, with the reason; the others are defaults."
     return join([paragraph(meaning), table(["setting", "value", "why"], rows)])
 

@@ -6,14 +6,18 @@ import io
 import json
 import math
 import random
+import sys
+from typing import Any
 
+import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from odtk.config import OdtkError
 from odtk.data.coco import prepare_ground_truth
-from odtk.evaluation.evaluate import STATS, evaluate, filter_categories, print_metrics
+from odtk.evaluation.evaluate import STATS, evaluate, filter_categories, metrics_of, print_metrics, run_cocoeval
+from odtk.settings import EvaluateSettings
 
 
 def dataset(images: int = 6, seed: int = 0) -> dict:
@@ -349,3 +353,54 @@ def test_sizes_and_boxes_that_no_mask_can_have() -> None:
     with pytest.raises(OdtkError, match="Annotation 1: its 'bbox' reaches beyond 65535 pixels"):
         evaluate(found, truth, segmentation=True)
     evaluate(found, truth)
+
+
+def overlapping_set(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Thirty images with objects of three categories and sizes, crowds, and more than 100 detections in one image."""
+    draw = np.random.default_rng(seed)
+    truth: dict[str, Any] = {
+        "images": [{"id": i, "width": 400, "height": 400} for i in range(1, 31)],
+        "categories": [{"id": i, "name": str(i)} for i in (2, 5, 9)],
+        "annotations": [],
+    }
+    found = []
+    for image in range(1, 31):
+        for _ in range(int(draw.integers(0, 9))):
+            side = float(draw.choice([20.0, 60.0, 150.0]))
+            box = [*draw.uniform(0, 200, 2).tolist(), *(side * draw.uniform(0.7, 1.3, 2)).tolist()]
+            entry = {"image_id": image, "category_id": int(draw.choice([2, 5, 9])), "bbox": box}
+            number = len(truth["annotations"]) + 1
+            crowd = {"iscrowd": int(draw.random() < 0.05), "area": box[2] * box[3]}
+            truth["annotations"].append({**entry, **crowd, "id": number})
+            for _ in range(60 if image == 7 else 2):
+                moved = [*(np.array(box) + draw.normal(0, 0.1 * side, 4) * [1, 1, 0.3, 0.3]).tolist()]
+                found.append({**entry, "bbox": moved, "score": round(float(draw.random()), 2)})  # some are equal
+    return truth, found
+
+
+@pytest.mark.parametrize("segmentation", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_faster_coco_eval_gives_the_figures_of_pycocotools(seed: int, segmentation: bool) -> None:
+    pytest.importorskip("faster_coco_eval")
+    truth, found = overlapping_set(seed)
+    expected, figures = (
+        metrics_of(run_cocoeval(found, truth, segmentation=segmentation, evaluator=evaluator))
+        for evaluator in ("pycocotools", "faster-coco-eval")
+    )
+    assert min(expected.stats) > 0.02
+    np.testing.assert_allclose(figures.stats, expected.stats, rtol=0, atol=1e-12)
+    for one, other in zip(figures.classes, expected.classes, strict=True):
+        assert (one.ap, one.ap50) == pytest.approx((other.ap, other.ap50), abs=1e-12)
+        assert (one.name, one.images, one.instances) == (other.name, other.images, other.instances)
+
+
+def test_what_faster_coco_eval_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, found = overlapping_set(0)
+    turned = [{**d, "bbox": [*d["bbox"], 0.1]} for d in found]
+    with pytest.raises(OdtkError, match="knows no rotated boxes"):
+        run_cocoeval(turned, truth, evaluator="faster-coco-eval")
+    with pytest.raises(OdtkError, match="--report needs --evaluator pycocotools"):
+        EvaluateSettings(detections="d", annotations="a", report="r.html", evaluator="faster-coco-eval")
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(OdtkError, match=r"pip install 'odtk\[fast\]'"):
+        run_cocoeval(found, truth, evaluator="faster-coco-eval")

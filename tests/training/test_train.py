@@ -31,7 +31,7 @@ from odtk.data.loader import create_loader
 from odtk.launch import launch
 from odtk.model import checkpoint as files
 from odtk.model.detector import Detector
-from odtk.training.log import MetricsPoster, closing_line
+from odtk.training.log import Background, MetricsPoster, closing_line
 from odtk.training.loss import detection_loss, normalize
 from odtk.training.optimizer import EMA, create_optimizer, learning_rate
 from odtk.training.train import train
@@ -697,10 +697,12 @@ def test_metrics_are_posted() -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), Posts) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        poster = MetricsPoster(f"http://127.0.0.1:{server.server_port}/metrics")
+        poster = Background(MetricsPoster(f"http://127.0.0.1:{server.server_port}/metrics"), "x")
         for iteration in range(3):
-            poster.send({"iteration": iteration, "loss": 0.5})
-        poster.close()
+            poster.send(({"iteration": iteration, "loss": 0.5}, []))
+        began = time.monotonic()
+        poster.end(began)
+        poster.wait(began)
         server.shutdown()
         thread.join()
     assert Posts.bodies == [{"iteration": iteration, "loss": 0.5} for iteration in range(3)]
@@ -713,16 +715,18 @@ def test_a_failing_server_never_stops_a_run(
     said = ""
     with socket.create_server(("127.0.0.1", 0)) as server:  # it accepts the connection and never answers
         port = server.getsockname()[1]
-        poster = MetricsPoster(f"http://127.0.0.1:{port}")
+        url = f"http://127.0.0.1:{port}"
+        poster = Background(MetricsPoster(url), f"--post-metrics {url}")
         start = time.monotonic()
         for iteration in range(1000):  # more than the queue holds
-            poster.send({"iteration": iteration})
+            poster.send(({"iteration": iteration}, []))
         assert time.monotonic() - start < 1
         while "fails" not in said and time.monotonic() - start < 60:
             time.sleep(0.05)
             said += capsys.readouterr().err
         start = time.monotonic()
-        poster.close()
+        poster.end(start)
+        poster.wait(start)
         assert time.monotonic() - start < 5
     label = f"Warning: --post-metrics http://127.0.0.1:{port}"
     assert sorted(said.splitlines()) == [
