@@ -59,6 +59,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "overlap": {"tiles": [64]},
     "every": {"video": "v.mp4"},
     "realtime": {"video": "v.mp4"},
+    "log_to": {"logdir": "log"},
     "track": {"video": "v.mp4"},
     "track_threshold": {"video": "v.mp4", "track": True},
     "rtsp_transport": {"video": "rtsp://v"},

@@ -130,6 +130,7 @@ def test_writing_takes_little_of_the_time(tmp_path: Path, monkeypatch: pytest.Mo
         return ""
 
     monkeypatch.setattr(run_page.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_page.time, "thread_time", lambda: now[0])
     monkeypatch.setattr(page, "content", content)
     for i in range(1000):
         now[0] += 0.5
