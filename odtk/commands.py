@@ -398,15 +398,15 @@ def evaluate(settings: EvaluateSettings) -> Any:
 def write_report(settings: EvaluateSettings, evaluation: Any, annotations: str) -> None:
     """Writes the page of an evaluation; without pictures, and saying so, where the images cannot be read."""
     from .data.dataset import Dataset
-    from .evaluation.evaluate import RotatedCOCOeval
     from .evaluation.evaluation_page import evaluation_page
+    from .evaluation.pictures import has_angles
     from .files import atomic_write
 
     assert settings.report is not None
     pictures: Any
     try:
         images = images_of(settings.images, annotations)
-        rotated = isinstance(evaluation, RotatedCOCOeval)
+        rotated = has_angles(annotations, images)
         pictures = {i.id: i for i in Dataset.load(annotations, images, rotated=rotated, skip_damaged=True).images}
     except OdtkError as error:
         pictures = f"There are no pictures: {error} --images DIR says where the images are."

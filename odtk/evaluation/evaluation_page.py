@@ -64,7 +64,8 @@ def find(coco_eval: COCOeval, log: Callable[[str], None] = print) -> Findings:
     metrics, params = metrics_of(coco_eval), coco_eval.params
     judged = judge(coco_eval)
     number = resamples_for(len(judged.score))
-    log(f"Drawing the {plural(len(params.imgIds), 'image')} {number} times with replacement, for the intervals")
+    if len(params.imgIds) >= MIN_IMAGES:
+        log(f"Drawing the {len(params.imgIds)} images {number} times with replacement, for the intervals")
     entries = [coco_eval.cocoGt.imgs[id] for id in params.imgIds]
     sizes = [
         (int(e["width"]), int(e["height"])) if _is_side(e.get("width")) and _is_side(e.get("height")) else None

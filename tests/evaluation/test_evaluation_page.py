@@ -118,6 +118,18 @@ def test_without_images_the_page_says_why(tmp_path: Path, capsys: pytest.Capture
     assert "--images DIR says where the images are" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("more", [[], ["--segmentation"]])
+def test_rotated_boxes_have_pictures_too(tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture) -> None:
+    truth, detections = write_set(tmp_path, images=MIN_IMAGES - 1)
+    content = json.loads(truth.read_text())
+    for entry in content["annotations"]:
+        entry["bbox"].append(0.2)
+    truth.write_text(json.dumps(content))
+    report = tmp_path / "out.html"
+    assert main(["evaluate", str(detections), "--annotations", str(truth), "--report", str(report), *more]) == 0
+    assert "<img" in report.read_text() and "times with replacement" not in capsys.readouterr().out
+
+
 def test_many_classes_few_images_and_nothing_at_all(tmp_path: Path) -> None:
     truth, detections = write_set(tmp_path, images=MIN_IMAGES - 1, classes=MATRIX_CLASSES + 20, files=False)
     content = json.loads(truth.read_text())
