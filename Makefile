@@ -17,7 +17,7 @@ setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,cuda13,trt-tests]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,cuda13,trt-tests,pretrained]'
 	touch $@
 
 # git runs ruff and mypy before each commit (.pre-commit-config.yaml).
@@ -47,10 +47,8 @@ versions: setup
 # A first run from nothing: data, training, ONNX, detections, AP, pictures.
 demo: setup
 	$(BIN)/odtk synth $(DEMO)/data
-	$(BIN)/odtk train $(DEMO)/model.pth --override --annotations $(DEMO)/data/train.json --images $(DEMO)/data/train \
-	  --backbone ResNet18FPN --backbone-weights none --resize 192 --max-size 256 --jitter 192 192 --augment-crop 0 \
-	  --batch 8 --iters 280 --milestones 230 --warmup 50 --lr 0.02
-	$(BIN)/odtk export $(DEMO)/model.pth $(DEMO)/model.onnx --size 192 256
+	$(BIN)/odtk train $(DEMO)/model.pth --override --annotations $(DEMO)/data/train.json --images $(DEMO)/data/train
+	$(BIN)/odtk export $(DEMO)/model.best.pth $(DEMO)/model.onnx
 	$(BIN)/odtk infer $(DEMO)/model.onnx --images $(DEMO)/data/val --annotations $(DEMO)/data/val.json \
 	  --output $(DEMO)/detections.json --score-threshold 0.05 --draw $(DEMO)/pictures
 	@echo "Pictures with boxes and names are in $(DEMO)/pictures."

@@ -560,7 +560,7 @@ def convert(settings: ConvertSettings) -> None:
 
 def synth(settings: SynthSettings) -> None:
     """Draws a dataset of shapes."""
-    from .data.synthetic import synthesize
+    from .data.synthetic import Scene, synthesize
     from .text import plural
 
     synthesize(
@@ -570,6 +570,13 @@ def synth(settings: SynthSettings) -> None:
         classes=settings.classes,
         rotated=settings.rotated,
         seed=settings.seed,
+        scene=Scene(
+            sides=(settings.object_size[0], settings.object_size[1]),
+            objects=(settings.objects[0], settings.objects[1]),
+            imbalance=settings.imbalance,
+            gray=settings.gray,
+            clutter=settings.clutter,
+        ),
     )
     height, width = settings.size[0], settings.size[-1]
     drawn = f"{plural(settings.images, 'image')} of {width}×{height} pixels"

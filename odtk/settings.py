@@ -110,6 +110,8 @@ SEED = Check(int, lambda v: 0 <= v < 2**64, "a whole number from 0 to 2^64 - 1")
 POSITIVE = Check(float, lambda v: 0 < v < math.inf, "a positive number")
 NUMBER = Check(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
 ANGLE = Check(float, math.isfinite, "a number of degrees")
+SIDE = Check(float, lambda v: 0.005 <= v <= 0.6, "a number from 0.005 to 0.6")
+RATIO = Check(float, lambda v: 1 <= v < math.inf, "a number, 1 or more")
 SHARE = Check(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 FRACTION = Check(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 DURATION = Check(_text, lambda v: seconds_of(v) > 0, "a time such as 8m, 1h30m or 90s")
@@ -1404,8 +1406,21 @@ class SynthSettings(Settings):
         (240, 320), "height and width of the images in pixels", POSITIVE_INT, ("H", "W"), count=(1, 2)
     )
     classes: int = option(4, "kinds of shapes", POSITIVE_INT, "N")
+    object_size: tuple[float, ...] = option(
+        (0.18, 0.45), "range of the shapes' widths, relative to the image's shorter side", SIDE, ("MIN", "MAX"), count=2
+    )
+    objects: tuple[int, ...] = option(
+        (2, 7), "range of the number of shapes that an image is tried to hold", POSITIVE_INT, ("MIN", "MAX"), count=2
+    )
+    imbalance: float = option(1.0, "how many times as frequent the first class is as the last", RATIO, "FACTOR")
+    gray: bool = switch("images without color")
+    clutter: int = option(0, "pieces of lines and blobs in an image that are no objects", COUNT, "N")
     rotated: bool = switch("elongated shapes with boxes [x, y, w, h, theta]", flags=("--rotated-bbox",))
     seed: int = option(0, "of everything that is drawn at random", SEED, "N")
+
+    def check(self) -> None:
+        rising("--object-size", self.object_size)
+        rising("--objects", self.objects)
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from odtk.settings import (
     FRACTION,
     PRESETS,
     SHARE,
+    SIDE,
     SWITCH,
     TEXT,
     VARIANTS,
@@ -85,7 +86,7 @@ def sample(name: str, one: Option, default: Any) -> Any:
         single = "cpu"
     elif one.check is DURATION:
         single = "8m"
-    elif one.check in (FRACTION, SHARE):
+    elif one.check in (FRACTION, SHARE, SIDE):
         single = 0.25
     elif one.check is ANGLE:
         single = -3.5

@@ -9,6 +9,7 @@ from __future__ import annotations
 import colorsys
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,30 @@ OVERLAP = 0.1  # largest part of the smaller of two boxes that the other may cov
 SMOOTHING = 3  # shapes are drawn this many times larger and then reduced, for smooth edges
 JPEG_QUALITY = 90
 CREATOR = "odtk synth"  # in the JSON's "info": marks the files that may be drawn again
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the images are like.
+
+    Attributes:
+        sides: range of the shapes' widths, relative to the image's shorter side; log-uniform.
+        objects: least and greatest number of attempts to place a shape in an image.
+        imbalance: how many times as frequent the first class is as the last; those between fall geometrically.
+        gray: the images have no color.
+        clutter: pieces of lines and blobs for each image, which are no objects.
+    """
+
+    sides: tuple[float, float] = SIDES
+    objects: tuple[int, int] = OBJECTS
+    imbalance: float = 1.0
+    gray: bool = False
+    clutter: int = 0
+
+    def shares(self, classes: int) -> np.ndarray:
+        """The probability of each class [classes]."""
+        weights = self.imbalance ** -np.linspace(0, 1, classes)
+        return weights / weights.sum()
 
 
 def _regular(corners: int, inner: float = 1.0) -> np.ndarray:
@@ -60,6 +85,7 @@ def synthesize(
     seed: int = 0,
     classes: int = 4,
     rotated: bool = False,
+    scene: Scene | None = None,
 ) -> None:
     """Draws ``folder``/{train,val}/*.jpg and {train,val}.json; a fifth of the images is for validation.
 
@@ -69,6 +95,7 @@ def synthesize(
         seed: the same seed draws the same files.
         classes: number of different shapes, 1…8.
         rotated: elongated shapes with boxes [x, y, w, h, theta].
+        scene: what the images are like; None: colorful, with 2 to 7 large shapes of all classes alike.
 
     Raises:
         OdtkError: a number is out of its range, the folder has files that were not drawn by this function, or it
@@ -87,7 +114,7 @@ def synthesize(
         _check_ours(folder)
         for part, count in (("train", images - held_out), ("val", held_out)):
             generator = np.random.default_rng([seed, part == "val"])
-            _draw_part(folder, part, count, size, names[:classes], rotated, generator)
+            _draw_part(folder, part, count, size, names[:classes], rotated, generator, scene or Scene())
     except OSError as error:
         raise OdtkError(f"The dataset cannot be written to {folder}: {error}.") from None
 
@@ -115,6 +142,7 @@ def _draw_part(
     names: list[str],
     rotated: bool,
     generator: np.random.Generator,
+    scene: Scene,
 ) -> None:
     """Draws one of the two sets: its images and its JSON."""
     (folder / part).mkdir(parents=True, exist_ok=True)
@@ -124,7 +152,7 @@ def _draw_part(
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for id in range(1, count + 1):
-        pixels, objects = draw_image(generator, size, names, rotated)
+        pixels, objects = draw_image(generator, size, names, rotated, scene)
         name = f"{id:05d}.jpg"
         pixels.save(folder / part / name, quality=JPEG_QUALITY)
         images.append({"id": id, "file_name": name, "width": size[1], "height": size[0]})
@@ -140,16 +168,21 @@ def _draw_part(
 
 
 def draw_image(
-    generator: np.random.Generator, size: tuple[int, int], names: list[str], rotated: bool
+    generator: np.random.Generator, size: tuple[int, int], names: list[str], rotated: bool, scene: Scene | None = None
 ) -> tuple[PILImage.Image, list[dict[str, Any]]]:
     """One image of ``size`` (height, width) pixels and its COCO annotations (category_id, bbox, area, segmentation)."""
+    scene = scene or Scene()
     canvas, base = _background(generator, size)
     painter = ImageDraw.Draw(canvas)
+    _scatter(painter, generator, size, base, scene.clutter)
     objects: list[dict[str, Any]] = []
     hulls: list[np.ndarray] = []
-    for _ in range(generator.integers(OBJECTS[0], OBJECTS[1] + 1)):
-        label = int(generator.integers(len(names)))
-        outline, box, theta = _place(generator, size, names[label], rotated)
+    for _ in range(generator.integers(scene.objects[0], scene.objects[1] + 1)):
+        if scene.imbalance == 1:
+            label = int(generator.integers(len(names)))
+        else:
+            label = int(generator.choice(len(names), p=scene.shares(len(names))))
+        outline, box, theta = _place(generator, size, names[label], rotated, scene.sides)
         hull = np.concatenate([outline.min(axis=0), outline.max(axis=0)])
         if any(_covered(hull, other) > OVERLAP for other in hulls):
             continue  # no room here: one object less
@@ -166,7 +199,28 @@ def draw_image(
         )
     picture = np.asarray(canvas.resize(size[::-1], PILImage.Resampling.BOX)).astype(np.float64)
     noise = generator.normal(0, generator.uniform(2, 9), picture.shape)
-    return PILImage.fromarray(np.clip(picture + noise, 0, 255).astype(np.uint8)), objects
+    drawn = PILImage.fromarray(np.clip(picture + noise, 0, 255).astype(np.uint8))
+    return drawn.convert("L").convert("RGB") if scene.gray else drawn, objects
+
+
+def _scatter(
+    painter: ImageDraw.ImageDraw,
+    generator: np.random.Generator,
+    size: tuple[int, int],
+    base: np.ndarray,
+    count: int,
+) -> None:
+    """Draws pieces of lines and blobs that are no objects, in colors near and far from the background's."""
+    for _ in range(count):
+        center = generator.random(2) * size[::-1] * SMOOTHING
+        reach = min(size) * SMOOTHING * generator.uniform(0.01, 0.1, 2)
+        color = tuple(np.clip(base + generator.normal(0, 60, 3), 0, 255).astype(int).tolist())
+        corners = [*(center - reach).tolist(), *(center + reach).tolist()]
+        if generator.random() < 0.5:
+            painter.line(corners, fill=color, width=int(generator.integers(SMOOTHING, 3 * SMOOTHING)))
+        else:
+            start, end = generator.uniform(0, 360, 2).tolist()
+            painter.chord(corners, start, end, fill=color)
 
 
 def _background(generator: np.random.Generator, size: tuple[int, int]) -> tuple[PILImage.Image, np.ndarray]:
@@ -187,7 +241,7 @@ def _background(generator: np.random.Generator, size: tuple[int, int]) -> tuple[
 
 
 def _place(
-    generator: np.random.Generator, size: tuple[int, int], name: str, rotated: bool
+    generator: np.random.Generator, size: tuple[int, int], name: str, rotated: bool, sides: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Places a shape inside an image of ``size`` (height, width), in pixels.
 
@@ -198,16 +252,16 @@ def _place(
     outline = SHAPES[ROTATED_SHAPES[name] if rotated else name]
     low, high = outline.min(axis=0), outline.max(axis=0)
     outline = (outline - (low + high) / 2) / (high - low)
-    width = min(size) * math.exp(generator.uniform(math.log(SIDES[0]), math.log(SIDES[1])))
+    width = min(size) * math.exp(generator.uniform(math.log(sides[0]), math.log(sides[1])))
     ratio = generator.uniform(*ELONGATION) if rotated else generator.uniform(0.85, 1.18)
     theta = generator.uniform(-math.pi, math.pi) if rotated else generator.normal(0, 0.25)
-    sides = np.array([width, width * ratio])
-    outline = _rotate(outline * sides, theta)
+    box = np.array([width, width * ratio])
+    outline = _rotate(outline * box, theta)
     low, high = outline.min(axis=0), outline.max(axis=0)
     corner = 1 + generator.random(2) * (np.array(size[::-1]) - (high - low) - 2)
     center = corner - low
     if rotated:
-        return outline + center, np.concatenate([center - sides / 2, sides]), theta
+        return outline + center, np.concatenate([center - box / 2, box]), theta
     return outline + center, np.concatenate([corner, high - low]), 0.0
 
 

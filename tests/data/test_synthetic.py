@@ -10,7 +10,7 @@ import pytest
 from odtk.config import OdtkError
 from odtk.data.check import check
 from odtk.data.images import decode
-from odtk.data.synthetic import ROTATED_SHAPES, SHAPES, draw_image, synthesize
+from odtk.data.synthetic import ROTATED_SHAPES, SHAPES, Scene, draw_image, synthesize
 
 
 @pytest.mark.parametrize("rotated", [False, True])
@@ -47,14 +47,13 @@ def polygon_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_boxes_hold_exactly_the_drawn_shape(name, rotated, monkeypatch) -> None:
-    monkeypatch.setattr("odtk.data.synthetic.OBJECTS", (1, 1))
+def test_boxes_hold_exactly_the_drawn_shape(name, rotated) -> None:
     names = list(ROTATED_SHAPES if rotated else SHAPES)
     name = {"circle": "ellipse", "square": "rectangle"}.get(name, name) if rotated else name
     assert name in names
     generator = np.random.default_rng(5)
     for _ in range(3):
-        image, (entry,) = draw_image(generator, (120, 160), [name], rotated)
+        image, (entry,) = draw_image(generator, (120, 160), [name], rotated, Scene(objects=(1, 1)))
         points = np.array(entry["segmentation"][0]).reshape(-1, 2)  # [2·k] → [k, 2]
         x, y, w, h = entry["bbox"][:4]
         if rotated:  # the box's corners, rotated counterclockwise about its center (y down)
@@ -75,7 +74,6 @@ def test_boxes_hold_exactly_the_drawn_shape(name, rotated, monkeypatch) -> None:
 
 def test_rotated_pixels_are_inside_the_rotated_box(monkeypatch) -> None:
     """A rectangle has its own color inside the box and another outside, which a wrong sign of theta would change."""
-    monkeypatch.setattr("odtk.data.synthetic.OBJECTS", (1, 1))
     generator = np.random.default_rng(1)
     for _ in range(5):
         image, (entry,) = draw_image(generator, (120, 160), ["rectangle"], True)
@@ -130,3 +128,19 @@ def test_an_interrupted_drawing_can_be_drawn_again(tmp_path: Path, monkeypatch) 
     (tmp_path / "train" / "00001.jpg").write_bytes(b"torn")
     synthesize(tmp_path, images=4, size=(64, 64))
     assert len(list((tmp_path / "train").iterdir())) == 3
+
+
+def test_scenes_are_drawn_as_asked(tmp_path) -> None:
+    scene = Scene(sides=(0.03, 0.05), objects=(20, 30), imbalance=10, gray=True, clutter=15)
+    synthesize(tmp_path / "set", images=20, size=(200, 300), classes=3, scene=scene)
+    boxes = json.loads((tmp_path / "set" / "train.json").read_text())["annotations"]
+    counts = [sum(a["category_id"] == c for a in boxes) for c in (1, 2, 3)]
+    assert counts[0] > counts[1] > counts[2] > 0 and 4 < counts[0] / counts[2] < 25
+    assert all(3 < math.sqrt(a["area"]) < 16 for a in boxes) and 15 < len(boxes) / 16 <= 30
+    pixels = decode(tmp_path / "set" / "train" / "00001.jpg").astype(int)
+    assert (pixels.max(axis=2) - pixels.min(axis=2)).max() <= 2
+    assert np.allclose(Scene(imbalance=4).shares(3), [4 / 7, 2 / 7, 1 / 7])
+    plain, crowded = (
+        draw_image(np.random.default_rng(1), (96, 96), ["star"], False, Scene(clutter=n)) for n in (0, 40)
+    )
+    assert np.abs(np.asarray(plain[0], int) - np.asarray(crowded[0], int)).mean() > 3
