@@ -122,8 +122,12 @@ class Fingerprint:
                 f"width over height {_spread(self.aspect)}",
                 f"{_spread(self.per_image)} boxes in an image; {self.crowded:.0%} are overlapped by another of their "
                 f"class (IoU above {CROWDED_IOU:g})",
-                f"{plural(len(self.classes), 'class', 'classes')}, the most frequent with "
-                f"{self.imbalance:.2g} times the boxes of the rarest",
+                plural(len(self.classes), "class", "classes")
+                + (
+                    f", the most frequent with {self.imbalance:.2g} times the boxes of the rarest"
+                    if len(self.classes) > 1
+                    else ""
+                ),
             ]
         kind = "gray" if self.is_gray else "color" if self.gray <= 1 - MIN_GRAY_SHARE else "mixed"
         found.append(

@@ -340,14 +340,16 @@ def tokens(name: str) -> list[str]:
 
 
 def turns(s: Situation) -> Iterator[Decision]:
+    if s.settings.rotated_bbox:
+        return
     fault = upright(s.data)
-    if fault is None and not s.settings.rotated_bbox:
+    if fault is None:
         yield Decision(
             {"augment_rotate": True},
             "objects and images have no upright direction: boxes lie as often as they stand, and neither their size "
             "nor the light depends on the height in the image",
         )
-    elif fault is not None:
+    else:
         yield Decision({"augment_rotate": False}, f"no quarter turns, as {fault}")
 
 
@@ -415,13 +417,16 @@ def size(s: Situation) -> Iterator[Decision]:
 
 def crops(s: Situation, need: float, fit: float, aspect: float) -> Iterator[Decision]:
     """Inference at the size at which the smaller objects span MIN_OBJECT, training on crops at that scale."""
-    side = min(rounded(s.data.shorter[2] * need), MAX_RESIZE)
+    whole = need == 1 and s.data.shorter[2] <= MAX_RESIZE
+    side = round(s.data.shorter[2]) if whole else min(rounded(s.data.shorter[2] * need), MAX_RESIZE)
+    why = f"all but the smallest tenth of the objects span {MIN_OBJECT:.0f} pixels (√area) there"
     frame = rounded(s.data.shorter[2] * fit)
     zoom = side / frame
     yield Decision(
         {"resize": side, "max_size": cap(side * aspect)},
-        f"the images' own size, or that at which all but the smallest tenth of the objects span {MIN_OBJECT:.0f} "
-        "pixels (√area)",
+        f"the images' own size: a tenth of the objects is below {MIN_OBJECT:.0f} pixels (√area) in smaller ones"
+        if whole
+        else why,
     )
     if s.settings.head == "dense":
         yield Decision(
