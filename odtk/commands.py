@@ -335,16 +335,17 @@ def export(settings: ExportSettings) -> Verdict | None:
 
 def command_of(name: str, settings: Settings) -> str:
     """The command line that gives these settings."""
-    known, words = options(type(settings)), ["odtk", name]
+    known, places, flags = options(type(settings)), [], []
     for key in settings.given():
         value = getattr(settings, key)
         values = [str(one) for one in (value if isinstance(value, tuple) else [value])]
         if known[key].positional:
-            words += values
+            places += values
         elif value is True:
-            words.append(flag(key))
+            flags.append(flag(key))
         elif value is not None and value is not False:
-            words += [flag(key), *values]
+            flags += [flag(key), *values]
+    words = ["odtk", name, *places, *flags]  # in this order: a flag of several values would take what comes after them
     return shlex.join(words)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 
 import odtk
 from odtk import describe
-from odtk.cli import main
+from odtk.cli import build_parser, main, settings_of
+from odtk.commands import command_of
 from odtk.config import ModelConfig, OdtkError
 from odtk.deploy import manifest
 from odtk.settings import ExportSettings
@@ -128,6 +130,13 @@ def test_nothing_of_the_users_is_touched_and_a_failed_export_leaves_nothing(tmp_
     with pytest.raises(OdtkError, match="no calibration table"):
         odtk.export(model, tmp_path / "new", bundle=True, int8=True, calibration_table=tmp_path / "none.json")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_command_in_the_card_gives_the_same_settings() -> None:
+    given = {"model": "a b.pth", "output": "out", "bundle": True, "size": (64, 96), "max_ap_drop": 0.5}
+    words = shlex.split(command_of("export", ExportSettings.of(given)))
+    assert words[:2] == ["odtk", "export"]
+    assert settings_of(build_parser().parse_args(words[1:])) == ExportSettings.of(given)
 
 
 def test_folder_and_file_are_told_apart(tmp_path: Path) -> None:
