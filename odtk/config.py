@@ -279,7 +279,7 @@ class ExportConfig:
     calibration_images: str | None = None
     calibration_batches: int | None = None
     calibration_table: str | None = None
-    calibration_method: str = "entropy"  # entropy, percentile, minmax
+    calibration_method: str | None = None  # entropy, percentile, minmax; None: by the head (exporting/calibration.py)
     fp16_layers: tuple[str, ...] = ()  # layers kept out of INT8
     timing_cache: str | None = None
     workspace: int = 4 << 30  # bytes

@@ -1178,10 +1178,11 @@ class ExportSettings(_Size, _Thresholds):
         "PATH",
         shown="beside OUT",
     )
-    calibration_method: str = option(
-        ExportConfig.calibration_method,
+    calibration_method: str | None = option(
+        None,
         "how the range of an activation is chosen",
         choices=("entropy", "percentile", "minmax"),
+        shown="percentile with the dense head, entropy with others",
     )
     opset: int = option(ExportConfig.opset, "ONNX operator set", POSITIVE_INT, "N")
     rotated_bbox: bool = switch(

@@ -24,6 +24,7 @@ MAX_IMAGES = 500
 MIN_IMAGES = 8  # fewer are refused
 FEW_IMAGES = 100  # fewer get a warning
 METHODS = ("entropy", "percentile", "minmax")
+METHOD_OF_HEAD = {"dense": "percentile"}  # loses less there (docs/results.md); "entropy" for all others
 PERCENTILE = 0.9999  # share of the values inside the range of the method "percentile"
 
 
@@ -58,12 +59,11 @@ def load_or_calibrate(
         limit = min(limit, config.calibration_batches * config.batch[1])
     dataset = sample_images(config.calibration_images, limit, config.seed)
     images = calibration_images(dataset, config, detector)
-    ranges = activation_ranges(model, images, config.calibration_method, len(dataset.images))
+    method = config.calibration_method or METHOD_OF_HEAD.get(detector.config.head, "entropy")
+    ranges = activation_ranges(model, images, method, len(dataset.images))
     scales = scales_of(ranges)
     files = tuple(os.path.relpath(image.path, config.calibration_images) for image in dataset.images)
-    table = CalibrationTable(
-        weights_hash, config.input_size, config.calibration_method, files, scales, config.fp16_layers
-    )
+    table = CalibrationTable(weights_hash, config.input_size, method, files, scales, config.fp16_layers)
     save_table(path, table)
     print(f"Wrote the INT8 scales of {plural(len(scales), 'tensor')} to {printable(path)}.")
     return table

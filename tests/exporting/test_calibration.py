@@ -96,6 +96,15 @@ def int8_config(model: str, folder: Path, **changes) -> ExportConfig:
     return dataclasses.replace(config, **changes)
 
 
+@pytest.mark.parametrize(("head", "method"), [("dense", "percentile"), ("retinanet", "entropy")])
+def test_the_method_follows_from_the_head(head: str, method: str, pictures: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(C4, head=head)
+    path = tmp_path / "model.pth"
+    checkpoint.save(path, checkpoint.Checkpoint(config, None, Detector(config).state_dict()))
+    report = export.export(int8_config(str(path), tmp_path, calibration_images=str(pictures)))
+    assert report.table and calibration_table.load_table(report.table).method == method
+
+
 def test_a_table_gives_the_same_bytes_without_images(model_path: str, pictures: Path, tmp_path: Path) -> None:
     config = int8_config(model_path, tmp_path, calibration_images=str(pictures), calibration_method="percentile")
     report = export.export(config)
