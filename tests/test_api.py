@@ -46,7 +46,7 @@ def test_every_public_name_has_a_home() -> None:
 def test_the_package_says_that_it_is_typed() -> None:
     assert (Path(odtk.__file__).parent / "py.typed").is_file()
     text = (Path(odtk.__file__).parents[1] / "pyproject.toml").read_text()
-    assert 'odtk = ["py.typed"]' in text  # a wheel holds it
+    assert 'odtk = ["py.typed"' in text  # a wheel holds it
 
 
 def test_an_unknown_keyword_is_offered_the_nearest_setting(model: str) -> None:

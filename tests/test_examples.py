@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from PIL import Image
 from odtk.config import ExportConfig, ModelConfig
 from odtk.exporting import export
 from tests.random_models import detector_of, save
+from tests.videos import make_video
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "python"
@@ -31,7 +33,7 @@ def run(*argv: object, cwd: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with model.pth, model.onnx, photos/ of three images, photo.jpg and clip.gif, as the documents name."""
+    """A folder with model.pth, model.onnx, photos/ of three images, photo.jpg, clip.gif and clip.mp4, as the documents name."""
     pth = save(detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2), bias=0.0), tmp_path)
     export.export(ExportConfig(pth, str(tmp_path / "model.onnx"), size=(48, 64), precision="fp32"))
     images = [Image.effect_noise((64, 48), 60 + i).convert("RGB") for i in range(3)]
@@ -40,6 +42,8 @@ def folder(tmp_path: Path) -> Path:
         image.save(tmp_path / "photos" / f"{i}.png")
     images[0].save(tmp_path / "photo.jpg")
     images[0].save(tmp_path / "clip.gif", save_all=True, append_images=images[1:])
+    if importlib.util.find_spec("av"):
+        make_video(tmp_path / "clip.mp4", 3)
     return tmp_path
 
 

@@ -268,12 +268,10 @@ def weights(s: Situation) -> Iterator[Decision]:
 def norm(s: Situation) -> Iterator[Decision]:
     if s.settings.head != "dense":
         return
-    each = (s.settings.batch or BATCH) // s.machine.processes
-    if each >= BATCH or not s.pretrained:
-        why = f"the statistics of {each} images on each device will do" if s.pretrained else "nothing to freeze yet"
-        yield Decision({"norm": "batch"}, why)
+    if s.pretrained:
+        yield Decision({"norm": "frozen"}, "the backbone's statistics are those of its many pre-training images")
     else:
-        yield Decision({"norm": "frozen"}, f"{plural(each, 'image')} on each device: too few for statistics")
+        yield Decision({"norm": "batch"}, "nothing to freeze yet")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

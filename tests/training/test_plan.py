@@ -85,7 +85,7 @@ def test_the_plan_of_blood_cells() -> None:
         "resize": 480,
         "max_size": 640,
         "batch": 8,
-        "norm": "batch",
+        "norm": "frozen",
         "iters": 500,
         "val_iters": 50,
         "patience": 5,
