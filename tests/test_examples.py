@@ -33,7 +33,7 @@ def run(*argv: object, cwd: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with model.pth, model.onnx, photos/ of three images, photo.jpg, clip.gif and clip.mp4, as the documents name."""
+    """model.pth, model.onnx, photos/ of three images, photo.jpg, clip.gif and clip.mp4, as the documents name them."""
     pth = save(detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2), bias=0.0), tmp_path)
     export.export(ExportConfig(pth, str(tmp_path / "model.onnx"), size=(48, 64), precision="fp32"))
     images = [Image.effect_noise((64, 48), 60 + i).convert("RGB") for i in range(3)]

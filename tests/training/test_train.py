@@ -264,7 +264,8 @@ def test_a_run_from_start_to_end(tmp_path: Path, dataset: Path, capsys: pytest.C
     assert f"{config.path} is trained. Next: odtk export {config.path}" in capsys.readouterr().out
     best.touch()
     assert closing_line("a b.pth", None, -1) == (
-        "a b.pth is trained; --val-annotations, or --val-share 0.2, would say its AP. Next: odtk export 'a b.pth' 'a b.onnx'"
+        "a b.pth is trained; --val-annotations, or --val-share 0.2, would say its AP. "
+        "Next: odtk export 'a b.pth' 'a b.onnx'"
     )
     assert sorted(os.listdir(tmp_path)) == ["log", "m.best.pth", "m.pth"]
 
