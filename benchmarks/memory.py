@@ -18,6 +18,7 @@ from harness import again, arguments, compare, serve
 
 def variant(args: argparse.Namespace) -> None:
     import torch
+    from random_batch import CLASSES, random_batch
 
     from odtk.config import LossConfig, ModelConfig
     from odtk.model.detector import Detector
@@ -25,7 +26,7 @@ def variant(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    config = ModelConfig(backbones=(args.backbone,), classes=3, grad_checkpoint=args.variant == "checkpoint")
+    config = ModelConfig(backbones=(args.backbone,), classes=CLASSES, grad_checkpoint=args.variant == "checkpoint")
     detector = Detector(config).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     detector.initialize()
     optimizer = torch.optim.SGD(detector.parameters(), lr=1e-4, momentum=0.9, fused=True)
@@ -36,11 +37,8 @@ def variant(args: argparse.Namespace) -> None:
         f"{args.variant}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB at the start",
         file=sys.stderr,
     )
-    height, width = args.size
-    images = torch.randn(args.batch, 3, height, width).contiguous(memory_format=torch.channels_last)
-    corner = torch.rand(args.batch, 8, 2) * torch.tensor([width / 2, height / 2])
-    boxes = torch.cat([corner, corner + 20 + torch.rand(args.batch, 8, 2) * height / 3], dim=-1)
-    labels, anchors = torch.randint(3, (args.batch, 8)), detector.anchors()
+    images, boxes, labels = random_batch(args.batch, args.size, boxes=8)
+    anchors = detector.anchors()
 
     def step() -> int:
         logits, deltas = detector(images)

@@ -18,11 +18,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from random_batch import CLASSES, random_batch, use_torch_gradients
 from torch.profiler import ProfilerActivity, profile
 
 from odtk.config import LoaderConfig, LossConfig, ModelConfig, TrainConfig
-from odtk.model import depthwise
-from odtk.model.backbones import efficientnet_lite
 from odtk.model.detector import Detector
 from odtk.settings import DENSE
 from odtk.training.loss import detection_loss, normalize
@@ -42,18 +41,14 @@ GROUPS = {  # beginnings of operators' names; the first group that matches count
 def training_step(args: argparse.Namespace) -> Callable[[], object]:
     """A function that trains on one batch."""
     shape: dict[str, Any] = DENSE if args.head == "dense" else {}
-    model = ModelConfig(backbones=(args.backbone,), head=args.head, classes=3, norm=args.norm, **shape)
+    model = ModelConfig(backbones=(args.backbone,), head=args.head, classes=CLASSES, norm=args.norm, **shape)
     config = TrainConfig(path="", model=model, data=LoaderConfig(images=""), optimizer="adamw", lr=1e-3)
     detector = Detector(model)
     detector.initialize()
     detector.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer, average, anchors = create_optimizer(detector, config), EMA(detector, 0.99), detector.anchors()
     dtype = autocast_type("fp32" if args.full_precision else "mixed", torch.device("cpu"))
-    height, width = args.size
-    images = torch.randn(args.batch, 3, height, width).contiguous(memory_format=torch.channels_last)
-    corner = torch.rand(args.batch, BOXES, 2) * torch.tensor([width, height]) * 0.7
-    boxes = torch.cat([corner, corner + height / 10 + torch.rand(args.batch, BOXES, 2) * height / 6], dim=-1)
-    labels = torch.randint(3, (args.batch, BOXES))
+    images, boxes, labels = random_batch(args.batch, args.size, boxes=BOXES)
 
     def step() -> None:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
@@ -102,8 +97,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.plain:
-        for module in (depthwise, efficientnet_lite):
-            module.has_slow_gradients = lambda conv, x: False  # type: ignore[attr-defined]
+        use_torch_gradients()
     with nullcontext() if args.plain else freed_memory_kept():
         step = training_step(args)
         step()

@@ -17,10 +17,9 @@ from harness import again, arguments, compare, serve
 
 def variant(args: argparse.Namespace) -> None:
     import torch
+    from random_batch import CLASSES, random_batch, use_torch_gradients
 
     from odtk.config import LossConfig, ModelConfig
-    from odtk.model import depthwise
-    from odtk.model.backbones import efficientnet_lite
     from odtk.model.detector import Detector
     from odtk.settings import DENSE
     from odtk.training.loss import detection_loss, normalize
@@ -29,18 +28,14 @@ def variant(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.variant == "torch":
-        for module in (depthwise, efficientnet_lite):
-            module.has_slow_gradients = lambda conv, x: False  # type: ignore[attr-defined]
+        use_torch_gradients()
     shape: dict[str, Any] = DENSE
-    config = ModelConfig(backbones=(args.backbone,), head="dense", classes=3, **shape)
+    config = ModelConfig(backbones=(args.backbone,), head="dense", classes=CLASSES, **shape)
     detector = Detector(config).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     detector.initialize()
     optimizer = torch.optim.SGD(detector.parameters(), lr=1e-3, momentum=0.9, fused=True)
-    height, width = args.size
-    images = torch.randn(args.batch, 3, height, width).contiguous(memory_format=torch.channels_last)
-    corner = torch.rand(args.batch, 15, 2) * torch.tensor([width / 2, height / 2])
-    boxes = torch.cat([corner, corner + 20 + torch.rand(args.batch, 15, 2) * height / 3], dim=-1)
-    labels, anchors = torch.randint(3, (args.batch, 15)), detector.anchors()
+    images, boxes, labels = random_batch(args.batch, args.size, boxes=15)
+    anchors = detector.anchors()
 
     def step() -> int:
         with torch.autocast("cpu", torch.bfloat16):

@@ -19,7 +19,7 @@ from .exporting.engine import require_tensorrt
 from .inference.backends import open_backend
 from .model.checkpoint import load
 from .ranks import silent
-from .text import printable
+from .text import in_words, printable
 
 PACKAGES = (
     "torch",
@@ -155,12 +155,6 @@ def print_file(found: dict[str, Any]) -> None:
         if isinstance(value, dict):
             print(f"{printable(name)}:")
             for key, one in value.items():
-                print(f"  {printable(key):22} {format_value(one)}")
+                print(f"  {printable(key):22} {printable(in_words(one))}")
         else:
-            print(f"{name:24} {format_value(value)}")
-
-
-def format_value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(format_value, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else printable(value)
+            print(f"{name:24} {printable(in_words(value))}")

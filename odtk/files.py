@@ -370,6 +370,15 @@ def pid_namespace() -> str:
         return ""
 
 
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits; it is read in parts, however large it is."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def read_text(path: str) -> str | None:
     try:
         return Path(path).read_text(errors="replace").strip()

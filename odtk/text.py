@@ -1,11 +1,22 @@
 """Wording that several messages share."""
 
+from __future__ import annotations
+
+from typing import Any
+
 JOINERS = "\u200c\u200d"  # invisible, but Persian words and joined emoji need them
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:
     """A count with its noun: ``1 image``, ``2 images``; pass ``nouns`` where the plural is not noun + s."""
     return f"{count} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def in_words(value: Any) -> str:
+    """A setting's value, or any plain value: lists without brackets, ``none`` for what is empty or None."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(in_words, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def printable(text: object) -> str:

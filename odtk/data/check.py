@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import file_hash
 from ..text import plural
 from .dataset import Dataset, read
 from .images import ImageError, decode
@@ -156,8 +156,8 @@ def _same_files(images: Sequence[Image]) -> list[Fault]:
         of_size[image.path.stat().st_size].append(image)
     suspects = [image for same in of_size.values() if len(same) > 1 for image in same]
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_digest, [image.path for image in suspects])
-    first: dict[bytes, Image] = {}
+        digests = pool.map(file_hash, [image.path for image in suspects])
+    first: dict[str, Image] = {}
     remarks = []
     for image, digest in zip(suspects, digests, strict=True):
         earlier = first.setdefault(digest, image)
@@ -166,14 +166,6 @@ def _same_files(images: Sequence[Image]) -> list[Fault]:
             reason = f"its file has the bytes of image {earlier.id}, {earlier.path.name}"
             remarks.append(Fault(str(image.path), f"image {image.id}", reason, True, what))
     return remarks
-
-
-def _digest(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.digest()
 
 
 def _identical_annotations(dataset: Dataset) -> list[Fault]:

@@ -7,7 +7,6 @@ written last: a folder without one is not finished. What a server needs is in a 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..config import OdtkError
-from ..files import atomic_write, parse_json
+from ..files import atomic_write, file_hash, parse_json
 from ..text import printable
 
 SCHEMA = 1
@@ -102,7 +101,7 @@ def finish(folder: str, created: str, model: str) -> dict[str, Any]:
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file():
             name = path.relative_to(folder).as_posix()
-            files[name] = {"sha256": sha256(path), "bytes": path.stat().st_size, "what": WHAT.get(name, "")}
+            files[name] = {"sha256": file_hash(path), "bytes": path.stat().st_size, "what": WHAT.get(name, "")}
     manifest = {
         "kind": KIND,
         "schema": SCHEMA,
@@ -113,15 +112,6 @@ def finish(folder: str, created: str, model: str) -> dict[str, Any]:
     }
     write_text(folder, MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's content, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +157,7 @@ def fault(folder: str, name: str, manifest: dict[str, Any]) -> str | None:
     if not path.is_file():
         return "missing"
     try:
-        return None if sha256(path) == manifest["files"][name]["sha256"] else "changed"
+        return None if file_hash(path) == manifest["files"][name]["sha256"] else "changed"
     except OSError:
         return "unreadable"
 

@@ -37,6 +37,7 @@ from ..model.checkpoint_faults import is_number, is_weights, weights_fault
 from ..model.detector import Detector
 from ..ranks import CpuGroup
 from ..settings import LENGTH, TrainSettings, flag, options
+from ..text import in_words
 from .log import print_line
 from .optimizer import EMA
 from .validation import Validation
@@ -297,7 +298,7 @@ def refuse_other_settings(config: TrainConfig, found: Checkpoint) -> None:
     given = {*found.settings.get("given", ()), *new.get("given", ())}  # the others follow from these
     names = [n for n, one in known.items() if one.changes_result and n in given and old[n] != new[n]]
     if names:
-        changes = ", ".join(f"{flag(name)} {words(old[name])} → {words(new[name])}" for name in names)
+        changes = ", ".join(f"{flag(name)} {in_words(old[name])} → {in_words(new[name])}" for name in names)
         raise OdtkError(
             f"{config.path} was trained with other settings ({changes}): leave them as they were, or pass "
             "--override-settings to continue with the new ones."
@@ -308,7 +309,7 @@ def model_changes(old: ModelConfig, new: ModelConfig) -> list[str]:
     """What a resumed run may not change about its model and does: ``--flag old → new``."""
     names = [field.name for field in fields(ModelConfig) if field.name not in MAY_CHANGE]
     pairs = [(name, as_given(name, getattr(old, name)), as_given(name, getattr(new, name))) for name in names]
-    return [f"{flag(FLAGS.get(n, n))} {words(a)} → {words(b)}" for n, a, b in pairs if a != b]
+    return [f"{flag(FLAGS.get(n, n))} {in_words(a)} → {in_words(b)}" for n, a, b in pairs if a != b]
 
 
 def as_given(name: str, value: Any) -> Any:
@@ -362,13 +363,6 @@ def refuse_other_data(config: TrainConfig, found: Checkpoint, now: str) -> None:
             f"{config.path} was trained on other images or boxes than {config.data.annotations} has now: take the "
             "former, or pass --override-settings to continue with these."
         )
-
-
-def words(value: Any) -> str:
-    """A setting's value for a message."""
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(words, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def best_path(path: str) -> str:

@@ -23,6 +23,7 @@ from ..evaluation.charts import Line, line_chart
 from ..evaluation.curves import plot_of, read_curves
 from ..evaluation.page import Markup, Section, image_tag, join, page, paragraph, table, text
 from ..files import atomic_write
+from ..text import in_words
 
 NAME = "run.html"
 SECONDS = 5.0  # at least, from one page to the next
@@ -220,18 +221,11 @@ def settings_table(settings: dict[str, Any]) -> Markup:
     }
     order = sorted(origin, key=lambda name: (name not in given, name not in planned))
     rows = [
-        [name, *(Markup(f'<td class="why">{text(cell)}</td>') for cell in (shown(settings[name]), origin[name]))]
+        [name, *(Markup(f'<td class="why">{text(cell)}</td>') for cell in (in_words(settings[name]), origin[name]))]
         for name in order
     ]
     meaning = "Given settings first, then those that were decided, with the reason; the others are defaults."
     return join([paragraph(meaning), table(["setting", "value", "why"], rows)])
-
-
-def shown(value: Any) -> str:
-    """A setting's value in words."""
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(shown, value)) or "none"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def reduced(pixels: np.ndarray) -> PILImage.Image:
