@@ -274,7 +274,8 @@ def settings(case: Case) -> None:
         mutated = mutate_value(case.rng, values)
         content = yaml.safe_dump(mutated, allow_unicode=False).encode("utf-8", "surrogatepass")
     (case.user / "settings.yaml").write_bytes(content)
-    kept = [*TRAIN, "--iters", "1", "--head", "dense"]  # so that the run stays small, whatever the file says
+    # So that the run stays small, whatever the file says.
+    kept = [*TRAIN, "--iters", "1", "--accumulate", "1", "--head", "dense"]
     argv = case.rng.choice(
         [
             ["train", "out/m.pth", "--settings", "user/settings.yaml", *kept],
