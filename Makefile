@@ -6,6 +6,10 @@ DEMO   := demo
 # One architecture is enough to see that the CUDA code compiles; `pip install .` builds for all (setup.py).
 export ODTK_CUDA_ARCH ?= 90
 
+# Processes that `make test` and `make quick` share the tests out to; one that is done takes tests over from another.
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
+
 # Minutes and seed of `make attack`.
 ATTACK_MINUTES ?= 20
 ATTACK_SEED    ?= 0
@@ -26,10 +30,10 @@ hooks: setup
 
 test: setup lint
 	csrc/check_headers.sh
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 quick: setup
-	$(BIN)/python -m pytest -q -x -m 'not slow'
+	$(PYTEST) -x -m 'not slow'
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Shared fixtures: one seed for every test, the tiny COCO dataset, and the real BCCD images where they are found."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-torch.set_num_threads(1)  # two threads that wait for each other made tiny tensors 50 times slower on a busy machine
+# Two threads that wait for each other made tiny tensors 50 times slower on a busy machine. The variable is for processes
+# that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 BCCD = Path(__file__).resolve().parents[2] / "shared" / "data" / "bccd"
 
 

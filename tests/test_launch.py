@@ -146,7 +146,7 @@ def test_the_first_error_is_raised() -> None:
 
 @pytest.mark.slow
 def test_spawned_processes_form_a_group(tmp_path: Path) -> None:
-    assert launch.launch(note, config(tmp_path), devices="cpu:2", master="127.0.0.1:29511") is None
+    assert launch.launch(note, config(tmp_path), devices="cpu:2", master=f"127.0.0.1:{free_port()}") is None
     assert (tmp_path / "0").read_text() == "0 2 0 2 cpu 3"
     assert (tmp_path / "1").read_text() == "1 2 1 2 cpu 3"
 
@@ -223,6 +223,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
 
 
 def environment() -> dict[str, str]:
@@ -373,7 +378,7 @@ def test_a_process_that_hangs_can_be_ended(
 
 @pytest.mark.slow
 def test_joins_torchrun(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     result = subprocess.run([*command, script(tmp_path, "note")], env=environment(), capture_output=True, timeout=170)
     assert result.returncode == 0, result.stderr.decode()
     assert {(tmp_path / rank).read_text() for rank in "01"} == {"0 2 0 2 cpu 3", "1 2 1 2 cpu 3"}
@@ -392,9 +397,7 @@ def test_ranks_end_after_a_parent_that_was_killed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_joins_a_launcher_that_sets_no_local_rank(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, script(tmp_path, "note")]
     result = subprocess.run(command, env=environment() | given, capture_output=True, timeout=170)
     assert result.returncode == 0, result.stderr.decode()

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.csrc.test_plugins import CSRC, TESTS, find_headers
+from tests.shared import locked
 
 pytestmark = pytest.mark.slow  # compiles
 
@@ -89,17 +90,22 @@ def host(request: pytest.FixtureRequest) -> Host:
     headers = find_headers(major)
     if not (headers / "NvOnnxParser.h").is_file():
         pytest.skip(f"no NvOnnxParser.h in {headers}")
-    sources = [CSRC / "engine" / "engine.cpp", *sorted((CSRC / "plugins").glob("*.cpp")), FAKE / "engine_probe.cpp"]
     watched = [Path(__file__), *CSRC.glob("engine/engine.*"), *CSRC.glob("plugins/*"), *CSRC.glob("cuda/*.h")]
     watched += FAKE.glob("*")
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(watched) if f.is_file()) + f"{headers}".encode())
     folder = TESTS.parent / "build" / "fake" / digest.hexdigest()[:16]
-    host = Host(major, folder)
-    if (folder / "probe").exists():
-        return host
+    with locked(folder):
+        if not (folder / "probe").exists():
+            compile_to(folder, compiler, headers, major)
+    return Host(major, folder)
+
+
+def compile_to(folder: Path, compiler: str, headers: Path, major: int) -> None:
+    """Compiles a TensorRT that prints its calls, and the probe with our engine."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "defaults.h").write_text(defaults(headers))
     command = [compiler, *FLAGS, f"-I{FAKE}", f"-I{CSRC}", f"-I{folder}", "-isystem", str(headers)]
+    sources = [CSRC / "engine" / "engine.cpp", *sorted((CSRC / "plugins").glob("*.cpp")), FAKE / "engine_probe.cpp"]
     objects = [folder / f"{source.stem}.o" for source in sources]
     library = folder / f"libnvinfer.so.{major}"
     jobs = [
@@ -114,7 +120,6 @@ def host(request: pytest.FixtureRequest) -> Host:
     part = folder / "part"
     subprocess.run([compiler, *FLAGS, *map(str, objects), "-o", str(part), "-ldl", "-lpthread"], check=True)
     part.rename(folder / "probe")
-    return host
 
 
 def section(lines: Sequence[str], step: str, index: int = 0) -> list[str]:

@@ -27,6 +27,7 @@ from odtk.box_coder import BOX_CODERS
 from tests import emulation
 from tests import kernel_cases as cases
 from tests.kernel_cases import CANDIDATES, HEADS, Candidates, Head, Triple
+from tests.shared import locked
 
 pytestmark = pytest.mark.slow  # compiles
 
@@ -95,22 +96,28 @@ def compile_host(major: int) -> Host:
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(watched)) + f"{FLAGS}{headers}".encode())
     folder = TESTS.parent / "build" / "plugins" / digest.hexdigest()[:16]
     host = Host(library, folder / "probe", folder / "libodtk_plugins.so")
-    if host.plugins.exists():
-        return host
-    folder.mkdir(parents=True, exist_ok=True)
     command = [compiler, *FLAGS, "-isystem", str(headers), f"-I{emulation.HERE}", f"-I{CSRC}"]
-    objects = [folder / f"{source.stem}.o" for source in (*plugins, *kernels)]
+    with locked(folder):
+        if not host.plugins.exists():
+            compile_to(host, command, [*plugins, *kernels])
+    return host
+
+
+def compile_to(host: Host, command: list[str], sources: list[Path]) -> None:
+    """Compiles the sources and the probe side by side, by this command and what each needs besides."""
+    folder = host.plugins.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = [folder / f"{source.stem}.o" for source in sources]
     running = [
         subprocess.Popen([*command, "-x", "c++", "-c", str(source), "-o", str(target)])
-        for source, target in zip((*plugins, *kernels), objects, strict=True)
+        for source, target in zip(sources, objects, strict=True)
     ]
     running.append(subprocess.Popen([*command, str(PROBE), "-o", str(host.probe), "-ldl"]))
     assert [process.wait() for process in running] == [0] * len(running), "plugins or probe do not compile"
     part = folder / "part.so"
-    link = [compiler, "-shared", "-Wl,--no-undefined", *map(str, objects), "-o", str(part), "-ldl", "-lpthread"]
+    link = [command[0], "-shared", "-Wl,--no-undefined", *map(str, objects), "-o", str(part), "-ldl", "-lpthread"]
     subprocess.run(link, check=True)
     part.rename(host.plugins)
-    return host
 
 
 @pytest.fixture(scope="module", params=[11, 8], ids=["TensorRT11", "TensorRT8"])

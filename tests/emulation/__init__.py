@@ -15,6 +15,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.shared import locked
+
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 SOURCES = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "engine" / "bindings.cpp"]
@@ -41,24 +43,34 @@ def build() -> ModuleType:
     files = [*SOURCES, *sorted((CSRC / "cuda").glob("*.*h")), *sorted(HERE.glob("*.h"))]
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in files) + " ".join(FLAGS).encode()).hexdigest()[:16]
     library = BUILD / digest / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{d}" for d in (HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
-        objects = [library.parent / f"{source.stem}.o" for source in SOURCES]
-        commands = [
-            [compiler, *FLAGS, *includes, "-c", str(source), "-o", str(target)]
-            for source, target in zip(SOURCES, objects, strict=True)
-        ]
-        running = [subprocess.Popen(command) for command in commands]
-        assert [process.wait() for process in running] == [0] * len(running), "the emulated kernels do not compile"
-        part = library.with_suffix(".part")
-        subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(part)], check=True)
-        part.rename(library)
+    with locked(library.parent):
+        if not library.exists():
+            compile_to(library, compiler, pybind11.get_include())
     spec = importlib.util.spec_from_file_location("_C", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def compile_to(library: Path, compiler: str, pybind11: str) -> None:
+    """Compiles the sources side by side.
+
+    Args:
+        pybind11: the folder of its headers.
+    """
+    library.parent.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{d}" for d in (HERE, CSRC, pybind11, sysconfig.get_path("include"))]
+    objects = [library.parent / f"{source.stem}.o" for source in SOURCES]
+    commands = [
+        [compiler, *FLAGS, *includes, "-c", str(source), "-o", str(target)]
+        for source, target in zip(SOURCES, objects, strict=True)
+    ]
+    running = [subprocess.Popen(command) for command in commands]
+    assert [process.wait() for process in running] == [0] * len(running), "the emulated kernels do not compile"
+    part = library.with_suffix(".part")
+    subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(part)], check=True)
+    part.rename(library)
 
 
 @contextmanager
