@@ -9,10 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-# Two threads that wait for each other made tiny tensors 50 times slower on a busy machine. The variable is for processes
-# that tests start.
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)  # two threads that wait for each other made tiny tensors 50 times slower on a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 BCCD = Path(__file__).resolve().parents[2] / "shared" / "data" / "bccd"
 
 
