@@ -214,6 +214,9 @@ class TrainConfig:
     save_seconds: float = 600.0  # a run is also saved when this has passed since the last time
     fine_tune: str | None = None
     backbone_weights: str | None = None  # path, "none", or None: torchvision's ImageNet weights by URL
+    teacher: str | None = None  # checkpoint of a detector whose features are imitated, see training/distill.py
+    teacher_scale: float | None = None  # of the images for it; None: to the size that it was trained at
+    teacher_weight: float = 6.0  # of that loss, as https://arxiv.org/abs/2207.02039 has it
     override: bool = False
     override_settings: bool = False  # resume although settings that change the result differ from the run's
     accumulate: int = 1

@@ -729,6 +729,30 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         section="model",
         changes_result=False,
     )
+    teacher: str | None = option(
+        None,
+        "checkpoint of a better detector, of any kind, whose features this one learns to imitate",
+        TEXT,
+        "PATH",
+        shown="none",
+        section="model",
+        changes_result=False,  # its weights are compared, not where they lie
+    )
+    teacher_scale: float | None = option(
+        None,
+        "the teacher sees the images enlarged by this factor",
+        POSITIVE,
+        "FACTOR",
+        shown="from --resize to the size that it was trained at",
+        section="model",
+    )
+    teacher_weight: float = option(
+        TrainConfig.teacher_weight,
+        "of what the teacher says, beside the losses of the boxes",
+        POSITIVE,
+        "WEIGHT",
+        section="model",
+    )
     override: bool = switch("start anew over an existing MODEL.pth", section="model", changes_result=False)
     override_settings: bool = switch(
         "resume although settings that change the result differ from the run's", section="model", changes_result=False
@@ -926,6 +950,12 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             raise OdtkError(f"--head {self.head} has no angle: rotated boxes need --head retinanet.")
         if self.absolute_angle and not self.rotated_bbox:
             raise OdtkError("--absolute-angle requires --rotated-bbox.")
+        if self.teacher_weight != TrainConfig.teacher_weight and not self.teacher:
+            raise OdtkError("--teacher-weight needs --teacher PATH.")
+        if self.teacher_scale is not None and not self.teacher:
+            raise OdtkError("--teacher-scale needs --teacher PATH.")
+        if self.teacher and os.path.abspath(self.teacher) == os.path.abspath(self.model):
+            raise OdtkError(f"--teacher {self.teacher}: the detector to train cannot be its own teacher.")
         if self.dcn_v1 and not self.dcn:
             raise OdtkError("--dcn-v1 requires deformable convolution: name its stages with --dcn, for example 3 4 5.")
         lengths = [flag(name) for name in ("iters", "epochs", "time") if getattr(self, name) is not None]

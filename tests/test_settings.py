@@ -53,6 +53,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "bundle": {"output": "folder"},  # what else must be given for an option to make sense
     "dcn_v1": {"dcn": [4]},
     "absolute_angle": {"rotated_bbox": True},
+    "teacher_weight": {"teacher": "t.pth"},
+    "teacher_scale": {"teacher": "t.pth"},
     "verify": {"annotations": "v.json"},
     "int8": {"calibration_images": "c"},
     "features": {"model": "m.pth"},

@@ -56,7 +56,11 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Normalized images [N, 3, H, W] → logits [N, A·C, h, w] and boxes [N, A·V, h, w] of each level (heads.py)."""
-        return self.head([feature for backbone in self.backbones.values() for feature in backbone(images)])
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Normalized images [N, 3, H, W] → what the head takes: [N, pyramid_channels, h, w] of each level."""
+        return [feature for backbone in self.backbones.values() for feature in backbone(images)]
 
     def initialize(self) -> None:
         """Random weights, as training from scratch needs them: each part by its own rule."""

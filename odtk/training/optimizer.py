@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import TrainConfig
 from ..model.detector import Detector
@@ -14,23 +16,31 @@ from ..model.detector import Detector
 LAST_RATE = 0.05  # of a flat-cosine schedule, relative to the first
 
 
-def create_optimizer(detector: Detector, config: TrainConfig) -> torch.optim.Optimizer:
+def create_optimizer(
+    detector: Detector, config: TrainConfig, adapters: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """The optimizer that config.optimizer names, over all parameters (see parameter_groups).
 
     Frozen parameters have no gradient and are skipped; a resumed run may unfreeze them.
+
+    Args:
+        adapters: parameters that are trained beside the detector's (distill.Student).
     """
     groups = parameter_groups(detector, config)
+    if beside := list(adapters):
+        groups.append({"params": beside, "weight_decay": config.weight_decay})
+    parameters = [*detector.parameters(), *beside]
     optimizer: torch.optim.Optimizer
     # All states are made here: if fp16's scaler skips the first step, SGD's fused update would leave a buffer of its
     # own uninitialized; and a resumed run can tell which states belong in its file.
     if config.optimizer == "adamw":  # https://arxiv.org/abs/1711.05101
         optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
-        for parameter in detector.parameters():
+        for parameter in parameters:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     else:
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
-        for parameter in detector.parameters():
+        for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 

@@ -10,6 +10,7 @@ What a checkpoint holds of a run (Checkpoint.training):
     ema          the EMA, in a file whose ``state_dict`` is not the EMA, as the trained weights had the higher AP
     best         highest validation AP so far, −1 before the first validation
     best_at      its iteration
+    adapters     weights beside the detector's that only a run with a teacher has (distill.Student), else None
     ended        the run has ended early, see Run.is_over
     rng          state of rank 0's torch generator (the loader has a seed of its own)
     loader       position in the data
@@ -38,6 +39,7 @@ from ..model.detector import Detector
 from ..ranks import CpuGroup
 from ..settings import LENGTH, TrainSettings, flag, options
 from ..text import in_words
+from .distill import Student, Teacher
 from .log import print_line
 from .optimizer import EMA
 from .validation import Validation
@@ -73,7 +75,8 @@ class Run:
 
     Attributes:
         iters: optimizer steps of the whole run.
-        model: the detector; with several ranks, the DistributedDataParallel around it.
+        model: the detector or the student; with several ranks, the DistributedDataParallel around it.
+        teacher, student: whose features are learned, and the detector with its adapters; None without distillation.
         settings: those that the checkpoint carries, see model.checkpoint.Checkpoint.
         anchors: per level [A, 4 or 5], see model.anchors.base_anchors; on the device.
         iteration: optimizer steps done.
@@ -98,6 +101,8 @@ class Run:
     scaler: torch.amp.GradScaler
     loader: Loader
     validation: Validation | None
+    teacher: Teacher | None = None
+    student: Student | None = None
     settings: dict[str, Any] | None = None
     iteration: int = 0
     best_ap: float = -1.0
@@ -112,6 +117,13 @@ class Run:
         return (
             bool(self.config.patience) and self.best_ap >= 0 and waited >= self.config.patience * self.config.val_iters
         )
+
+    def taught(self, images: Tensor) -> list[Tensor]:
+        """The teacher's features of images, one for each that the student gives; none without a teacher."""
+        if self.teacher is None or self.student is None:
+            return []
+        features = self.teacher(images)
+        return [features[other] for _, other in self.student.pairs]
 
     def checkpoint(self, *, raw: bool = False) -> Checkpoint:
         """The run as it stands, for a file.
@@ -135,6 +147,7 @@ class Run:
                 "best": self.best_ap,
                 "best_at": self.best_at,
                 "ended": self.ended,
+                "adapters": None if self.student is None else self.student.adapters.state_dict(),
                 "rng": torch.get_rng_state(),
                 "loader": self.loader.state(),
             },
@@ -160,6 +173,8 @@ class Run:
             # It differs if the run is resumed in another precision; then the scaler starts anew.
             if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():
                 self.scaler.load_state_dict(state["scaler"])
+            if self.student is not None:
+                self.student.adapters.load_state_dict(state["adapters"])
             self.loader.restore(state["loader"])
             torch.set_rng_state(state["rng"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
@@ -186,6 +201,9 @@ def run_fault(checkpoint: Checkpoint) -> str | None:
         return f"in the weights that are trained, {fault}"
     if state.get("ema") is not None and (fault := weights_fault(checkpoint.model, state["ema"])):
         return f"in the EMA of the weights, {fault}"
+    adapters = state.get("adapters")
+    if adapters is not None and not (isinstance(adapters, dict) and all(map(is_state, adapters.values()))):
+        return "its adapters to the teacher are not weights"
     if not (isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict)):
         return "it lacks the state of the optimizer"
     if not all(isinstance(one, dict) and all(map(is_state, one.values())) for one in optimizer["state"].values()):
@@ -363,6 +381,23 @@ def refuse_other_data(config: TrainConfig, found: Checkpoint, now: str) -> None:
             f"{config.path} was trained on other images or boxes than {config.data.annotations} has now: take the "
             "former, or pass --override-settings to continue with these."
         )
+
+
+def refuse_other_teacher(config: TrainConfig, found: Checkpoint, now: str | None) -> None:
+    """Raises OdtkError if a resumed run is to be taught by other weights than before.
+
+    Args:
+        now: the hash of the teacher's weights; None: there is no teacher.
+    """
+    then = found.setting("teacher_hash")
+    if config.settings is None or found.settings is None or then == now:
+        return
+    before = "had no teacher" if then is None else "had a teacher" if now is None else "was taught by other weights"
+    given = "without --teacher" if now is None else f"by --teacher {config.teacher}"
+    raise OdtkError(
+        f"{config.path} {before}, so it cannot be continued {given}: start a new run from its weights with --fine-tune "
+        f"{config.path} and another file name."
+    )
 
 
 def best_path(path: str) -> str:

@@ -27,11 +27,21 @@ from ..model.detector import Detector
 from ..model.weights import initialize_weights
 from ..ranks import CpuGroup
 from ..text import plural
+from .distill import Student, Teacher, feature_loss, load_teacher
 from .log import Meter, RunLog, closing_line, notice_if_slow, print_line
 from .loss import detection_loss, normalize
 from .memory import freed_memory_kept
 from .optimizer import EMA, autocast_type, create_optimizer, create_scaler, learning_rate
-from .run import Run, best_path, dataset_hash, find_run, own_files, refuse_other_data, trained_weights
+from .run import (
+    Run,
+    best_path,
+    dataset_hash,
+    find_run,
+    own_files,
+    refuse_other_data,
+    refuse_other_teacher,
+    trained_weights,
+)
 from .sync_batch_norm import synchronize_batch_norms
 from .validation import Validation
 
@@ -97,7 +107,8 @@ def step(run: Run, batches: Iterator[Batch], meter: Meter, world: int) -> list[s
         last = part == config.accumulate - 1  # the ranks' gradients are averaged in its backward pass only
         with nullcontext() if last or world == 1 else run.model.no_sync():  # type: ignore[operator]
             with run.autocast:
-                logits, boxes = run.model(images)
+                logits, boxes, *features = run.model(images)
+                taught = run.taught(images)
             terms = detection_loss(
                 logits,
                 boxes,
@@ -108,13 +119,16 @@ def step(run: Run, batches: Iterator[Batch], meter: Meter, world: int) -> list[s
                 model=config.model,
                 loss=config.loss,
             )
+            if taught:
+                distance, normalizer = feature_loss(features[0], taught, world)
+                terms["teacher"] = (config.teacher_weight * distance, normalizer)
             loss, values = normalize(terms, world)
             run.scaler.scale(loss / config.accumulate).backward()
         meter.add(values, run.iteration + 1, len(images) * world)
 
     if config.clip_grad is not None:
         run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.detector.parameters(), config.clip_grad)
+        nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -143,16 +157,20 @@ def set_up(config: TrainConfig, rank: int, world: int, *, quiet: bool = False) -
     dataset = dataset.part(config.held_out, rest=True)
     resumed = find_run(config, dataset.categories)
     data_hash = dataset_hash(dataset)
+    teacher = None if config.teacher is None else load_teacher(config)
     if resumed is not None:
         refuse_other_data(config, resumed, data_hash)
+        refuse_other_teacher(config, resumed, None if teacher is None else teacher.hash)
     ranks = CpuGroup(world)
-    detector, model = create_model(config, resumed, ranks, rank, world)
+    detector, student, model = create_model(config, resumed, teacher, ranks, rank, world)
     ema = None if config.ema is None else EMA(detector, config.ema)
     dtype = autocast_type(config.precision, device)
     data = replace(config.data, training=True, stride=detector.stride, rank=rank, world=world, **config.model.pixels)
     size = input_size(dataset, data.resize, data.max_size, detector.stride)
     loader = create_loader(dataset, data)
     facts = {"input_size": list(size), "data": data_hash, **padding_facts(loader.sampler)}
+    if teacher is not None:
+        facts["teacher_hash"] = teacher.hash
     run = Run(
         config=config,
         categories=dataset.categories,
@@ -163,7 +181,9 @@ def set_up(config: TrainConfig, rank: int, world: int, *, quiet: bool = False) -
         model=model,
         anchors=[level.to(device) for level in detector.anchors()],
         ema=ema,
-        optimizer=create_optimizer(detector, config),
+        teacher=teacher,
+        student=student,
+        optimizer=create_optimizer(detector, config, () if student is None else student.adapters.parameters()),
         autocast=torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         scaler=create_scaler(dtype, device),
         loader=loader,
@@ -196,25 +216,29 @@ def check_classes(config: TrainConfig, categories: tuple[Category, ...]) -> None
 
 
 def create_model(
-    config: TrainConfig, resumed: Checkpoint | None, ranks: CpuGroup, rank: int, world: int
-) -> tuple[Detector, nn.Module]:
-    """The detector on its device, and the module to call in training; all ranks begin with the weights of rank 0."""
+    config: TrainConfig, resumed: Checkpoint | None, teacher: Teacher | None, ranks: CpuGroup, rank: int, world: int
+) -> tuple[Detector, Student | None, nn.Module]:
+    """The detector on its device, as a student if there is a teacher, and the module to call in training.
+
+    All ranks begin with the weights of rank 0.
+    """
     detector = Detector(config.model)
     if resumed is not None:
         load_weights(detector, trained_weights(resumed))
     elif rank == 0:
         initialize_weights(detector, fine_tune=config.fine_tune, backbone_weights=config.backbone_weights)
-    device = torch.device(config.data.device)
-    detector.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    student = None if teacher is None else Student(detector, teacher)
+    model: nn.Module = student or detector
+    model.to(torch.device(config.data.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     ranks.barrier()  # rank 0 may have spent minutes on a download
     if world == 1:
-        return detector, detector
+        return detector, student, model
     synchronize_batch_norms(detector.head)  # a backbone's batch norms are meant to be frozen with small batches
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # older versions of torch lack broadcast_buffers' successor
-        model = DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     ranks.broadcast_buffers(detector)  # frozen norms are buffers, and with that setting DDP never copies those
-    return detector, model
+    return detector, student, model
 
 
 def opening_line(run: Run, dtype: torch.dtype, world: int) -> str:

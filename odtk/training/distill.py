@@ -1,0 +1,179 @@
+"""Distillation: a detector learns, beside its boxes, to make the features of a teacher (PKD).
+
+https://arxiv.org/abs/2207.02039: every channel of a level of the feature pyramid is standardized over the batch, and
+half of the mean squared error between student and teacher is the loss, which is 1 − r of Pearson's correlation r. So
+neither the size of a teacher's features nor their mean matters, and any detector teaches any other: heads, classes and
+boxes take no part. A 1×1 convolution brings a student's level to the teacher's width where that differs; it is not part
+of the detector, but of the run that a checkpoint resumes.
+
+A detector knows objects at the size that it was trained at. So a teacher that was trained at another size than the
+student sees the student's images scaled to its own. Levels are compared whose cells are equally large in the image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig, OdtkError, TrainConfig, scale_and_shift
+from ..model.checkpoint import build_detector, load, weights_hash
+from ..model.detector import Detector
+from .sync_batch_norm import sum_over_ranks
+
+MOST_APART = 1.5  # strides that differ more are those of other levels, which follow each other by a factor of 2
+LEAST_VARIANCE = 1e-8  # relative to the mean square: what varies less is constant but for rounding
+TINY = 1e-12  # a variance below is none
+
+
+class Teacher(nn.Module):
+    """The features of a trained detector, in eval mode and without gradients.
+
+    Args:
+        detector: the teacher.
+        student: whose images it is given, normalized for the student.
+        scale: of these images, to the size of the teacher's.
+
+    Attributes:
+        strides: of each level, in pixels of the student's images.
+        channels: of every level.
+        hash: of its weights.
+    """
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, detector: Detector, student: ModelConfig, scale: float = 1.0) -> None:
+        super().__init__()
+        own, self.hash, self.scale = detector.config, weights_hash(detector.state_dict()), scale
+        self.strides = tuple(stride / scale for stride in detector.strides)
+        self.stride, self.channels = detector.stride, own.pyramid_channels
+        self.backbones = detector.fold().requires_grad_(False).backbones
+        scales, shifts = zip(*(scale_and_shift(model.mean, model.std) for model in (own, student)), strict=True)
+        factor = torch.tensor(scales[0]) / torch.tensor(scales[1])  # pixels → the student's → the teacher's
+        self.same_pixels = scales[0] == scales[1] and shifts[0] == shifts[1]
+        self.register_buffer("factor", factor[:, None, None])  # [3] → [3, 1, 1]
+        self.register_buffer("offset", (torch.tensor(shifts[0]) - factor * torch.tensor(shifts[1]))[:, None, None])
+
+    def train(self, mode: bool = True) -> Teacher:
+        """As nn.Module.train(), but it stays in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images [N, 3, H, W] as the student takes them → [N, channels, h, w] of each of the teacher's levels."""
+        height, width = images.shape[-2:]
+        size = [max(1, round(side * self.scale / self.stride)) * self.stride for side in (height, width)]
+        if size != [height, width]:
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=self.scale < 1)
+        if not self.same_pixels:
+            images = images * self.factor + self.offset
+        images = images.contiguous(memory_format=torch.channels_last)
+        return [feature for backbone in self.backbones.values() for feature in backbone(images)]
+
+
+def load_teacher(config: TrainConfig) -> Teacher:
+    """The teacher that a run names, with the weights to detect with, on the run's device.
+
+    Raises:
+        OdtkError: the file cannot be read.
+    """
+    assert config.teacher is not None
+    checkpoint = load(config.teacher)
+    scale = config.teacher_scale
+    if scale is None:
+        scale = (checkpoint.setting("resize") or config.data.resize) / config.data.resize
+    teacher = Teacher(build_detector(checkpoint), config.model, scale)
+    return teacher.to(config.data.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class Student(nn.Module):
+    """A detector that is taught: it gives its features too, as wide as the teacher's.
+
+    Attributes:
+        pairs: (student's level, teacher's level), whose strides differ by no more than MOST_APART.
+        adapters: 1×1 convolutions, one per pair; none where the widths are the same.
+
+    Raises:
+        OdtkError: there is no such pair.
+    """
+
+    def __init__(self, detector: Detector, teacher: Teacher) -> None:
+        super().__init__()
+        self.detector = detector
+        self.pairs = pairs_of(detector.strides, teacher.strides)
+        if not self.pairs:
+            own, other = (", ".join(f"{s:g}" for s in strides) for strides in (detector.strides, teacher.strides))
+            raise OdtkError(
+                f"--teacher: its levels have a cell every {other} pixels of the images and the detector to train every "
+                f"{own}: choose another teacher, or a --teacher-scale at which some are about the same."
+            )
+        width = detector.config.pyramid_channels
+        count = len(self.pairs) if width != teacher.channels else 0
+        self.adapters = nn.ModuleList(nn.Conv2d(width, teacher.channels, 1) for _ in range(count))
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """As Detector.forward, and the features [N, teacher's channels, h, w] of each pair."""
+        features = self.detector.features(images)
+        logits, boxes = self.detector.head(features)
+        paired = [features[own] for own, _ in self.pairs]
+        if len(self.adapters):
+            paired = [adapt(feature) for adapt, feature in zip(self.adapters, paired, strict=True)]
+        return logits, boxes, paired
+
+
+def pairs_of(strides: Sequence[int], others: Sequence[float]) -> list[tuple[int, int]]:
+    """For each stride the nearest of the others, as a pair of indices, if they differ by no more than MOST_APART."""
+    apart = [[abs(math.log(other / stride)) for other in others] for stride in strides]
+    nearest = [(i, row.index(min(row))) for i, row in enumerate(apart)]
+    return [(i, j) for i, j in nearest if apart[i][j] <= math.log(MOST_APART)]
+
+
+def feature_loss(features: list[Tensor], taught: list[Tensor], world: int) -> tuple[Tensor, Tensor]:
+    """How far features are from a teacher's: of each level the mean of (1 − r) over its channels, summed.
+
+    Channels that are constant, in either of the two, count nothing, and so does a level of such channels. Statistics
+    are those of the whole batch, over all ranks.
+
+    Args:
+        features, taught: per level [N, C, h, w], any float type; computed in float32. Maps of the teacher that are
+            larger or smaller are resized.
+        world: number of ranks; all of them must call this.
+
+    Returns:
+        (sum, normalizer) as detection_loss has them: over all ranks the normalizers add up to 1.
+    """
+    total = torch.zeros((), device=features[0].device)
+    for own, other in zip(features, taught, strict=True):
+        if other.shape[-2:] != own.shape[-2:]:
+            other = F.interpolate(other.float(), own.shape[-2:], mode="bilinear", align_corners=False)
+        (a, varies), (b, teaches) = standardize(own, world), standardize(other, world)
+        cells = own.new_full((1,), own.shape[0] * own.shape[2] * own.shape[3], dtype=torch.float32)
+        cells = sum_over_ranks(cells) if world > 1 else cells
+        both = (varies & teaches).float()  # [C]
+        error = 0.5 * (a - b).square().sum((0, 2, 3))  # [N, C, h, w] → [C]
+        total = total + (error * both).sum() / (cells[0] * both.sum().clamp(min=1))
+    return total, total.new_full((), 1 / world)
+
+
+def standardize(feature: Tensor, world: int) -> tuple[Tensor, Tensor]:
+    """A feature map with mean 0 and variance 1 of every channel over the batch of all ranks.
+
+    Returns:
+        [N, C, h, w] float32, and which channels [C] vary at all; the others are 0.
+    """
+    values = feature.float()
+    cells = values.new_full((1,), values.shape[0] * values.shape[2] * values.shape[3])
+    total = torch.cat([values.sum((0, 2, 3)), cells])  # [C + 1]
+    total = sum_over_ranks(total) if world > 1 else total
+    count = total[-1].detach()
+    mean = total[:-1] / count
+    centered = values - mean[:, None, None]
+    squares = centered.square().sum((0, 2, 3))
+    variance = (sum_over_ranks(squares) if world > 1 else squares) / count
+    varies = (variance > LEAST_VARIANCE * mean.square() + TINY).detach()
+    scale = torch.where(varies, variance, 1).rsqrt() * varies
+    return centered * scale[:, None, None], varies
