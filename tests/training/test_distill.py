@@ -162,7 +162,7 @@ def test_a_taught_run_learns_its_teachers_features_and_is_an_ordinary_checkpoint
 def test_a_stopped_taught_run_is_resumed_exactly(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = {"ema": 0.9, "clip_grad": 5.0, "accumulate": 2, "optimizer": "adamw", "lr": 0.001}
+    more: dict[str, Any] = {"ema": 0.9, "clip_grad": 5.0, "accumulate": 2, "optimizer": "adamw", "lr": 0.001}
     whole = taught(tmp_path / "whole.pth", dataset, logdir=str(tmp_path / "a"), **more)
     train(whole)
     parts = dataclasses.replace(whole, path=str(tmp_path / "parts.pth"), logdir=str(tmp_path / "b"))
