@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB values in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -188,15 +188,19 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One training run: plan.plan() makes it from settings, train.train() runs it."""
+class RunConfig:
+    """What the training loop is told, whatever is trained.
 
-    path: str  # MODEL.pth
+    Attributes:
+        SCORE: what validation measures; the weights with the highest are the best.
+    """
+
+    SCORE: ClassVar[str] = "AP"
+
+    path: str  # of the file to write
     model: ModelConfig
     data: LoaderConfig  # data.batch is per process here; the CLI divides the global --batch
     val_data: LoaderConfig | None = None
-    loss: LossConfig = field(default_factory=LossConfig)
-    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     optimizer: str = "sgd"  # or "adamw", see optimizer.create_optimizer
     iters: int = 90000
     milestones: tuple[int, ...] = (60000, 80000)
@@ -209,14 +213,8 @@ class TrainConfig:
     momentum: float = 0.9
     precision: str = "mixed"  # mixed (fp16 on CUDA, bf16 on CPU), fp16, bf16, fp32
     val_iters: int = 8000
-    held_out: tuple[int, ...] = ()  # ids of the images of ``data`` that are validated on instead of trained on
-    patience: int = 0  # evaluations without a better AP after which the run ends; 0: never
+    patience: int = 0  # evaluations without a better score after which the run ends; 0: never
     save_seconds: float = 600.0  # a run is also saved when this has passed since the last time
-    fine_tune: str | None = None
-    backbone_weights: str | None = None  # path, "none", or None: torchvision's ImageNet weights by URL
-    teacher: str | None = None  # checkpoint of a detector whose features are imitated, see training/distill.py
-    teacher_scale: float | None = None  # of the images for it; None: to the size that it was trained at
-    teacher_weight: float = 6.0  # of that loss, as https://arxiv.org/abs/2207.02039 has it
     override: bool = False
     override_settings: bool = False  # resume although settings that change the result differ from the run's
     accumulate: int = 1
@@ -226,7 +224,21 @@ class TrainConfig:
     post_metrics: str | None = None
     log_to: tuple[str, ...] = ()  # training.log.TRACKERS
     seed: int = 0
-    settings: dict[str, Any] | None = None  # TrainSettings as plain values, for the checkpoint
+    settings: dict[str, Any] | None = None  # those of the command as plain values, for the checkpoint
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """The training of a detector: plan.plan() makes it from settings, train.train() runs it."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    held_out: tuple[int, ...] = ()  # ids of the images of ``data`` that are validated on instead of trained on
+    fine_tune: str | None = None
+    backbone_weights: str | None = None  # path, "none", or None: torchvision's ImageNet weights by URL
+    teacher: str | None = None  # checkpoint of a detector whose features are imitated, see training/distill.py
+    teacher_scale: float | None = None  # of the images for it; None: to the size that it was trained at
+    teacher_weight: float = 6.0  # of that loss, as https://arxiv.org/abs/2207.02039 has it
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..categories import Category, from_pairs, to_pairs
@@ -223,15 +223,15 @@ def build_detector(checkpoint: Checkpoint) -> Detector:
     return detector
 
 
-def load_weights(detector: Detector, state_dict: Mapping[str, Tensor]) -> None:
-    """Copies weights into a detector; names and shapes must all be the same.
+def load_weights(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Copies weights into a network; names and shapes must all be the same.
 
     Raises:
         OdtkError: for the first name that only one of them has, or the first shape that differs.
     """
-    if fault := mismatch(detector.state_dict(), state_dict):
+    if fault := mismatch(network.state_dict(), state_dict):
         raise OdtkError(f"The checkpoint {fault.removeprefix('it ')}.")
-    detector.load_state_dict(dict(state_dict))
+    network.load_state_dict(dict(state_dict))
 
 
 def weights_hash(state_dict: Mapping[str, Tensor]) -> str:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import OdtkError, TrainConfig
-from ..evaluation.evaluate import STATS, Metrics
+from ..config import OdtkError, RunConfig
+from ..evaluation.evaluate import Metrics
 from ..files import append
 from ..text import printable
 from .run_page import RunPage
@@ -42,6 +43,23 @@ PRINT_SECONDS = 10  # between printed lines if there is no terminal, and so no p
 SHOWN_CLASSES = 8  # in a line
 
 Item = tuple[dict[str, float], Sequence[np.ndarray]]  # an entry, and RGB pictures, uint8 [H, W, 3]
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What a validation has found.
+
+    Attributes:
+        score: RunConfig.SCORE, the higher the better; negative where nothing could be measured.
+        text: for people, in a line.
+        values: for the log, by name.
+        pictures: RGB, uint8 [H, W, 3] each.
+    """
+
+    score: float
+    text: str
+    values: dict[str, float]
+    pictures: Sequence[np.ndarray] = ()
 
 
 class Meter:
@@ -87,8 +105,7 @@ class RunLog:
     """Logs a run, on rank 0: a progress bar or lines on the terminal, and what open_writers returns.
 
     A line of metrics.jsonl, and the body of a POST, is a flat JSON object: ``iteration``, ``time`` (seconds since the
-    epoch), and either ``loss``, its terms, ``lr`` and ``images_per_second``, or the validation metrics (see
-    evaluate.STATS) and ``AP/NAME`` of every class.
+    epoch), and either ``loss``, its terms, ``lr`` and ``images_per_second``, or what validation has found.
 
     Args:
         start: iterations done so far.
@@ -98,8 +115,9 @@ class RunLog:
         OdtkError: config.logdir cannot be written, or a package is missing.
     """
 
-    def __init__(self, config: TrainConfig, start: int, iters: int) -> None:
+    def __init__(self, config: RunConfig, start: int, iters: int) -> None:
         self.start, self.iters, self.began, self.printed_at = start, iters, time.monotonic(), -math.inf
+        self.score = config.SCORE
         self.writers = open_writers(config, start, iters)
         self.bar: Any = progress_bar(start, iters) if sys.stdout.isatty() else None
 
@@ -131,20 +149,16 @@ class RunLog:
             print_line(f"[{iteration}/{self.iters}]  {text}  {clock} left")
         self.record(iteration, {**losses, "lr": rate, "images_per_second": speed})
 
-    def validation(
-        self, iteration: int, metrics: Metrics, pictures: list[np.ndarray], ema: float | None = None
-    ) -> None:
-        """Logs metrics, and RGB pictures, uint8 [H, W, 3].
+    def validation(self, iteration: int, found: Validated, ema: float | None = None) -> None:
+        """Logs what a validation has found.
 
         Args:
-            ema: AP of the EMA, where the metrics are those of the trained weights, as theirs is higher.
+            ema: score of the EMA, where this is that of the trained weights, as theirs is higher.
         """
-        text = f"[{iteration}/{self.iters}]  validation: AP {metrics.ap:.3f}  AP50 {metrics.ap50:.3f}"
-        text += f"  ({classes})" if (classes := classes_line(metrics)) else ""
-        text += "" if ema is None else f"  without the average of the weights, whose AP is {ema:.3f}"
+        text = f"[{iteration}/{self.iters}]  validation: {found.text}"
+        text += "" if ema is None else f"  without the average of the weights, whose {self.score} is {ema:.3f}"
         self.line(text)
-        values = dict(zip(STATS, metrics.stats, strict=True))
-        self.record(iteration, {**values, **{f"AP/{c.name}": c.ap for c in metrics.classes if c.ap >= 0}}, pictures)
+        self.record(iteration, found.values, found.pictures)
 
     def line(self, text: str) -> None:
         """Prints a line above the progress bar."""
@@ -349,7 +363,7 @@ def describe(error: BaseException) -> str:
 # The writers besides LogFiles and the page
 
 
-def open_writers(config: TrainConfig, start: int, iters: int) -> list[Background]:
+def open_writers(config: RunConfig, start: int, iters: int) -> list[Background]:
     """Every place that a run is logged to.
 
     Raises:
@@ -387,7 +401,7 @@ class MetricsPoster:
 class MlflowWriter:
     """MLflow: the server of MLFLOW_TRACKING_URI, or else LOGDIR/mlflow.db."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config, self.run = config, ""
         self.client: Any = None
 
@@ -425,7 +439,7 @@ class MlflowWriter:
 class WandbWriter:
     """Weights & Biases: offline in LOGDIR/wandb (`wandb sync` sends it), or as WANDB_MODE says."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.run: Any = None
 
@@ -451,7 +465,7 @@ class WandbWriter:
             self.run.finish()
 
 
-TRACKERS: dict[str, Callable[[TrainConfig], Writer]] = {"mlflow": MlflowWriter, "wandb": WandbWriter}
+TRACKERS: dict[str, Callable[[RunConfig], Writer]] = {"mlflow": MlflowWriter, "wandb": WandbWriter}
 
 
 def closing_line(path: str, best: str | None, ap: float) -> str:

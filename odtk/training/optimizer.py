@@ -10,26 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import TrainConfig
-from ..model.detector import Detector
+from ..config import RunConfig
 
 LAST_RATE = 0.05  # of a flat-cosine schedule, relative to the first
 
 
 def create_optimizer(
-    detector: Detector, config: TrainConfig, adapters: Iterable[nn.Parameter] = ()
+    network: nn.Module, config: RunConfig, adapters: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
     """The optimizer that config.optimizer names, over all parameters (see parameter_groups).
 
     Frozen parameters have no gradient and are skipped; a resumed run may unfreeze them.
 
     Args:
-        adapters: parameters that are trained beside the detector's (distill.Student).
+        adapters: parameters that are trained beside the network's (distill.Student).
     """
-    groups = parameter_groups(detector, config)
+    groups = parameter_groups(network, config)
     if beside := list(adapters):
         groups.append({"params": beside, "weight_decay": config.weight_decay})
-    parameters = [*detector.parameters(), *beside]
+    parameters = [*network.parameters(), *beside]
     optimizer: torch.optim.Optimizer
     # All states are made here: if fp16's scaler skips the first step, SGD's fused update would leave a buffer of its
     # own uninitialized; and a resumed run can tell which states belong in its file.
@@ -45,13 +44,13 @@ def create_optimizer(
     return optimizer
 
 
-def parameter_groups(detector: Detector, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """The groups of an optimizer: all parameters in one, or those without weight decay in a second one.
 
     Norms and biases, which are the parameters of at most one dimension, do not decay under AdamW and in the dense head.
     Under SGD the parameters of the other heads all decay, as in ODTK 0.2.
     """
-    parameters = list(detector.parameters())
+    parameters = list(network.parameters())
     if config.optimizer == "sgd" and config.model.head != "dense":
         return [{"params": parameters, "weight_decay": config.weight_decay}]
     return [
@@ -67,7 +66,7 @@ def create_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradSca
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
 
 
-def learning_rate(iteration: int, config: TrainConfig) -> float:
+def learning_rate(iteration: int, config: RunConfig) -> float:
     """Learning rate of an iteration, counted from 0.
 
     It rises linearly from a tenth of config.lr during warm-up. With the schedule ``milestones`` it is multiplied by
@@ -98,12 +97,12 @@ class EMA:
     (TensorFlow's ExponentialMovingAverage with num_updates).
 
     Attributes:
-        detector: holds the averages; it is in evaluation mode and has no gradients.
+        network: holds the averages; it is in evaluation mode and has no gradients.
     """
 
-    def __init__(self, detector: Detector, decay: float) -> None:
-        self.detector, self.decay = copy.deepcopy(detector).requires_grad_(False).eval(), decay
-        pairs = zip(self.detector.state_dict().values(), detector.state_dict().values(), strict=True)
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network, self.decay = copy.deepcopy(network).requires_grad_(False).eval(), decay
+        pairs = zip(self.network.state_dict().values(), network.state_dict().values(), strict=True)
         self.averages, self.values = zip(*((a, w) for a, w in pairs if a.is_floating_point()), strict=True)
 
     @torch.no_grad()

@@ -7,8 +7,8 @@ What a checkpoint holds of a run (Checkpoint.training):
     schedule     lr, iters … of the run, for people to read; a resumed run takes its schedule from the flags, but for
                  the name of its optimizer (files without it: SGD)
     average      the weights that are trained, if the run keeps an EMA (then ``state_dict`` is the EMA), else None
-    ema          the EMA, in a file whose ``state_dict`` is not the EMA, as the trained weights had the higher AP
-    best         highest validation AP so far, −1 before the first validation
+    ema          the EMA, in a file whose ``state_dict`` is not the EMA, as the trained weights had the higher score
+    best         highest validation score so far (RunConfig.SCORE), −1 before the first validation
     best_at      its iteration
     adapters     weights beside the detector's that only a run with a teacher has (distill.Student), else None
     ended        the run has ended early, see Run.is_over
@@ -23,26 +23,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..categories import Category
-from ..config import ModelConfig, OdtkError, TrainConfig
-from ..data.batch import Loader
+from ..config import ModelConfig, OdtkError, RunConfig, TrainConfig
+from ..data.batch import Batch, Loader
 from ..data.dataset import Dataset
 from ..files import check_writable, locked, remove_abandoned
 from ..model.checkpoint import Checkpoint, load, load_weights
 from ..model.checkpoint_faults import is_number, is_weights, weights_fault
-from ..model.detector import Detector
 from ..ranks import CpuGroup
 from ..settings import LENGTH, TrainSettings, flag, options
 from ..text import in_words
-from .distill import Student, Teacher
-from .log import print_line
+from .log import Validated, print_line
 from .optimizer import EMA
-from .validation import Validation
 
 MAY_CHANGE = {"freeze_at", "norm_eval", "grad_checkpoint", "zero_init"}  # model settings that a resumed run may change
 FLAGS = {  # of ModelConfig's fields that have a flag of another name
@@ -69,61 +66,73 @@ class Earlier:
     held_out: tuple[int, ...] = ()
 
 
+class Validator(Protocol):
+    """What a run is validated by."""
+
+    def run(self, network: nn.Module, autocast: torch.autocast, /) -> Validated | None:
+        """Validates a network, which is not changed. All ranks must call this; those but 0 get None."""
+
+
 @dataclass
 class Run:
-    """A training run on one rank.
+    """A training run on one rank, whatever it trains: a subclass has the losses and the words.
 
     Attributes:
         iters: optimizer steps of the whole run.
-        model: the detector or the student; with several ranks, the DistributedDataParallel around it.
-        teacher, student: whose features are learned, and the detector with its adapters; None without distillation.
+        network: what is trained.
+        model: the network, or a module that calls it; with several ranks, the DistributedDataParallel around it.
+        adapters: what is trained beside the network and is kept in the run's file only; None: nothing.
         settings: those that the checkpoint carries, see model.checkpoint.Checkpoint.
-        anchors: per level [A, 4 or 5], see model.anchors.base_anchors; on the device.
         iteration: optimizer steps done.
-        best_ap: highest validation AP so far, −1 before the first validation.
+        best_score: highest validation score so far, −1 before the first validation.
         best_at: iteration of that validation.
         ended: no iteration is to follow, as validation has stopped improving.
         saved_at: iteration of the newest checkpoint, 0 if there is none.
         save_time: when it was written, or when training began if that was later; seconds of time.monotonic().
     """
 
-    config: TrainConfig
+    config: RunConfig
     categories: tuple[Category, ...]
     device: torch.device
     iters: int
     ranks: CpuGroup
-    detector: Detector
+    network: nn.Module
     model: nn.Module
-    anchors: list[Tensor]
     ema: EMA | None
     optimizer: torch.optim.Optimizer
     autocast: torch.autocast
     scaler: torch.amp.GradScaler
     loader: Loader
-    validation: Validation | None
-    teacher: Teacher | None = None
-    student: Student | None = None
+    validation: Validator | None
+    adapters: nn.Module | None = None
     settings: dict[str, Any] | None = None
     iteration: int = 0
-    best_ap: float = -1.0
+    best_score: float = -1.0
     best_at: int = 0
     ended: bool = False
     saved_at: int = 0
     save_time: float = 0.0
 
-    def is_over(self) -> bool:
-        """Whether config.patience evaluations in a row have brought no better AP; an equal one is as good as better."""
-        waited = self.iteration - self.best_at
-        return (
-            bool(self.config.patience) and self.best_ap >= 0 and waited >= self.config.patience * self.config.val_iters
-        )
+    def losses(self, images: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """The losses of a batch as (sum, normalizer) by name, see loss.normalize.
 
-    def taught(self, images: Tensor) -> list[Tensor]:
-        """The teacher's features of images, one for each that the student gives; none without a teacher."""
-        if self.teacher is None or self.student is None:
-            return []
-        features = self.teacher(images)
-        return [features[other] for _, other in self.student.pairs]
+        Args:
+            images: batch.images in the memory format of the network.
+        """
+        raise NotImplementedError
+
+    def opening(self, dtype: torch.dtype, world: int) -> str:
+        """What is about to happen, in one line."""
+        raise NotImplementedError
+
+    def closing(self) -> str:
+        """What to do next, in one line."""
+        raise NotImplementedError
+
+    def is_over(self) -> bool:
+        """Whether config.patience evaluations have brought no better score; an equal one is as good as better."""
+        patience, waited = self.config.patience, self.iteration - self.best_at
+        return bool(patience) and self.best_score >= 0 and waited >= patience * self.config.val_iters
 
     def checkpoint(self, *, raw: bool = False) -> Checkpoint:
         """The run as it stands, for a file.
@@ -131,8 +140,8 @@ class Run:
         Args:
             raw: the file is to be used with the weights that are trained, and not with their EMA.
         """
-        weights = self.detector.state_dict()
-        ema = None if self.ema is None else self.ema.detector.state_dict()
+        weights = self.network.state_dict()
+        ema = None if self.ema is None else self.ema.network.state_dict()
         return Checkpoint(
             model=self.config.model,
             categories=self.categories,
@@ -144,10 +153,10 @@ class Run:
                 "schedule": {name: getattr(self.config, name) for name in SCHEDULE},
                 "average": None if self.ema is None else weights,  # this key is in files written before: it stays
                 "ema": ema if raw else None,
-                "best": self.best_ap,
+                "best": self.best_score,
                 "best_at": self.best_at,
                 "ended": self.ended,
-                "adapters": None if self.student is None else self.student.adapters.state_dict(),
+                "adapters": None if self.adapters is None else self.adapters.state_dict(),
                 "rng": torch.get_rng_state(),
                 "loader": self.loader.state(),
             },
@@ -155,14 +164,14 @@ class Run:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint, whose trained weights the detector already has (see trained_weights).
+        """Continues from a checkpoint, whose trained weights the network already has (see trained_weights).
 
         Raises:
             OdtkError: what it holds of its run is damaged.
         """
         state = training_state(checkpoint)
         try:
-            self.iteration, self.best_ap = state["iteration"], float(state["best"])
+            self.iteration, self.best_score = state["iteration"], float(state["best"])
             self.best_at = int(state.get("best_at", 0))  # files written before lack it
             self.ended = bool(state.get("ended")) and self.is_over()
             # The hyperparameters are this run's: what is resumed are the momenta.
@@ -173,14 +182,14 @@ class Run:
             # It differs if the run is resumed in another precision; then the scaler starts anew.
             if state["scaler"]["growth_interval"] == self.scaler.get_growth_interval():
                 self.scaler.load_state_dict(state["scaler"])
-            if self.student is not None:
-                self.student.adapters.load_state_dict(state["adapters"])
+            if self.adapters is not None:
+                self.adapters.load_state_dict(state["adapters"])
             self.loader.restore(state["loader"])
             torch.set_rng_state(state["rng"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise OdtkError(damaged_run(self.config.path, "its entries are not those of a run")) from error
         if self.ema is not None:
-            load_weights(self.ema.detector, state.get("ema") or checkpoint.state_dict)
+            load_weights(self.ema.network, state.get("ema") or checkpoint.state_dict)
 
 
 def damaged_run(path: str, fault: str) -> str:
@@ -401,6 +410,6 @@ def refuse_other_teacher(config: TrainConfig, found: Checkpoint, now: str | None
 
 
 def best_path(path: str) -> str:
-    """Where the weights with the highest validation AP go: MODEL.pth → MODEL.best.pth"""
+    """Where the weights with the highest validation score go: MODEL.pth → MODEL.best.pth"""
     stem, extension = os.path.splitext(path)
     return f"{stem}.best{extension}"

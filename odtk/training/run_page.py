@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from .. import __version__
-from ..config import OdtkError, TrainConfig
+from ..config import OdtkError, RunConfig
 from ..evaluation.charts import Line, line_chart
 from ..evaluation.curves import plot_of, read_curves
 from ..evaluation.page import Markup, Section, image_tag, join, page, paragraph, table, text
@@ -74,7 +74,7 @@ class RunPage:
         iters: iterations of the whole run.
     """
 
-    def __init__(self, config: TrainConfig, start: int, iters: int) -> None:
+    def __init__(self, config: RunConfig, start: int, iters: int) -> None:
         assert config.logdir is not None
         self.config, self.start, self.iters, self.iteration = config, start, iters, start
         self.path = Path(config.logdir, NAME)
@@ -164,9 +164,10 @@ class RunPage:
         if done < iters and not self.closed and done > self.start:
             left = (time.time() - self.began) / (done - self.start) * (iters - done)
             facts.append(f"about {duration(left)} left")
-        if scores := self.curves.get("AP"):
+        name = self.config.SCORE
+        if scores := self.curves.get(name):
             best = max(scores, key=lambda point: (point[1], point[0]))
-            facts.append(f"best AP {best[1]:.3f} at iteration {best[0]}, last {scores[-1][1]:.3f}")
+            facts.append(f"best {name} {best[1]:.3f} at iteration {best[0]}, last {scores[-1][1]:.3f}")
         if speed := self.curves.get("images_per_second"):
             facts.append(f"{speed[-1][1]:.1f} images per second")
         lines.append(paragraph("; ".join(facts) or "The first figures are still to come."))

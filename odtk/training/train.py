@@ -8,10 +8,10 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..categories import Category
@@ -34,6 +34,7 @@ from .memory import freed_memory_kept
 from .optimizer import EMA, autocast_type, create_optimizer, create_scaler, learning_rate
 from .run import (
     Run,
+    Validator,
     best_path,
     dataset_hash,
     find_run,
@@ -90,8 +91,7 @@ def train_loop(run: Run, rank: int, world: int) -> None:
             if stop or save_now or scheduled or run.iteration % READ_EVERY[run.device.type] == 0:
                 finish_interval(run, meter, log, terms, stop=stop, save_now=bool(save_now), scheduled=scheduled)
     if rank == 0:
-        best = best_path(config.path)
-        print_line(closing_line(config.path, best if run.best_ap >= 0 and os.path.exists(best) else None, run.best_ap))
+        print_line(run.closing())
 
 
 def step(run: Run, batches: Iterator[Batch], meter: Meter, world: int) -> list[str]:
@@ -106,22 +106,7 @@ def step(run: Run, batches: Iterator[Batch], meter: Meter, world: int) -> list[s
         images = batch.images.contiguous(memory_format=torch.channels_last)
         last = part == config.accumulate - 1  # the ranks' gradients are averaged in its backward pass only
         with nullcontext() if last or world == 1 else run.model.no_sync():  # type: ignore[operator]
-            with run.autocast:
-                logits, boxes, *features = run.model(images)
-                taught = run.taught(images)
-            terms = detection_loss(
-                logits,
-                boxes,
-                batch.boxes,
-                batch.labels,
-                anchors=run.anchors,
-                strides=run.detector.strides,
-                model=config.model,
-                loss=config.loss,
-            )
-            if taught:
-                distance, normalizer = feature_loss(features[0], taught, world)
-                terms["teacher"] = (config.teacher_weight * distance, normalizer)
+            terms = run.losses(images, batch)
             loss, values = normalize(terms, world)
             run.scaler.scale(loss / config.accumulate).backward()
         meter.add(values, run.iteration + 1, len(images) * world)
@@ -142,7 +127,58 @@ def step(run: Run, batches: Iterator[Batch], meter: Meter, world: int) -> list[s
 # Before the loop
 
 
-def set_up(config: TrainConfig, rank: int, world: int, *, quiet: bool = False) -> Run:
+@dataclass(kw_only=True)
+class DetectorRun(Run):
+    """The training run of a detector.
+
+    Attributes:
+        anchors: per level [A, 4 or 5], see model.anchors.base_anchors; on the device.
+        teacher, student: whose features are learned, and the detector with its adapters; None without distillation.
+    """
+
+    config: TrainConfig
+    network: Detector
+    validation: Validation | None
+    anchors: list[Tensor]
+    teacher: Teacher | None = None
+    student: Student | None = None
+
+    def losses(self, images: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        with self.autocast:
+            logits, boxes, *features = self.model(images)
+            taught = self.taught(images)
+        terms = detection_loss(
+            logits,
+            boxes,
+            batch.boxes,
+            batch.labels,
+            anchors=self.anchors,
+            strides=self.network.strides,
+            model=self.config.model,
+            loss=self.config.loss,
+        )
+        if taught:
+            distance, normalizer = feature_loss(features[0], taught, self.loader.config.world)
+            terms["teacher"] = (self.config.teacher_weight * distance, normalizer)
+        return terms
+
+    def taught(self, images: Tensor) -> list[Tensor]:
+        """The teacher's features of images, one for each that the student gives; none without a teacher."""
+        if self.teacher is None or self.student is None:
+            return []
+        features = self.teacher(images)
+        return [features[other] for _, other in self.student.pairs]
+
+    def opening(self, dtype: torch.dtype, world: int) -> str:
+        return opening_line(self, dtype, world)
+
+    def closing(self) -> str:
+        best = best_path(self.config.path)
+        kept = best if self.best_score >= 0 and os.path.exists(best) else None
+        return closing_line(self.config.path, kept, self.best_score)
+
+
+def set_up(config: TrainConfig, rank: int, world: int, *, quiet: bool = False) -> DetectorRun:
     """Everything that the loop needs, new or as config.path has it; rank 0 prints what is about to happen."""
     device = torch.device(config.data.device)
     torch.manual_seed(config.seed)
@@ -171,18 +207,19 @@ def set_up(config: TrainConfig, rank: int, world: int, *, quiet: bool = False) -
     facts = {"input_size": list(size), "data": data_hash, **padding_facts(loader.sampler)}
     if teacher is not None:
         facts["teacher_hash"] = teacher.hash
-    run = Run(
+    run = DetectorRun(
         config=config,
         categories=dataset.categories,
         device=device,
         iters=round(config.iters * config.schedule),
         ranks=ranks,
-        detector=detector,
+        network=detector,
         model=model,
         anchors=[level.to(device) for level in detector.anchors()],
         ema=ema,
         teacher=teacher,
         student=student,
+        adapters=None if student is None else student.adapters,
         optimizer=create_optimizer(detector, config, () if student is None else student.adapters.parameters()),
         autocast=torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         scaler=create_scaler(dtype, device),
@@ -197,7 +234,7 @@ def set_up(config: TrainConfig, rank: int, world: int, *, quiet: bool = False) -
             f"Not every machine finds the same {config.path}: keep that file on storage that all machines share."
         )
     if rank == 0 and not quiet:
-        print_line(opening_line(run, dtype, world))
+        print_line(run.opening(dtype, world))
         if (factors := run.loader.sampler.factors) is not None:
             print_line(
                 f"Images with rare classes come up to {factors.max():.1f} times as often: an epoch has "
@@ -241,7 +278,7 @@ def create_model(
     return detector, student, model
 
 
-def opening_line(run: Run, dtype: torch.dtype, world: int) -> str:
+def opening_line(run: DetectorRun, dtype: torch.dtype, world: int) -> str:
     """What is about to happen, in one line."""
     config, iteration, iters = run.config, run.iteration, run.iters
     if run.ended:
@@ -302,24 +339,24 @@ def finish_interval(
     meter.start()
 
 
-def validate(run: Run, validation: Validation, log: RunLog | None) -> None:
-    """Validates the detector, and its EMA; rank 0 saves the better one if it is the best so far, and logs it."""
+def validate(run: Run, validation: Validator, log: RunLog | None) -> None:
+    """Validates the weights and their EMA; rank 0 saves the better one if it is the best so far, and logs it."""
     results = []
-    for detector in (run.detector,) if run.ema is None else (run.ema.detector, run.detector):
-        run.ranks.broadcast_buffers(detector)
-        results.append(validation.run(detector, run.autocast))
+    for network in (run.network,) if run.ema is None else (run.ema.network, run.network):
+        run.ranks.broadcast_buffers(network)
+        results.append(validation.run(network, run.autocast))
     found = [result for result in results if result is not None]
     if log is None or not found:
         return
-    chosen = max(range(len(found)), key=lambda i: found[i][0].ap)  # of equals the EMA
-    metrics, pictures = found[chosen]
-    if metrics.ap >= max(0, run.best_ap):  # the later of equals is trained longer; no ground truth gives −1
-        run.best_ap, run.best_at = metrics.ap, run.iteration
+    chosen = max(range(len(found)), key=lambda i: found[i].score)  # of equals the EMA
+    score = found[chosen].score
+    if score >= max(0, run.best_score):  # the later of equals is trained longer; no ground truth gives −1
+        run.best_score, run.best_at = score, run.iteration
         best = best_path(run.config.path)
         for path, raw in ((best, chosen == 1), (run.config.path, False)):  # both, so that a resumed run knows the best
             with notice_if_slow(f"saving {path}"):
                 save(path, run.checkpoint(raw=raw))
-    log.validation(run.iteration, metrics, pictures, ema=found[0][0].ap if chosen else None)
+    log.validation(run.iteration, found[chosen], ema=found[0].score if chosen else None)
 
 
 def end_early(run: Run, log: RunLog | None) -> None:
@@ -330,7 +367,8 @@ def end_early(run: Run, log: RunLog | None) -> None:
         with notice_if_slow(f"saving {run.config.path}"):
             save(run.config.path, run.checkpoint())
         evaluations = plural(run.config.patience, "evaluation")
-        log.line(f"Ended at iteration {run.iteration}: {evaluations} have brought no better AP (--patience).")
+        better = f"no better {run.config.SCORE} (--patience)"
+        log.line(f"Ended at iteration {run.iteration}: {evaluations} have brought {better}.")
 
 
 def not_finite_message(run: Run, iteration: int) -> str:

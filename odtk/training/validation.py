@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..categories import Category
 from ..config import OdtkError, TrainConfig
@@ -17,12 +17,13 @@ from ..data.dataset import Dataset
 from ..data.images import ImageError, decode
 from ..data.layouts import load_annotations
 from ..data.loader import create_loader
-from ..evaluation.evaluate import Metrics, evaluate
+from ..evaluation.evaluate import STATS, Metrics, evaluate
 from ..inference.detect import detect
 from ..inference.drawing import LEGIBLE, annotate, coco_to_shapes
 from ..model.detector import Detector
 from ..postprocess import Detections, postprocess
 from ..ranks import CpuGroup
+from .log import Validated, classes_line
 
 PICTURES = 4  # validation images drawn for TensorBoard
 PICTURE_SCORE = 0.5  # detections with a higher score are drawn
@@ -67,12 +68,13 @@ class Validation:
                 self.ground_truth[name] = [entry for entry in self.ground_truth[name] if entry[key] in held_out]
         self.loader = create_loader(self.dataset, data)
 
-    def run(self, detector: Detector, autocast: torch.autocast) -> tuple[Metrics, list[np.ndarray]] | None:
+    def run(self, detector: nn.Module, autocast: torch.autocast) -> Validated | None:
         """Validates a detector, which is not changed. All ranks must call this.
 
         Returns:
-            On rank 0 the metrics, and for TensorBoard a few RGB pictures, uint8 [H, W, 3]; None on the other ranks.
+            On rank 0 what was found, with a few pictures for the log; None on the other ranks.
         """
+        assert isinstance(detector, Detector)
         folded = detector.fold().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         anchors = [level.to(self.config.data.device) for level in detector.anchors()]
 
@@ -92,7 +94,7 @@ class Validation:
         if self.config.data.rank != 0:
             return None
         metrics = evaluate(detections, self.ground_truth, rotated=self.config.model.rotated)
-        return metrics, self.pictures(detections) if self.config.logdir else []
+        return validated(metrics, self.pictures(detections) if self.config.logdir else [])
 
     def pictures(self, detections: list[dict[str, Any]]) -> list[np.ndarray]:
         """The first images with their detections above PICTURE_SCORE; damaged images are left out."""
@@ -105,3 +107,13 @@ class Validation:
             shown = [d for d in detections if d["image_id"] == image.id and d["score"] > PICTURE_SCORE]
             drawn.append(np.asarray(annotate(picture, coco_to_shapes(shown), min_side=LEGIBLE)))  # [H, W, 3]
         return drawn
+
+
+def validated(metrics: Metrics, pictures: list[np.ndarray]) -> Validated:
+    """COCO metrics as the log takes them: evaluate.STATS, and ``AP/NAME`` of every class that has objects."""
+    text = f"AP {metrics.ap:.3f}  AP50 {metrics.ap50:.3f}"
+    text += f"  ({classes})" if (classes := classes_line(metrics)) else ""
+    values = dict(zip(STATS, metrics.stats, strict=True))
+    return Validated(
+        metrics.ap, text, {**values, **{f"AP/{c.name}": c.ap for c in metrics.classes if c.ap >= 0}}, pictures
+    )

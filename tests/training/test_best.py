@@ -12,7 +12,7 @@ import torch
 
 from odtk.model import checkpoint as files
 from odtk.training import train
-from odtk.training.log import closing_line
+from odtk.training.log import Validated, closing_line
 from odtk.training.validation import Validation
 from tests.training.test_train import draw_dataset, settings, with_validation
 
@@ -27,22 +27,22 @@ def test_the_later_of_equal_aps_is_the_best(monkeypatch: pytest.MonkeyPatch) -> 
     saved: list[tuple[str, int]] = []
     monkeypatch.setattr(train, "save", lambda path, checkpoint: saved.append((path, checkpoint)))
     run: Any = SimpleNamespace(
-        detector=None,
+        network=None,
         ema=None,
         autocast=None,
-        best_ap=-1.0,
+        best_score=-1.0,
         iteration=0,
         config=SimpleNamespace(path="m.pth"),
-        ranks=SimpleNamespace(broadcast_buffers=lambda detector: None),
+        ranks=SimpleNamespace(broadcast_buffers=lambda network: None),
     )
     run.checkpoint = lambda raw: run.iteration
     log: Any = SimpleNamespace(validation=lambda *seen, ema: None)
     kept = []
     for run.iteration, ap in enumerate((-1.0, 0.0, 0.0, 0.3, 0.2, 0.3, float("nan")), start=1):  # −1: no ground truth
-        measured: Any = SimpleNamespace(run=lambda *_, ap=ap: (SimpleNamespace(ap=ap), []))
+        measured: Any = SimpleNamespace(run=lambda *_, ap=ap: Validated(ap, "", {}))
         train.validate(run, measured, log)
         kept.append([iteration for path, iteration in saved if path == "m.best.pth"][-1:])
-    assert kept == [[], [2], [3], [4], [4], [6], [6]] and run.best_ap == 0.3
+    assert kept == [[], [2], [3], [4], [4], [6], [6]] and run.best_score == 0.3
 
 
 def test_the_better_of_average_and_trained_weights_is_kept(tmp_path: Path, dataset: Path, monkeypatch) -> None:
@@ -52,9 +52,10 @@ def test_the_better_of_average_and_trained_weights_is_kept(tmp_path: Path, datas
     real, seen = Validation.run, []
 
     def scored(self: Validation, detector: Any, autocast: Any) -> Any:
-        _, pictures = real(self, detector, autocast)  # type: ignore[misc]
+        found = real(self, detector, autocast)
         seen.append("raw" if any(p.requires_grad for p in detector.parameters()) else "ema")
-        return SimpleNamespace(ap=scores[seen[-1]], ap50=0.0, stats=(0.0,) * 12, classes=()), pictures
+        assert found is not None
+        return dataclasses.replace(found, score=scores[seen[-1]])
 
     monkeypatch.setattr(Validation, "run", scored)
     train.train(config)
@@ -84,7 +85,7 @@ def test_a_run_ends_once_validation_has_stopped_improving(
     left = list(aps)
 
     def scored(*_: Any) -> Any:
-        return SimpleNamespace(ap=left.pop(0), ap50=0.0, stats=(0.0,) * 12, classes=()), []
+        return Validated(left.pop(0), "", {})
 
     monkeypatch.setattr(Validation, "run", scored)
     train.train(config)

@@ -18,6 +18,7 @@ from odtk.config import LoaderConfig, ModelConfig, OdtkError, TrainConfig
 from odtk.evaluation.evaluate import STATS, ClassMetrics, Metrics
 from odtk.training import log
 from odtk.training.log import RunLog
+from odtk.training.validation import validated
 
 METRICS = Metrics(tuple(i / 20 for i in range(12)), ())
 
@@ -47,7 +48,7 @@ def events(folder: Path) -> list[Event]:
 def test_tensorboard_gets_every_value_and_picture(tmp_path: Path) -> None:
     with RunLog(config(tmp_path), 0, 10) as run:
         run.training(1, {"loss": 0.5, "cls": 0.25}, 0.01, 7.0)
-        run.validation(2, METRICS, [np.zeros((4, 6, 3), np.uint8)])
+        run.validation(2, validated(METRICS, [np.zeros((4, 6, 3), np.uint8)]))
     first, *rest = events(tmp_path)
     assert first.file_version == "brain.Event:2"
     values = [(e.step, v.tag, round(v.simple_value, 6)) for e in rest for v in e.summary.value]
@@ -72,7 +73,7 @@ def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         start = time.monotonic()
         for iteration in range(1, 501):
             run.training(iteration, {"loss": 0.5}, 0.01, 7.0)
-            run.validation(iteration, METRICS, [np.zeros((4, 6, 3), np.uint8)])
+            run.validation(iteration, validated(METRICS, [np.zeros((4, 6, 3), np.uint8)]))
         assert time.monotonic() - start < 10
         deadline = time.monotonic() + 30
         while not run.writers[0].waiting.empty() and time.monotonic() < deadline:
@@ -120,7 +121,7 @@ def test_a_terminal_that_is_gone_stops_no_run(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(run.bar, "stop", Gone().stop)
         monkeypatch.setattr(run.bar.console, "print", Gone().print)
         run.training(1, {"loss": 0.5}, 0.01, 7.0)
-        run.validation(1, METRICS, [])
+        run.validation(1, validated(METRICS, []))
     monkeypatch.undo()
     run.bar.stop()
 
@@ -145,5 +146,6 @@ def test_the_line_of_the_classes() -> None:
 def test_names_of_classes_are_no_markup_of_the_terminal(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     with RunLog(config(tmp_path), 0, 4) as one:
-        one.validation(2, Metrics((0.5,) * 12, (of_class("[/red]", 0.5), of_class("[bold]", 0.25))), [])
+        metrics = Metrics((0.5,) * 12, (of_class("[/red]", 0.5), of_class("[bold]", 0.25)))
+        one.validation(2, validated(metrics, []))
     assert "[/red] 0.500, [bold] 0.250" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from odtk.evaluation.evaluate import ClassMetrics, Metrics
 from odtk.training import run_page
 from odtk.training.log import RunLog
 from odtk.training.run_page import MOMENTS, SHARE, RunPage, forget_moments
+from odtk.training.validation import validated
 from tests.browser import Browser, check_page
 
 EVIL = "<script>alert(1)</script>&\"'"
@@ -49,7 +50,9 @@ def log_run(folder: Path, start: int, end: int, iters: int = 40) -> str:
             log.training(i, {"loss": 1 / i, "classification": 0.5 / i}, 0.01, 30.0)
             if i % 10 == 0:
                 classes = (ClassMetrics(1, EVIL, i / 80, 0.5, 3, 3), ClassMetrics(2, "dog", -1, -1, 0, 0))
-                log.validation(i, Metrics((i / 100, 0.5, 0.4, -1.0, *[0.3] * 8), classes), [picture(i), picture(2 * i)])
+                log.validation(
+                    i, validated(Metrics((i / 100, 0.5, 0.4, -1.0, *[0.3] * 8), classes), [picture(i), picture(2 * i)])
+                )
     return (folder / "run.html").read_text()
 
 

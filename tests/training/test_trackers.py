@@ -14,6 +14,7 @@ from odtk.config import LoaderConfig, ModelConfig, OdtkError, TrainConfig
 from odtk.evaluation.evaluate import ClassMetrics, Metrics
 from odtk.settings import TrainSettings
 from odtk.training.log import TRACKERS, RunLog
+from odtk.training.validation import validated
 
 NAME = "round & <b>red</b>"  # of a class; MLflow takes few characters in names
 
@@ -28,7 +29,7 @@ def log_run(folder: Path, *names: str) -> None:
         for i in range(1, 6):
             log.training(i, {"loss": 1 / i, "box": float("nan") if i == 1 else 0.5}, 0.01, 30.0)
         classes = (ClassMetrics(1, NAME, 0.25, 0.5, 3, 3),)
-        log.validation(5, Metrics((0.5, *[0.25] * 11), classes), [np.full((40, 60, 3), 99, np.uint8)])
+        log.validation(5, validated(Metrics((0.5, *[0.25] * 11), classes), [np.full((40, 60, 3), 99, np.uint8)]))
 
 
 @pytest.mark.slow

@@ -229,7 +229,7 @@ def test_ema() -> None:
             tensor.add_(1)
     ema.update(0)  # decay (1 + 0) / (10 + 0): nine tenths of the way
     ema.update(100)  # decay 0.5
-    for name, tensor in ema.detector.state_dict().items():
+    for name, tensor in ema.network.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, before[name] + 0.95)
 
