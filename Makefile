@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 ATTACK_MINUTES ?= 20
 ATTACK_SEED    ?= 0
 
-.PHONY: setup hooks test quick lint attack versions demo clean
+.PHONY: setup hooks test quick lint attack versions docs demo clean
 setup: $(VENV)/ready
 
 # torch comes first, at the tested version, so that the ranges in pyproject.toml are met and pull in no other.
@@ -47,6 +47,10 @@ attack: setup
 # The oldest and the newest versions of the requirements, each in a throwaway environment.
 versions: setup
 	$(BIN)/python tests/versions.py
+
+# The documentation site, in build/site. The variable silences an advertisement of its theme.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # A first run from nothing: data, training, ONNX, detections, AP, pictures.
 demo: setup

@@ -69,7 +69,8 @@ def cells(change: Callable[[Images, random.Random], Images], train: int | None =
 
 def write(folder: Path, split: str, categories: list[dict], pictures: Images) -> None:
     (folder / split).mkdir(parents=True)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for number, (picture, own) in enumerate(pictures, start=1):
         name = f"{number}.jpg"
         picture.save(folder / split / name, quality=92)

@@ -70,10 +70,12 @@ def load(
         precision: of a .pth: mixed (fp16 on a GPU, fp32 on a CPU), fp16, bf16 or fp32; other files have their own.
         threshold: detections score above this; not below what is fixed in an exported file. None: 0.05, or what is
             fixed in the file.
-        tiles, overlap: cut images and frames into tiles of (H, W) pixels, as the flags of `odtk infer`; None for
-            ``overlap``: 0.2.
-        size, resize, max_size, loader: as the flags of `odtk infer`; None: the size that the model was trained or
-            exported for.
+        size: (H, W) that images are fitted into; None: as the model was trained or exported.
+        resize: shorter side of the images in pixels; None: as the model was trained.
+        max_size: cap of their longer side in pixels; None: as the model was trained.
+        loader: dali, or torch, which is also taken where DALI cannot be imported.
+        tiles: cut images and frames into tiles of (H, W) pixels; None: whole images.
+        overlap: part of a tile that two neighbors share at least; None: 0.2.
     """
     if threshold is not None:
         try:
