@@ -17,7 +17,7 @@ from ..text import plural
 from .coco import CocoReader
 from .headers import read_headers
 from .images import ImageError
-from .layouts import load_annotations
+from .layouts import Annotations, load_annotations
 from .listing import list_images
 from .records import DAMAGED, Fault, Image
 
@@ -64,11 +64,24 @@ class Dataset:
             OdtkError: a file cannot be read, a fault is refused, or every image is damaged; names the first such fault
                 and counts the others, or lists the damaged images if there is nothing else.
         """
-        dataset = read(annotations, images, rotated=rotated, training=training)
+        return read(annotations, images, rotated=rotated, training=training).accepted(skip_damaged)
+
+    @classmethod
+    def of(cls, annotations: Annotations, *, rotated: bool, training: bool, skip_damaged: bool) -> Dataset:
+        """As load, of annotations that have been read."""
+        check_folder(annotations.images)
+        return read_entries(annotations, rotated=rotated, training=training).accepted(skip_damaged)
+
+    def accepted(self, skip_damaged: bool) -> Dataset:
+        """Itself, with damaged images as fixed faults if they are to be left out.
+
+        Raises:
+            OdtkError: as load.
+        """
         if skip_damaged:
-            dataset.faults = [replace(f, fixed=True) if f.rule == DAMAGED else f for f in dataset.faults]
-        refused = [fault for fault in dataset.faults if not fault.fixed]
-        damaged = [fault for fault in dataset.faults if fault.rule == DAMAGED]
+            self.faults = [replace(f, fixed=True) if f.rule == DAMAGED else f for f in self.faults]
+        refused = [fault for fault in self.faults if not fault.fixed]
+        damaged = [fault for fault in self.faults if fault.rule == DAMAGED]
         if refused and all(fault.rule == DAMAGED for fault in refused):
             raise OdtkError(
                 f"The dataset was refused: {list_damaged(damaged)}; mend or remove these files, or leave them out "
@@ -79,9 +92,9 @@ class Dataset:
             others = len(refused) - 1
             more = f" ({plural(others, 'more fault')}: `odtk check` lists all)" if others else ""
             raise OdtkError(f"The dataset was refused: {first}{more}.")
-        if damaged and not dataset.images:
+        if damaged and not self.images:
             raise OdtkError(f"No image is left: {list_damaged(damaged)}.")
-        return dataset
+        return self
 
     def part(self, ids: Collection[int], *, rest: bool = False) -> Dataset:
         """The images with these ids, or the rest without them."""
@@ -127,11 +140,22 @@ def read(
         return read_images(list_images(images), rotated)
     assert isinstance(images, (str, Path))  # of annotations: one folder
     folder = Path(images).expanduser()
+    check_folder(folder)
+    entries = load_annotations(annotations, folder, rotated=rotated, boxes_only=True)
+    return read_entries(entries, rotated=rotated, training=training)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OdtkError where there is no such folder of images."""
     if folder.is_file():
         raise OdtkError(f"{folder} is a file: with --annotations, --images takes the folder of the images.")
     if not folder.is_dir():
         raise OdtkError(f"The image folder {folder} does not exist: give the right one with --images.")
-    content, folder, path = load_annotations(annotations, folder, rotated=rotated, boxes_only=True)
+
+
+def read_entries(annotations: Annotations, *, rotated: bool, training: bool) -> Dataset:
+    """Annotations as a dataset, with every fault."""
+    content, folder, path = annotations
     found, categories, faults = CocoReader(content, path, folder, rotated, training).read()
     return Dataset(found, categories, faults, rotated)
 

@@ -8,7 +8,7 @@ all that Python can read, and names what is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -29,6 +29,7 @@ class _Annotation(msgspec.Struct, gc=False):
     bbox: tuple[int | float, ...]
     id: int
     iscrowd: int | bool | None = 0
+    area: Any = None
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -53,6 +54,7 @@ class AnnotationTable(Sequence[dict[str, Any]]):
         whole: bool [n, 5], whether a number is a whole one in the file, so that a message shows 5 and not 5.0.
         numbers: int64 [n], 4 or 5.
         crowd: bool [n].
+        area: float64 [n], as stated, NaN where that is not a number.
         repeated: bool [n], whether an earlier row has the same id.
     """
 
@@ -63,6 +65,8 @@ class AnnotationTable(Sequence[dict[str, Any]]):
         self.image_id = np.fromiter([row.image_id for row in rows], np.int64, n)
         self.category_id = np.fromiter([row.category_id for row in rows], np.int64, n)
         self.crowd = np.fromiter([bool(row.iscrowd) for row in rows], bool, n)
+        areas = [row.area if type(row.area) in (int, float) else np.nan for row in rows]
+        self.area = np.fromiter(areas, np.float64, n)
         self.numbers = np.fromiter([len(row.bbox) for row in rows], np.int64, n)
         if not np.isin(self.numbers, (4, 5)).all():
             raise ValueError("a bbox has neither four nor five numbers")
@@ -98,7 +102,12 @@ class AnnotationTable(Sequence[dict[str, Any]]):
             "category_id": int(self.category_id[index]),
             "bbox": [int(value) if whole else value for value, whole in numbers][: self.numbers[index]],
             "iscrowd": int(self.crowd[index]),
+            "area": float(self.area[index]) if np.isfinite(self.area[index]) else None,
         }
+
+    def of_images(self, ids: Collection[int]) -> list[dict[str, Any]]:
+        """The rows of images with these ids."""
+        return [self[i] for i in np.flatnonzero(np.isin(self.image_id, list(ids))).tolist()]
 
 
 def decode(text: str) -> dict[str, Any] | None:

@@ -18,9 +18,8 @@ import yaml
 
 from ..config import ROTATED_ANGLES, AugmentConfig, LoaderConfig, LossConfig, ModelConfig, OdtkError, TrainConfig
 from ..data.coco import categories_of
-from ..data.dataset import Dataset
 from ..data.fingerprint import Fingerprint, fingerprint
-from ..data.layouts import image_folder, load_annotations, with_split
+from ..data.layouts import image_folder, with_split
 from ..data.split import validation_split
 from ..launch import parse_devices, share, under_torchrun, workers_of
 from ..model.backbones.catalog import normalization
@@ -30,6 +29,7 @@ from ..settings import RESNET_OPTIONS, TrainSettings
 from ..text import plural
 from .rules import Decision, Machine, Situation, decide, is_planned
 from .run import Earlier
+from .training_set import TrainingSet
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,11 @@ class Plan:
 
 
 def plan(
-    settings: TrainSettings, machine: Machine, earlier: Earlier | None = None, tried: Sequence[Decision] = ()
+    settings: TrainSettings,
+    machine: Machine,
+    earlier: Earlier | None = None,
+    tried: Sequence[Decision] = (),
+    source: TrainingSet | None = None,
 ) -> Plan:
     """The run that settings, data and machine give.
 
@@ -96,11 +100,13 @@ def plan(
         earlier: of a run that is resumed: no rule applies to it.
         tried: decisions that trial steps led to, and those that they left as they were. They stand over the rules, and
             a length among them over --time.
+        source: the images to train on, which may have been read; None reads them.
 
     Raises:
         OdtkError: annotations that cannot be read, or a batch that cannot be shared out.
     """
-    content, images, _ = load_annotations(settings.annotations, settings.images, boxes_only=True)
+    source = source or TrainingSet.of(settings)
+    content, images, _ = source.annotations
     classes = settings.classes or count_categories(content, settings.annotations)
     given = tuple(settings.given())
     if tried:
@@ -115,13 +121,7 @@ def plan(
     if earlier is not None:
         held_out = earlier.held_out
     elif is_planned(settings) or settings.val_share:
-        dataset = Dataset.load(
-            settings.annotations,
-            images,
-            rotated=settings.rotated_bbox,
-            training=True,
-            skip_damaged=settings.skip_damaged,
-        )
+        dataset = source.dataset
         data = fingerprint(dataset)
         situation, decisions = decide(settings, data, machine, gflops_of)
         settings, decisions = situation.settings, [*tried, *decisions]

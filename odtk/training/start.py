@@ -18,6 +18,7 @@ from .plan import Plan, plan
 from .rules import EVALUATIONS, Decision, Machine, count_images
 from .run import Earlier
 from .train import set_up, step, train
+from .training_set import TrainingSet
 
 TRIAL_STEPS, UNTIMED_STEPS = 20, 3  # the first steps are slower: memory is taken, kernels are chosen
 MEMORY_STEPS = 3  # that show whether a batch fits
@@ -49,16 +50,17 @@ def begin(task: Task, rank: int = 0, world: int = 1) -> None:
     """
     began = time.monotonic()
     ranks = CpuGroup(world)
-    made: Plan = ranks.from_first(lambda: plan(task.settings, task.machine, task.earlier))
+    source = TrainingSet.of(task.settings)
+    made: Plan = ranks.from_first(lambda: plan(task.settings, task.machine, task.earlier, source=source))
     if task.earlier is None:
-        made = fit_batch(made, task, ranks)
+        made = fit_batch(made, task, source, ranks)
     if made.settings.time is not None:
-        seconds = step_seconds(own(made.config, task), ranks, rank, world)
-        made = ranks.from_first(lambda: with_length(made, task, seconds, time.monotonic() - began))
+        seconds = step_seconds(own(made.config, task), source, ranks, rank, world)
+        made = ranks.from_first(lambda: with_length(made, task, source, seconds, time.monotonic() - began))
     if rank == 0:
         for line in made.lines():
             print_line(line)
-    train(own(made.config, task), rank, world)
+    train(own(made.config, task), rank, world, source)
 
 
 def own(config: TrainConfig, task: Task) -> TrainConfig:
@@ -71,7 +73,7 @@ def own(config: TrainConfig, task: Task) -> TrainConfig:
 # Trial steps
 
 
-def fit_batch(made: Plan, task: Task, ranks: CpuGroup) -> Plan:
+def fit_batch(made: Plan, task: Task, source: TrainingSet, ranks: CpuGroup) -> Plan:
     """The plan, whose batch is halved until the memory of every GPU holds it, unless it was given.
 
     Each process tries alone, so that none waits for another that has failed.
@@ -82,7 +84,7 @@ def fit_batch(made: Plan, task: Task, ranks: CpuGroup) -> Plan:
     while task.machine.kind == "cuda" and "batch" not in made.given and made.decisions:
         config = own(made.config, task)
         try:
-            trial(config, 0, 1, MEMORY_STEPS)
+            trial(config, source, 0, 1, MEMORY_STEPS)
             failed = False
         except torch.OutOfMemoryError:
             if config.data.batch == 1:
@@ -93,17 +95,17 @@ def fit_batch(made: Plan, task: Task, ranks: CpuGroup) -> Plan:
         torch.cuda.empty_cache()
         total = config.data.batch // 2 * task.machine.processes
         smaller = Decision({"batch": total}, "what the memory holds: a trial step with twice as many did not fit")
-        made = ranks.from_first(functools.partial(replan, made, task, smaller))
+        made = ranks.from_first(functools.partial(replan, made, task, source, smaller))
     return made
 
 
-def step_seconds(config: TrainConfig, ranks: CpuGroup, rank: int, world: int) -> float:
+def step_seconds(config: TrainConfig, source: TrainingSet, ranks: CpuGroup, rank: int, world: int) -> float:
     """Seconds of an iteration, of the slowest rank."""
-    seconds = trial(config, rank, world, TRIAL_STEPS, untimed=UNTIMED_STEPS)
+    seconds = trial(config, source, rank, world, TRIAL_STEPS, untimed=UNTIMED_STEPS)
     return ranks.all_max(math.ceil(seconds * 1e6))[0] / 1e6
 
 
-def trial(config: TrainConfig, rank: int, world: int, steps: int, untimed: int = 0) -> float:
+def trial(config: TrainConfig, source: TrainingSet, rank: int, world: int, steps: int, untimed: int = 0) -> float:
     """Seconds of an iteration, from some of a run that is thrown away.
 
     Raises:
@@ -111,7 +113,7 @@ def trial(config: TrainConfig, rank: int, world: int, steps: int, untimed: int =
         torch.OutOfMemoryError: the batch is too large for a GPU.
     """
     apart = dataclasses.replace(config, override=True, val_data=None, logdir=None, post_metrics=None)
-    run = set_up(apart, rank, world, quiet=True)
+    run = set_up(apart, rank, world, source, quiet=True)
     meter, batches = Meter(run.device), iter(run.loader)
     run.model.train()
     started = time.monotonic()
@@ -132,7 +134,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def with_length(made: Plan, task: Task, seconds: float, spent: float) -> Plan:
+def with_length(made: Plan, task: Task, source: TrainingSet, seconds: float, spent: float) -> Plan:
     """The plan once --time has become iterations.
 
     Args:
@@ -151,10 +153,10 @@ def with_length(made: Plan, task: Task, seconds: float, spent: float) -> Plan:
         f"--time {given} allows them, at {seconds:.2f} s for one by {TRIAL_STEPS} trial steps; {spent:.0f} s are gone, "
         f"evaluations take about {evaluations:.0f} s"
     )
-    return replan(made, task, Decision({"iters": iters}, reason))
+    return replan(made, task, source, Decision({"iters": iters}, reason))
 
 
-def replan(made: Plan, task: Task, new: Decision) -> Plan:
+def replan(made: Plan, task: Task, source: TrainingSet, new: Decision) -> Plan:
     """The plan with a decision that stands over it, and what follows from that decision anew."""
     later = {*LENGTH, "ema", *new.values} - set(made.given)
     kept = [
@@ -162,4 +164,4 @@ def replan(made: Plan, task: Task, new: Decision) -> Plan:
         for old in made.decisions
         if (values := {name: value for name, value in old.values.items() if name not in later})
     ]
-    return plan(task.settings, task.machine, tried=(*kept, new))
+    return plan(task.settings, task.machine, tried=(*kept, new), source=source)

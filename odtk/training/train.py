@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ..categories import Category
 from ..config import OdtkError, TrainConfig
 from ..data.batch import Batch
-from ..data.dataset import Dataset
 from ..data.loader import create_loader
 from ..data.padding import padding_facts
 from ..data.sampler import input_size
@@ -44,18 +43,20 @@ from .run import (
     trained_weights,
 )
 from .sync_batch_norm import synchronize_batch_norms
+from .training_set import TrainingSet
 from .validation import Validation
 
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 READ_EVERY = {"cuda": 20, "cpu": 1}  # iterations between readings of the losses, for which the host waits
 
 
-def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
+def train(config: TrainConfig, rank: int = 0, world: int = 1, source: TrainingSet | None = None) -> None:
     """Trains a detector and writes it to ``config.path``, or resumes the run that is in that file.
 
     Args:
         config: the run; ``data.batch`` is per process, ``data.device`` is this rank's device.
         rank, world: this process and the number of processes; with several, all are members of torch.distributed.
+        source: the images to train on, which may have been read for the plan; None reads them.
 
     Raises:
         OdtkError: bad data or settings, a file that cannot be read or written or that another run writes, a loss that
@@ -64,7 +65,9 @@ def train(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
     """
     with own_files(config.path) if rank == 0 else nullcontext():
         with exit_on_stop_signals() if rank == 0 else nullcontext():  # so that the lock is removed
-            run = set_up(config, rank, world)
+            source = source or TrainingSet.of(config)
+            run = set_up(config, rank, world, source)
+            source.forget()
         with freed_memory_kept() if run.device.type == "cpu" else nullcontext():
             train_loop(run, rank, world)
 
@@ -178,19 +181,12 @@ class DetectorRun(Run):
         return closing_line(self.config.path, kept, self.best_score)
 
 
-def set_up(config: TrainConfig, rank: int, world: int, *, quiet: bool = False) -> DetectorRun:
+def set_up(config: TrainConfig, rank: int, world: int, source: TrainingSet, *, quiet: bool = False) -> DetectorRun:
     """Everything that the loop needs, new or as config.path has it; rank 0 prints what is about to happen."""
     device = torch.device(config.data.device)
     torch.manual_seed(config.seed)
-    dataset = Dataset.load(
-        config.data.annotations,
-        config.data.images,
-        rotated=config.model.rotated,
-        training=True,
-        skip_damaged=config.data.skip_damaged,
-    )
-    check_classes(config, dataset.categories)
-    dataset = dataset.part(config.held_out, rest=True)
+    check_classes(config, source.dataset.categories)
+    dataset = source.dataset.part(config.held_out, rest=True)
     resumed = find_run(config, dataset.categories)
     data_hash = dataset_hash(dataset)
     teacher = None if config.teacher is None else load_teacher(config)
@@ -225,7 +221,7 @@ def set_up(config: TrainConfig, rank: int, world: int, *, quiet: bool = False) -
         scaler=create_scaler(dtype, device),
         loader=loader,
         settings=None if config.settings is None else {**config.settings, **facts},
-        validation=None if config.val_data is None else Validation(config, dataset.categories, detector.stride, ranks),
+        validation=None if config.val_data is None else Validation(config, source, detector.stride, ranks),
     )
     if resumed is not None:
         run.restore(resumed)

@@ -10,7 +10,6 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor, nn
 
-from ..categories import Category
 from ..config import OdtkError, TrainConfig
 from ..data.coco import prepare_ground_truth
 from ..data.dataset import Dataset
@@ -24,6 +23,7 @@ from ..model.detector import Detector
 from ..postprocess import Detections, postprocess
 from ..ranks import CpuGroup
 from .log import Validated, classes_line
+from .training_set import TrainingSet
 
 PICTURES = 4  # validation images drawn for TensorBoard
 PICTURE_SCORE = 0.5  # detections with a higher score are drawn
@@ -36,8 +36,9 @@ class Validation:
         OdtkError: the validation set cannot be read, has other categories, or has annotations that cannot be evaluated.
     """
 
-    def __init__(self, config: TrainConfig, categories: tuple[Category, ...], stride: int, ranks: CpuGroup) -> None:
+    def __init__(self, config: TrainConfig, source: TrainingSet, stride: int, ranks: CpuGroup) -> None:
         assert config.val_data is not None
+        categories = source.dataset.categories
         train_data, self.config, self.categories, self.ranks = config.data, config, categories, ranks
         data = replace(
             config.val_data,
@@ -48,24 +49,21 @@ class Validation:
             world=train_data.world,
             device=train_data.device,
         )
-        self.dataset = Dataset.load(
-            data.annotations, data.images, rotated=config.model.rotated, skip_damaged=data.skip_damaged
-        )
+        path = str(data.annotations)
         if config.held_out:
-            self.dataset = self.dataset.part(config.held_out)
+            self.dataset, truth = source.dataset.part(config.held_out), source.content_of(config.held_out)
+        else:
+            rotated = config.model.rotated
+            read = load_annotations(path, data.images, rotated=rotated, boxes_only=True)
+            self.dataset = Dataset.of(read, rotated=rotated, training=False, skip_damaged=data.skip_damaged)
+            truth = {**read.content, "annotations": list(read.content.get("annotations", []))}
         if not set(categories) <= set(self.dataset.categories):
             raise OdtkError(
                 f"{data.annotations} has other categories than {train_data.annotations}: validation needs the same "
                 "ids and names."
             )
-        path = str(data.annotations)
         # Faulty annotations are refused now, not at the first validation an hour later.
-        truth = load_annotations(path, data.images, rotated=config.model.rotated).content
         self.ground_truth = prepare_ground_truth(truth, path)
-        if config.held_out:
-            held_out = set(config.held_out)
-            for name, key in (("images", "id"), ("annotations", "image_id")):
-                self.ground_truth[name] = [entry for entry in self.ground_truth[name] if entry[key] in held_out]
         self.loader = create_loader(self.dataset, data)
 
     def run(self, detector: nn.Module, autocast: torch.autocast) -> Validated | None:

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image as PILImage
 import odtk
 from odtk.cli import main
 from odtk.config import OdtkError
+from odtk.data import coco
 from odtk.data.fingerprint import Fingerprint
 from odtk.launch import launch
 from odtk.model import checkpoint
@@ -26,6 +28,7 @@ from odtk.training.plan import plan
 from odtk.training.rules import Decision, Machine, decide, mirrored, upright
 from odtk.training.run import continued
 from odtk.training.start import Task, begin
+from odtk.training.training_set import TrainingSet
 
 CPU = Machine("cpu", 1, cores=2, memory=16 << 30, pretrained=frozenset({"EfficientNetLite0FPN"}))
 GPU = Machine("cuda", 4, cores=16, memory=24 << 30, pretrained=frozenset({"EfficientNetLite0FPN"}))
@@ -378,7 +381,7 @@ def test_time_becomes_iterations_once(drawn: Path, tmp_path: Path, monkeypatch, 
     monkeypatch.setattr(start, "trial", lambda *_, **__: 0.01)
     monkeypatch.setattr(start.time, "monotonic", lambda: 100.0)
     monkeypatch.setattr(start, "seconds_of", lambda text: 0.2)
-    monkeypatch.setattr(start, "train", lambda config, rank, world: runs.append(config))
+    monkeypatch.setattr(start, "train", lambda config, rank, world, source: runs.append(config))
     runs: list[Any] = []
     assert main([*command("train", drawn, "--time", "8m"), "m.pth"]) == 0
     (config,) = runs
@@ -402,6 +405,20 @@ def test_a_run_by_time_is_the_run_by_iterations_and_resumes(drawn: Path, tmp_pat
     assert "a.pth is trained: 1 iteration is done" in capsys.readouterr().out
 
 
+def test_a_run_reads_its_images_once(drawn: Path, tmp_path: Path, monkeypatch) -> None:
+    """With --time, trial steps and a second plan; and what is validated on is of the same file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(start, "seconds_of", lambda text: 1e-9)
+    monkeypatch.setattr(start, "TRIAL_STEPS", 1)
+    monkeypatch.setattr(start, "UNTIMED_STEPS", 0)
+    text, headers = Mock(wraps=coco.read_text), Mock(wraps=coco.read_headers)
+    monkeypatch.setattr(coco, "read_text", text)
+    monkeypatch.setattr(coco, "read_headers", headers)
+    assert main([*command("train", drawn, "--time", "8m"), "m.pth"]) == 0
+    assert Path("m.best.pth").exists(), "it was validated"
+    assert [path.name for (path,), _ in text.call_args_list] == ["train.json"] and headers.call_count == 1
+
+
 def test_the_batch_is_halved_until_it_fits(drawn: Path, tmp_path: Path, monkeypatch) -> None:
     tried: list[int] = []
 
@@ -417,14 +434,15 @@ def test_the_batch_is_halved_until_it_fits(drawn: Path, tmp_path: Path, monkeypa
     asked = {"model": "m.pth", "annotations": str(drawn / "train.json"), "images": str(drawn / "train")}
     machine = dataclasses.replace(GPU, processes=2)
     task = Task(TrainSettings.of(asked), machine)
-    made = start.fit_batch(plan(task.settings, machine), task, ranks)
+    source = TrainingSet.of(task.settings)
+    made = start.fit_batch(plan(task.settings, machine), task, source, ranks)
     assert tried == [8, 4, 2] and made.config.data.batch == 2 and made.settings.batch == 4
     assert made.config.lr == pytest.approx(0.001 * math.sqrt(4 / 8)) and made.config.iters == 1000
     reasons = {name: d.reason for d in made.decisions for name in d.values}
     assert "trial step" in reasons["batch"] and "batch" not in made.given and reasons.keys() >= {"head", "resize"}
     tried.clear()
     given = Task(TrainSettings.of({**asked, "batch": 16}), machine)
-    assert start.fit_batch(plan(given.settings, machine), given, ranks).config.data.batch == 8 and tried == []
+    assert start.fit_batch(plan(given.settings, machine), given, source, ranks).config.data.batch == 8 and tried == []
 
 
 def test_the_plan_is_the_same_wherever_it_is_made(drawn: Path) -> None:
@@ -439,10 +457,10 @@ def test_images_set_aside_are_not_trained_on(drawn: Path, tmp_path: Path, monkey
     seen: list[set[int]] = []
     real = start.train
 
-    def spy(config: Any, rank: int, world: int) -> None:
+    def spy(config: Any, rank: int, world: int, source: TrainingSet) -> None:
         from odtk.training import train as module
 
-        run = module.set_up(config, rank, world)
+        run = module.set_up(config, rank, world, source)
         assert run.validation is not None
         seen.append({i.id for i in run.loader.sampler.dataset.images})
         seen.append({i.id for i in run.validation.dataset.images})
