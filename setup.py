@@ -1,7 +1,7 @@
 """Drives CMake for the optional extension odtk._C; all metadata is in pyproject.toml.
 
-Without a CUDA compiler the package installs as pure Python. Either way the build says what it built, what it left out
-and how to get it (`pip install -v .` shows it). Environment:
+Without a CUDA compiler the package installs as pure Python, and its wheel fits every Python and machine (py3-none-any).
+Either way the build says what it built, what it left out and how to get it (`pip install -v .` shows it). Environment:
     CUDACXX, CUDA_HOME    where nvcc is, beside PATH and /usr/local/cuda
     TENSORRT_ROOT         where TensorRT's headers and libraries are (csrc/CMakeLists.txt looks in other places too)
     ODTK_CUDA_ARCH        compute capabilities without the dot, e.g. "80;90"; all known ones by default
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -57,6 +58,7 @@ class BuildExtension(build_ext):
         for stale in [*self.destination().glob("_C*.so"), *self.destination().glob("libodtk_plugins*.so")]:
             stale.unlink()  # of an earlier build in this folder, which a wheel would take up
         self.extensions: list[Extension] = []
+        self.distribution.ext_modules = []  # so the wheel is tagged as pure Python
 
     def destination(self) -> Path:
         """Where the libraries go: the package's folder in the build, or in the source tree with --inplace."""
@@ -95,4 +97,18 @@ class BuildExtension(build_ext):
         """Nothing: with --inplace get_ext_fullpath is the source tree already, and CMake has installed there."""
 
 
-setup(ext_modules=[Extension("odtk._C", sources=[])], cmdclass={"build_ext": BuildExtension})
+class Wheel(bdist_wheel):
+    """Tagged by what was built: bdist_wheel alone decides it before the build, from ext_modules."""
+
+    def run(self) -> None:
+        if not self.skip_build:
+            self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
+if __name__ == "__main__":  # as build backends run it, too
+    setup(
+        ext_modules=[Extension("odtk._C", sources=[])],
+        cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
+    )

@@ -1,0 +1,103 @@
+"""Tries built packages as a user does: each is installed into a fresh environment, and the whole chain runs there.
+
+    python release/trial.py dist/odtk-*.whl dist/odtk-*.tar.gz [--constraint constraints.txt] [--beside]
+
+The chain is odtk info, synth, train, export and infer, in a folder outside the clone, on the CPU. Without --beside, pip
+installs the requirements too (torch among them, which takes minutes); with it, the packages of this environment are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sysconfig
+import tempfile
+import time
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+WHERE = "import odtk; print(odtk.__file__)"
+TRAINING = "--iters 2 --batch 4 --resize 64 --max-size 96 --backbone-weights none --loader torch --devices cpu"
+CHAIN = (
+    "info",
+    "synth data --images 10 --size 64 96 --classes 2",
+    f"train model.pth --annotations data/train.json --images data/train {TRAINING} --backbone ResNet18FPN",
+    "export model.pth model.onnx --size 64 96 --devices cpu",
+    "infer model.onnx --images data/val --annotations data/val.json --output detections.json --loader torch --devices cpu",
+)
+
+
+def environment(folder: Path, *, beside: bool = False) -> Path:
+    """A new virtual environment; with ``beside`` it finds the packages of this one behind its own. Returns its Python."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    if beside:
+        (site,) = folder.glob("lib/python*/site-packages")
+        # Its folder alone, whose .pth files are not read: so a clone that is installed there is not found.
+        (site / "beside.pth").write_text(sysconfig.get_paths()["purelib"])
+    return python
+
+
+def install(python: Path, package: Path, *, constraint: Path | None = None, beside: bool = False) -> None:
+    """Installs a package and, unless it is ``beside`` them, its requirements."""
+    command: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if constraint:
+        command += ["--constraint", constraint]
+    if beside:  # the requirements are there; an sdist is built with the tools of this environment
+        command += ["--no-deps", "--no-build-isolation", "--force-reinstall"]
+    subprocess.run([*command, package], check=True)
+
+
+def run(python: Path, arguments: Sequence[str], folder: Path) -> str:
+    """Runs a command in the folder, without the clone on its path. Returns what it printed."""
+    settings = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    settings["XDG_CACHE_HOME"] = str(folder / "cache")
+    done = subprocess.run(
+        [python, *arguments], cwd=folder, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}")
+    return done.stdout
+
+
+def attempt(package: Path, *, constraint: Path | None = None, beside: bool = False) -> dict[str, str]:
+    """Installs one package and runs the chain. Returns what each command printed.
+
+    Raises:
+        SystemExit: a command failed, or odtk was not the installed one.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        python = environment(Path(temporary) / "environment", beside=beside)
+        install(python, package.resolve(), constraint=constraint and constraint.resolve(), beside=beside)
+        folder = Path(temporary) / "work"
+        folder.mkdir()
+        found = run(python, ["-c", WHERE], folder).strip()
+        if not Path(found).is_relative_to(Path(temporary) / "environment"):
+            raise SystemExit(f"{package.name}: {found} is imported, not the package that was installed.")
+        printed = {}
+        for line in CHAIN:
+            command = line.partition(" ")[0]
+            started = time.monotonic()
+            printed[command] = run(python.with_name("odtk"), line.split(), folder)
+            print(f"{package.name}: odtk {command}, {time.monotonic() - started:.0f} s", flush=True)
+        if not isinstance(json.loads((folder / "detections.json").read_text()), list):
+            raise SystemExit(f"{package.name}: detections.json is not a list of detections.")
+    return printed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packages", nargs="+", type=Path, help="wheels and sdists")
+    parser.add_argument("--constraint", type=Path, help="versions of the requirements, as pip takes them")
+    parser.add_argument("--beside", action="store_true", help="use this environment's packages as the requirements")
+    args = parser.parse_args()
+    for package in args.packages:
+        printed = attempt(package, constraint=args.constraint, beside=args.beside)
+        print(f"{package.name}: the whole chain runs. odtk info:\n{printed['info']}")
+
+
+if __name__ == "__main__":
+    main()
