@@ -16,7 +16,7 @@ COPY . /opt/odtk
 # torch, DALI and numpy stay those of the image, which pins them in PIP_CONSTRAINT.
 RUN cd /opt/odtk && \
     python -m pip install --no-cache-dir "setuptools>=77" "pybind11>=3" "cmake>=3.25" ninja && \
-    ODTK_CUDA_ARCH="${ODTK_CUDA_ARCH}" python -m pip install --no-cache-dir --no-build-isolation -v '.[plot]' && \
+    ODTK_CUDA_ARCH="${ODTK_CUDA_ARCH}" python -m pip install --no-cache-dir --no-build-isolation -v '.[report]' && \
     rm -rf build && \
     cd / && python -c "from odtk import _C; assert _C.WITH_TENSORRT, 'TensorRT was not found'; print(_C.ARCHITECTURES)"
 

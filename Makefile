@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 ATTACK_MINUTES ?= 20
 ATTACK_SEED    ?= 0
 
-.PHONY: setup hooks test quick lint attack versions docs demo clean
+.PHONY: setup hooks test quick lint attack versions docs demo dist clean
 setup: $(VENV)/ready
 
 # torch comes first, at the tested version, so that the ranges in pyproject.toml are met and pull in no other.
@@ -61,5 +61,12 @@ demo: setup
 	  --output $(DEMO)/detections.json --score-threshold 0.05 --draw $(DEMO)/pictures
 	@echo "Pictures with boxes and names are in $(DEMO)/pictures."
 
+# What a release uploads: sdist, pure wheel and, with nvcc, the wheel with the extension (for every GPU that nvcc knows, or
+# DIST_CUDA_ARCH="80;90"). Then `python release/trial.py dist/*` installs and tries each.
+DIST_CUDA_ARCH ?=
+dist: export ODTK_CUDA_ARCH = $(DIST_CUDA_ARCH)
+dist: setup
+	$(BIN)/python release/build.py
+
 clean:
-	rm -rf $(VENV) $(DEMO) build
+	rm -rf $(VENV) $(DEMO) build dist

@@ -71,7 +71,7 @@ def abilities() -> dict[str, bool | str]:
         "ONNX Runtime": has_module("onnxruntime") or "pip install onnxruntime, or onnxruntime-gpu",
         "compiled kernels (odtk._C)": kernels_ability(),
         "TensorRT engines (.plan)": tensorrt_ability(),
-        "training curves": has_module("matplotlib") or "pip install 'odtk[plot]'",
+        "training curves": has_module("matplotlib") or "pip install 'odtk[report]'",
     }
 
 

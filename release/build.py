@@ -98,7 +98,7 @@ def main() -> None:
         if find_nvcc():
             made.append(build_wheel(sdist, args.output, extension=True))
         else:
-            print("Left out: the wheel with the extension, as there is no nvcc (setup.py names where it is looked for).")
+            print("Left out: the wheel with the extension, as there is no nvcc (setup.py says where it is looked for).")
     for file in made:
         print(f"{file}  {file.stat().st_size / 2**20:.1f} MiB")
 

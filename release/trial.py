@@ -3,7 +3,7 @@
     python release/trial.py dist/odtk-*.whl dist/odtk-*.tar.gz [--constraint constraints.txt] [--beside]
 
 The chain is odtk info, synth, train, export and infer, in a folder outside the clone, on the CPU. Without --beside, pip
-installs the requirements too (torch among them, which takes minutes); with it, the packages of this environment are used.
+installs the requirements too (torch among them, which takes minutes); with it, this environment's packages are used.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 WHERE = "import odtk; print(odtk.__file__)"
-TRAINING = "--iters 2 --batch 4 --resize 64 --max-size 96 --backbone-weights none --loader torch --devices cpu"
+TRAINING = "--iters 2 --batch 4 --resize 64 --max-size 96 --backbone-weights none"
+LOADER = "--loader torch --devices cpu"
 CHAIN = (
     "info",
     "synth data --images 10 --size 64 96 --classes 2",
-    f"train model.pth --annotations data/train.json --images data/train {TRAINING} --backbone ResNet18FPN",
+    f"train model.pth --annotations data/train.json --images data/train {TRAINING} {LOADER} --backbone ResNet18FPN",
     "export model.pth model.onnx --size 64 96 --devices cpu",
-    "infer model.onnx --images data/val --annotations data/val.json --output detections.json --loader torch --devices cpu",
+    f"infer model.onnx --images data/val --annotations data/val.json --output detections.json {LOADER}",
 )
 
 
 def environment(folder: Path, *, beside: bool = False) -> Path:
-    """A new virtual environment; with ``beside`` it finds the packages of this one behind its own. Returns its Python."""
+    """A new virtual environment; with ``beside`` it finds this one's packages behind its own. Returns its Python."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     if beside:

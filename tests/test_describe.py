@@ -25,5 +25,6 @@ def test_a_missing_package_is_named_with_the_remedy(monkeypatch) -> None:
     monkeypatch.setattr("odtk.describe.has_module", lambda name: False)
     monkeypatch.setattr("odtk.kernels.extension", None)
     abilities = describe.abilities()
-    assert "pip install" in str(abilities["DALI loader"]) and "pip install" in str(abilities["training curves"])
+    assert "pip install 'odtk[cuda13]'" in str(abilities["DALI loader"])
+    assert "pip install 'odtk[report]'" in str(abilities["training curves"])
     assert "not built" in str(abilities["compiled kernels (odtk._C)"])

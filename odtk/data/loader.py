@@ -30,6 +30,10 @@ def create_loader(dataset: Dataset, config: LoaderConfig) -> Loader:
         from .dali import DaliLoader
     except ImportError as error:
         if config.rank == 0:
-            print(f"DALI is not available ({error}): using the torch loader.", file=sys.stderr)
+            print(
+                f"DALI is not available ({error}): using the torch loader; pip install 'odtk[cuda13]' (or cuda12) "
+                "brings DALI.",
+                file=sys.stderr,
+            )
         return TorchLoader(dataset, config)
     return DaliLoader(dataset, config)

@@ -28,7 +28,7 @@ def draw_curves(logdir: str, folder: str) -> list[str]:
         matplotlib.use("agg")  # draws without a display
         from matplotlib import pyplot
     except ImportError as error:
-        raise OdtkError("Training curves require matplotlib: pip install 'odtk[plot]'.") from error
+        raise OdtkError("Training curves require matplotlib: pip install 'odtk[report]'.") from error
     curves = read_curves(Path(logdir) / "metrics.jsonl")
     plots: dict[str, list[str]] = defaultdict(list)
     many = sum(name.startswith("AP/") for name in curves) > MOST_CLASSES

@@ -49,7 +49,10 @@ def require_tensorrt(*, build: bool = False) -> Any:
     try:
         extension.tensorrt_version()
     except RuntimeError as error:  # compiled against its headers, but its library cannot be loaded
-        raise OdtkError(str(error)) from error
+        # The packages of the extras are TensorRT 11, which an extension built for another version cannot use.
+        extra = extension.TENSORRT_HEADERS.startswith("11.")
+        remedy = "; pip install 'odtk[tensorrt-cu13]' (or tensorrt-cu12) brings it" if extra else ""
+        raise OdtkError(f"{str(error).rstrip('.')}{remedy}.") from error
     return extension
 
 

