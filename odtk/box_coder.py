@@ -8,9 +8,11 @@ center-ness logit, it comes after them and enters the score (ops.decode), not th
     rotated_deltas        dx, dy, dw, dh, sin θ, cos θ     x1, y1, x2, y2, sin θ, cos θ
     distances_centerness  l, t, r, b, center-ness logit    x1, y1, x2, y2
     distances             l, t, r, b                       x1, y1, x2, y2
+    center_size_angle     dx, dy, w, h, sin 2θ, cos 2θ     x1, y1, x2, y2, sin θ, cos θ
 
 Deltas are relative to an anchor. Distances are in strides of the level from a cell's point to the left, top, right and
-bottom of the box, and ReLU is applied to them here.
+bottom of the box, and ReLU is applied to them here. So are dx, dy in strides from the point to the center of a rotated
+box, and w, h, its sides before the rotation, to which ReLU is applied.
 The exported graph (exporting/postprocess_graph.py) and C++ (csrc/cuda/box_coder.h) use the same names.
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import boxes as geometry
@@ -64,6 +67,13 @@ def _decode_distances(numbers: Tensor, anchors: Tensor, stride: int, size: tuple
     return geometry.decode_distances(numbers[..., :4].relu() * stride, points, size)
 
 
+def _decode_center_size_angle(numbers: Tensor, anchors: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
+    """The offsets count from the anchors' centers, which are the points of the cells."""
+    points = geometry.center_and_size(anchors)[0]
+    pixels = torch.cat([numbers[..., :4] * stride, numbers[..., 4:]], -1)
+    return geometry.decode_center_size_angle(pixels, points, size)
+
+
 BOX_CODERS = {
     coder.name: coder
     for coder in (
@@ -71,5 +81,6 @@ BOX_CODERS = {
         BoxCoder("rotated_deltas", number=6, head_values=6, box_values=6, decode=_decode_rotated_deltas),
         BoxCoder("distances_centerness", number=5, head_values=5, box_values=4, decode=_decode_distances),
         BoxCoder("distances", number=7, head_values=4, box_values=4, decode=_decode_distances),
+        BoxCoder("center_size_angle", number=8, head_values=6, box_values=6, decode=_decode_center_size_angle),
     )
 }

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1e-9  # px², avoids 0 / 0 in the IoU of boxes without area
+LONGEST = 1e4  # cap of a regressed sine or cosine of the doubled angle, so that its square is finite
 
 
 def center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +80,34 @@ def decode_distances(distances: Tensor, points: Tensor, size: tuple[int, int]) -
     FCOS, https://arxiv.org/abs/1904.01355 eq. 1, in inclusive corners; clamped as in decode.
     """
     return clamp(torch.cat([points - distances[..., :2], points + distances[..., 2:4] - 1], -1), size)
+
+
+def decode_center_size_angle(numbers: Tensor, points: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes (x1, y1, x2, y2, sinθ, cosθ) [..., 6] from (dx, dy, w, h, sin 2θ, cos 2θ) [..., 6] and points (x, y).
+
+    (dx, dy) px lead from the point [..., 2] to the box's center; w and h, px, are the sides before the rotation. The
+    doubled angle is the same for θ and θ + π, which are one box without a front, so nothing jumps where θ starts over.
+
+    A rotated box may reach beyond the image, so the corners are not clamped, but the center to [0, width] × [0, height]
+    and the sides to [0, width + height]; a NaN becomes 0. θ lies in [−π/4, 3π/4]; sin and cos are not normalized.
+    """
+    width, height = size
+    x = (points[..., 0] + numbers[..., 0]).nan_to_num(nan=0.0).clamp(0, width)
+    y = (points[..., 1] + numbers[..., 1]).nan_to_num(nan=0.0).clamp(0, height)
+    center = torch.stack([x, y], -1)
+    half = 0.5 * numbers[..., 2:4].nan_to_num(nan=0.0).clamp(0, width + height)
+    return torch.cat([center - half, center + half - 1, halve_angle(numbers[..., 4:6])], -1)
+
+
+def halve_angle(doubled: Tensor) -> Tensor:
+    """(sinθ, cosθ) [..., 2] times an unknown length, from (sin 2θ, cos 2θ) [..., 2] of any length; θ in [−π/4, 3π/4].
+
+    tan θ = sin 2θ / (1 + cos 2θ) = (1 − cos 2θ) / sin 2θ, of which each branch takes the one without cancellation.
+    """
+    sin, cos = doubled.nan_to_num(nan=0.0).clamp(-LONGEST, LONGEST).unbind(-1)
+    length = torch.sqrt(sin * sin + cos * cos)
+    behind = cos < 0
+    return torch.stack([torch.where(behind, length - cos, sin), torch.where(behind, sin, length + cos)], -1)
 
 
 def clamp(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -33,7 +33,8 @@ class ModelConfig:
         head_channels, head_convs: of the head's towers, and how many convolutions each has before its last one.
         mean, std: of the images it takes: RGB values in [0, 1], from which mean is subtracted before they are divided.
         padding: of these images: ``mean`` (zero once they are normalized) or ``black`` (zero before).
-        ratios, scales, angles: of the anchors (model/anchors.py); ``angles`` is empty for axis-aligned boxes.
+        ratios, scales, angles: of the anchors (model/anchors.py); ``angles`` is empty for axis-aligned boxes. Without
+            anchors, ``angles`` (0,) says that boxes are rotated.
         rounded_anchors: rotated anchors as ODTK 0.2 drew them, sides rounded to whole pixels (model/anchors.py).
         norm: ``frozen`` (affine and statistics fixed), ``batch`` or ``group`` (32 groups).
         norm_eval: BatchNorm keeps its running statistics in training, its affine parameters still learn.
@@ -100,7 +101,7 @@ class ModelConfig:
         if self.head == "fcos":
             return "distances_centerness"
         if self.head == "dense":
-            return "distances"
+            return "center_size_angle" if self.rotated else "distances"
         return "rotated_deltas" if self.rotated else "anchor_deltas"
 
 

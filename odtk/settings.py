@@ -452,6 +452,11 @@ def rising(name: str, pair: tuple[float, ...]) -> None:
         raise OdtkError(f"{name} {pair[0]:g} {pair[1]:g}: the first number must not be above the second.")
 
 
+def check_rotated(head: str, rotated: bool) -> None:
+    if head == "fcos" and rotated:
+        raise OdtkError("--head fcos has no angle: rotated boxes need --head dense or retinanet.")
+
+
 def _color_option(name: str) -> Any:
     """How much one property of the colors varies."""
     return option(
@@ -946,8 +951,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             raise OdtkError(f"--full-precision contradicts --precision {self.precision}.")
         if self.log_to and not self.logdir:
             raise OdtkError(f"--log-to {' '.join(self.log_to)} needs --logdir DIR.")
-        if self.head != "retinanet" and self.rotated_bbox:
-            raise OdtkError(f"--head {self.head} has no angle: rotated boxes need --head retinanet.")
+        check_rotated(self.head, self.rotated_bbox)
         if self.absolute_angle and not self.rotated_bbox:
             raise OdtkError("--absolute-angle requires --rotated-bbox.")
         if self.teacher_weight != TrainConfig.teacher_weight and not self.teacher:
@@ -956,6 +960,8 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             raise OdtkError("--teacher-scale needs --teacher PATH.")
         if self.teacher and os.path.abspath(self.teacher) == os.path.abspath(self.model):
             raise OdtkError(f"--teacher {self.teacher}: the detector to train cannot be its own teacher.")
+        if self.absolute_angle and self.head == "dense":
+            raise OdtkError("--absolute-angle needs --head retinanet: to the dense head a half turn changes no box.")
         if self.dcn_v1 and not self.dcn:
             raise OdtkError("--dcn-v1 requires deformable convolution: name its stages with --dcn, for example 3 4 5.")
         lengths = [flag(name) for name in ("iters", "epochs", "time") if getattr(self, name) is not None]
@@ -1329,8 +1335,7 @@ class CheckSettings(_Anchors):
         super().check()
         if not self.annotations and not self.images:
             raise OdtkError("--annotations PATH or --images DIR is required.")
-        if self.head != "retinanet" and self.rotated_bbox:
-            raise OdtkError(f"--head {self.head} has no angle: rotated boxes need --head retinanet.")
+        check_rotated(self.head, self.rotated_bbox)
 
 
 @dataclass(frozen=True, kw_only=True)

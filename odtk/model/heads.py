@@ -94,12 +94,14 @@ class FCOSHead(nn.Module):
 
 
 class DenseHead(nn.Module):
-    """A score and four distances of the one point per cell (A = 1), from two towers with BatchNorm per level.
+    """A score and a box of the one point per cell (A = 1), from two towers with BatchNorm per level.
 
     The convolutions are shared by all levels and the norms are not, as in RTMDet (https://arxiv.org/abs/2212.07784
     §3.2): the levels' statistics differ. Unlike GroupNorm, a batch norm takes no statistics over the map at inference,
-    so that padding cannot change what is found far from it, and it is folded into its convolution. V = 4 box numbers:
-        l, t, r, b: the point's distance to a side of the box is relu(value)·stride pixels.
+    so that padding cannot change what is found far from it, and it is folded into its convolution. The box numbers:
+        V = 4: l, t, r, b: the point's distance to a side of the box is relu(value)·stride pixels.
+        V = 6, with rotated boxes: dx, dy from the point to the box's center, in strides; the sides w, h before the
+            rotation, relu(value)·stride pixels each; sin 2θ, cos 2θ, of any length.
 
     Args:
         levels: how many feature maps it will be given.
@@ -109,15 +111,19 @@ class DenseHead(nn.Module):
 
     def __init__(self, config: ModelConfig, levels: int) -> None:
         super().__init__()
+        self.rotated = config.rotated
         self.cls_head = SharedTower(config, config.classes, levels)
         self.box_head = SharedTower(config, BOX_CODERS[config.box_coder].head_values, levels)
 
     def initialize(self) -> None:
-        """Towers that keep the variance, small last layers, the class prior, distances of 4 strides."""
+        """Towers that keep the variance, small last layers, the class prior, boxes 8×8 strides large, unrotated."""
         self.cls_head.initialize()
         self.box_head.initialize()
         initialize_class_bias(self.cls_head.last)
-        nn.init.constant_(self.box_head.last.bias, self.BOX_BIAS)  # type: ignore[arg-type]
+        side = 2 * self.BOX_BIAS
+        start = (0.0, 0.0, side, side, 0.0, 1.0) if self.rotated else (self.BOX_BIAS,) * 4
+        with torch.no_grad():
+            self.box_head.last.bias.copy_(torch.tensor(start))  # type: ignore[union-attr]
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return (
@@ -236,14 +242,14 @@ def create_head(config: ModelConfig, levels: int) -> RetinaNetHead | FCOSHead | 
     """The head that ``config.head`` names, for this many feature maps.
 
     Raises:
-        OdtkError: for an unknown name, or rotated boxes with another head than RetinaNet's.
+        OdtkError: for an unknown name, or rotated boxes with FCOS.
     """
     if config.head == "retinanet":
         return RetinaNetHead(config)
     if config.head not in ("fcos", "dense"):
         raise OdtkError(f"The head {config.head!r} does not exist: use retinanet, fcos or dense.")
+    if config.head == "dense":
+        return DenseHead(config, levels)
     if config.rotated:
-        raise OdtkError(
-            f"The {config.head} head cannot predict rotated boxes: use --head retinanet with --rotated-bbox."
-        )
-    return FCOSHead(config, levels) if config.head == "fcos" else DenseHead(config, levels)
+        raise OdtkError("The fcos head cannot predict rotated boxes: use --head dense or retinanet with --rotated-bbox.")
+    return FCOSHead(config, levels)

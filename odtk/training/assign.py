@@ -113,11 +113,12 @@ def assign_atss(
     A box's candidates are, on each level, the ATSS_TOP points nearest to its center. It takes those inside it whose
     anchor overlaps it at least by a threshold of its own: the mean plus the standard deviation of its candidates' IoU.
     A point that several boxes take goes to the one of the highest IoU, and of equals to the first.
+    Of rotated boxes it is the IoU of the polygons, and the inside of the polygon.
 
     Args:
         points: [P, 2] of all levels, (x, y) in pixels of the network's input.
         strides, counts: pixels and number of points of each level; the counts add up to P.
-        boxes: [N, M, 4] of N images, pixels of the network's input, inclusive corners.
+        boxes: [N, M, 4 or 5] of N images, pixels of the network's input, inclusive corners.
         labels: [N, M] class indices; −1 marks padding.
 
     Returns:
@@ -144,16 +145,32 @@ def _assign_atss(
         nearest = distance.topk(min(ATSS_TOP, len(level)), largest=False).indices  # [N, M, k]
         half = 0.5 * ATSS_SCALE * stride
         anchors = torch.cat([level[nearest] - half, level[nearest] + half - 1], -1)  # [N, M, k, 4]
-        overlaps.append(geometry.iou(boxes[:, :, None], anchors)[:, :, 0])  # [N, M, 1, k] → [N, M, k]
+        overlaps.append(_paired_iou(boxes[:, :, None], anchors))  # [N, M, k]
         candidates.append(nearest + first)
         first += len(level)
     index, iou = torch.cat(candidates, -1), torch.cat(overlaps, -1)  # [N, M, K]
     every = F.pad(iou, (0, max(0, ATSS_LEVELS * ATSS_TOP - iou.shape[-1])))
     threshold = every.mean(-1, keepdim=True) + every.std(-1, keepdim=True)
-    place = points[index]  # [N, M, K, 2]
-    inside = ((place > boxes[:, :, None, :2]) & (place < boxes[:, :, None, 2:] + 1)).all(-1)
-    taken = inside & (iou >= threshold) & (labels >= 0)[..., None]
+    taken = _is_inside(points[index], boxes[:, :, None]) & (iou >= threshold) & (labels >= 0)[..., None]
     claims = iou.new_full((*labels.shape, len(points)), -1.0)
     claims.scatter_(2, index, torch.where(taken, iou, -1.0))
     best, owner = claims.max(1)  # [N, M, P] → [N, P]
     return torch.where(best >= 0, labels.gather(1, owner), BACKGROUND), owner
+
+
+def _paired_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """IoU [N, M, k] of boxes [N, M, 1, 4 or 5] and unrotated anchors [N, M, k, 4]."""
+    if boxes.shape[-1] == 5:
+        return geometry.paired_rotated_iou(boxes, F.pad(anchors, (0, 1)))
+    return geometry.iou(boxes, anchors)[:, :, 0]  # [N, M, 1, k] → [N, M, k]
+
+
+def _is_inside(points: Tensor, boxes: Tensor) -> Tensor:
+    """Whether points [N, M, K, 2] lie within boxes [N, M, 1, 4 or 5], none of them on the border: [N, M, K]."""
+    if boxes.shape[-1] == 4:
+        return ((points > boxes[..., :2]) & (points < boxes[..., 2:] + 1)).all(-1)
+    center, size = geometry.center_and_size(boxes)
+    x, y = (points - center).unbind(-1)
+    sin, cos = geometry.rotation(boxes)
+    turned = torch.stack([cos * x - sin * y, sin * x + cos * y], -1)  # back by the angle: the box is axis-aligned
+    return (turned.abs() < 0.5 * size).all(-1)

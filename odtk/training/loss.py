@@ -23,10 +23,12 @@ from torch.autograd.function import once_differentiable
 from .. import boxes as geometry
 from ..config import LossConfig, ModelConfig
 from ..model.anchors import place_anchors
-from .assign import IGNORED, assign, assign_atss, assign_points, level_limits
+from .assign import ATSS_TOP, IGNORED, assign, assign_atss, assign_points, level_limits
 
 EPSILON = 1e-6  # keeps the logarithm and the quotients of the IoU loss finite
 BOX_WEIGHT = 2.0  # of the dense head's box loss, as https://arxiv.org/abs/2006.04388 §4 has it
+ANGLE_WEIGHT = 0.5  # of the dense head's angle loss
+ANGLE_BETA = 0.11  # of its smooth L1, where it turns from a square into a line
 
 
 def detection_loss(
@@ -50,9 +52,11 @@ def detection_loss(
         strides: pixels per cell, per level.
 
     Returns:
-        {"cls": (sum, normalizer), "box": (sum, normalizer)}, and "centerness" for FCOS; float32 scalars.
+        {"cls": (sum, normalizer), "box": (sum, normalizer)}, and "centerness" for FCOS, "angle" for rotated boxes of
+        the dense head; float32 scalars.
     """
-    compute = {"retinanet": _retinanet_loss, "fcos": _fcos_loss, "dense": _dense_loss}[model.head]
+    dense = _rotated_dense_loss if model.rotated else _dense_loss
+    compute = {"retinanet": _retinanet_loss, "fcos": _fcos_loss, "dense": dense}[model.head]
     shapes = [tuple(level.shape[-2:]) for level in logits]
     placed = place_anchors(anchors, strides, shapes, target_boxes.device)  # [P, 4 or 5]
     return compute(logits, boxes, target_boxes.float(), target_labels, placed, strides, model, loss)
@@ -256,6 +260,88 @@ def _dense_loss(
         weight_sum = weight_sum + weight.sum()
     count = (labels >= 0).sum().float()
     return {"cls": (class_sum, count), "box": (BOX_WEIGHT * box_sum, weight_sum)}
+
+
+def _rotated_dense_loss(
+    logits: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    target_boxes: Tensor,
+    target_labels: Tensor,
+    anchors: Tensor,
+    strides: Sequence[int],
+    model: ModelConfig,
+    loss: LossConfig,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """As _dense_loss, with the IoU of polygons, its loss by rotated_box_loss, and a loss of the angle by angle_loss.
+
+    The loss of the exact rotated IoU is that of RTMDet-R, https://arxiv.org/abs/2212.07784 §3.5. Only foreground points
+    are decoded: a box has at most ATSS_TOP of them per level, so their number is bounded by the shapes.
+    """
+    device = target_boxes.device
+    counts = [level.shape[-2] * level.shape[-1] for level in logits]
+    stride = torch.cat([torch.full((n,), float(s), device=device) for n, s in zip(counts, strides, strict=True)])
+    points = geometry.center_and_size(anchors)[0]
+    labels, index = assign_atss(points, strides, counts, target_boxes, target_labels)
+    most = min(len(points), target_labels.shape[1] * ATSS_TOP * len(counts))
+    foreground, chosen = (labels >= 0).int().topk(most, 1)  # [N, K]
+    valid = foreground > 0
+
+    raw = torch.cat([_view_by_anchor(level, model).flatten(1, 3) for level in boxes], 1).float()  # [N, P, 6]
+    raw = _gather_boxes(raw, chosen)  # [N, K, 6]
+    raw = torch.where(valid[..., None], raw, raw.new_tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0]))  # others: any finite box
+    target = _gather_boxes(target_boxes, index.gather(1, chosen))  # [N, K, 5]
+    predicted = _boxes_of_numbers(raw, points[chosen], stride[chosen][..., None])
+    overlap, box = rotated_box_loss(predicted, target)
+    scores = torch.cat([_view_by_anchor(level, model).detach().flatten(1, 3).amax(-1) for level in logits], 1)  # [N, P]
+    weight = torch.where(valid, scores.gather(1, chosen).float().sigmoid(), 0)
+    quality = torch.zeros(labels.shape, device=device).scatter(1, chosen, torch.where(valid, overlap.detach(), 0))
+
+    class_sum = torch.zeros((), device=device)
+    parts = (_split_levels(value, logits, model) for value in (labels, quality))
+    for level_logits, level_labels, level_quality in zip(logits, *parts, strict=True):
+        class_sum = class_sum + quality_focal_loss(_view_by_anchor(level_logits, model), level_labels, level_quality)
+    weight_sum = weight.sum()
+    return {
+        "cls": (class_sum, (labels >= 0).sum().float()),
+        "box": (BOX_WEIGHT * (box * weight).sum(), weight_sum),
+        "angle": (ANGLE_WEIGHT * (angle_loss(raw[..., 4:], target) * weight).sum(), weight_sum),
+    }
+
+
+def _boxes_of_numbers(numbers: Tensor, points: Tensor, stride: Tensor) -> Tensor:
+    """Boxes [..., 5] of the head's numbers [..., 6] at points [..., 2]: the coder's, with theta, and not clamped."""
+    center = points + numbers[..., :2] * stride
+    half = 0.5 * numbers[..., 2:4].relu() * stride
+    theta = 0.5 * torch.atan2(numbers[..., 4:5], numbers[..., 5:6])
+    return torch.cat([center - half, center + half - 1, theta], -1)
+
+
+def rotated_box_loss(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU [...] and loss [...] of rotated boxes [..., 5] pair by pair: 1 − IoU + (distance of the centers / diagonal)².
+
+    DIoU, https://arxiv.org/abs/1911.08287 eq. 7; the diagonal is that of the axis-aligned box around both. The second
+    term has a gradient where the boxes do not overlap.
+    """
+    overlap = geometry.paired_rotated_iou(predicted, target)
+    shift = geometry.center_and_size(predicted)[0] - geometry.center_and_size(target)[0]
+    a, b = geometry.circumscribe(predicted), geometry.circumscribe(target)
+    around = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]) + 1
+    distance = shift.square().sum(-1) / around.square().sum(-1).clamp(min=EPSILON)
+    return overlap, 1 - overlap + distance
+
+
+def angle_loss(doubled: Tensor, target: Tensor) -> Tensor:
+    """Smooth L1 [...] between (sin 2θ, cos 2θ) [..., 2] and those of the target boxes [..., 5], θ of their longer side.
+
+    It makes all points agree on one of the two forms of a box, as a mean of both is neither. A square has no longer
+    side: the loss is weighted by 1 − shorter/longer, so that only the IoU decides there.
+    """
+    size = geometry.center_and_size(target)[1].clamp(min=EPSILON)
+    weight = 1 - size.amin(-1) / size.amax(-1)
+    sign = torch.where(size[..., 0] >= size[..., 1], 1.0, -1.0)[..., None]  # a quarter turn turns 2θ by π
+    twice = 2 * target[..., 4]
+    wanted = sign * torch.stack([torch.sin(twice), torch.cos(twice)], -1)
+    return weight * F.smooth_l1_loss(doubled, wanted, beta=ANGLE_BETA, reduction="none").sum(-1)
 
 
 def quality_focal_loss(logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:

@@ -304,7 +304,7 @@ def model_config(settings: TrainSettings) -> ModelConfig:
         padding="black" if settings.head == "dense" else "mean",  # DeepStream pads with black
         ratios=settings.anchor_ratios,
         scales=settings.anchor_scales,
-        angles=ROTATED_ANGLES if settings.rotated_bbox else (),
+        angles=() if not settings.rotated_bbox else ROTATED_ANGLES if settings.head == "retinanet" else (0.0,),
         norm=settings.norm,
         freeze_at=settings.freeze_at,
         resnet_width=settings.resnet_width,

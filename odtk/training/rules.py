@@ -241,8 +241,8 @@ def is_planned(settings: TrainSettings) -> bool:
 
 def head(s: Situation) -> Iterator[Decision]:
     anchors = [flag(name) for name in ("anchor_ious", "anchor_scales", "anchor_ratios") if name in s.given]
-    if s.settings.rotated_bbox:
-        yield Decision({"head": "retinanet"}, "the head with rotated boxes")
+    if s.settings.absolute_angle:
+        yield Decision({"head": "retinanet"}, "the head that tells front and back of a box, for --absolute-angle")
     elif anchors:
         yield Decision({"head": "retinanet"}, f"the head that has anchors, which {' and '.join(anchors)} set")
     else:
