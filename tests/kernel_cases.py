@@ -79,6 +79,11 @@ HEADS = [
     Head("distances_ties_half", coder="distances", anchors=1, step=0.5, half=True, mean=-1.0),
     Head("distances_not_a_number", coder="distances", anchors=1, plant="nan", mean=-1.0),
     Head("distances_infinite", coder="distances", anchors=1, plant="inf", mean=-1.0),
+    Head("turned", coder="center_size_angle", anchors=1),
+    Head("turned_channels_last_half", coder="center_size_angle", anchors=1, half=True, channels_last=True),
+    Head("turned_ties_half", coder="center_size_angle", anchors=1, step=0.5, half=True, mean=-1.0),
+    Head("turned_not_a_number", coder="center_size_angle", anchors=1, plant="nan", mean=-1.0),
+    Head("turned_infinite", coder="center_size_angle", anchors=1, plant="inf", mean=-1.0),
     Head("batch_of_sixteen", batch=16, sizes=((3, 3),)),
     Head("ten_levels", sizes=((3, 3), (2, 2), (1, 1), (1, 1), (1, 1)) * 2, batch=1),
 ]
@@ -125,7 +130,7 @@ def make(head: Head, device: str = "cpu") -> tuple[list[Tensor], list[Tensor], l
         boxes.append(place(values))
         half = torch.rand(head.anchors, 2) * 2 * stride + stride / 2
         base = torch.cat([0.5 * stride - half, 0.5 * stride + half - 1], -1)
-        if head.coder.startswith("distances"):
+        if head.coder.startswith(("distances", "center")):
             base = torch.tensor([[0.0, 0.0, stride - 1.0, stride - 1.0]])
         elif head.coder == "rotated_deltas":
             base = torch.cat([base, torch.randn(head.anchors, 1)], -1)

@@ -62,6 +62,34 @@ def test_rotated_coding_keeps_the_boxs_own_angle() -> None:
     assert torch.allclose(torch.atan2(back[:, 4], back[:, 5]), targets[:, 4], atol=1e-5)
 
 
+def test_the_doubled_angle_decodes_to_the_box_wherever_the_angle_starts_over() -> None:
+    """θ and θ + π are one box; near ±π/4 and ±π/2 the two branches of the formula meet."""
+    angles = torch.cat([torch.linspace(-math.pi, math.pi, 1001), math.pi / 4 * torch.arange(-4, 5)])
+    angles = torch.cat([angles, angles + 1e-6, angles - 1e-6])
+    box = torch.tensor([8.0, 12.0, 47.0, 21.0]).expand(len(angles), 4)
+    center, size = geometry.center_and_size(box)
+    point = torch.tensor([20.0, 30.0])
+    length = torch.rand(len(angles), 1) * 2 + 0.01
+    twice = 2 * angles.double()
+    numbers = torch.cat([center - point, size, length * torch.stack([twice.sin(), twice.cos()], -1).float()], -1)
+    found = geometry.decode_center_size_angle(numbers, point, (64, 48))
+    assert torch.allclose(found[:, :4], box)
+    theta = torch.atan2(found[:, 4].double(), found[:, 5].double())
+    halves = (theta - angles.double()) / math.pi
+    assert (halves - halves.round()).abs().max() < 1e-6
+    assert theta.min() > -math.pi / 4 - 1e-5 and theta.max() < 3 * math.pi / 4 + 1e-5
+
+
+def test_a_rotated_box_of_a_point_may_reach_beyond_the_image() -> None:
+    """Clamping the sides before the rotation would cut a standing box at the left border, which it does not cross."""
+    numbers = torch.tensor([[0.0, 0.0, 40.0, 8.0, 0.0, -1.0]])  # 40 long, upright after a quarter turn
+    found = geometry.decode_center_size_angle(numbers, torch.tensor([6.0, 30.0]), (64, 64))
+    assert found[0, :4].tolist() == [-14.0, 26.0, 25.0, 33.0]
+    assert geometry.circumscribe(found)[0].tolist() == pytest.approx([2.0, 10.0, 9.0, 49.0])
+    far = geometry.decode_center_size_angle(numbers + 1e6, torch.tensor([6.0, 30.0]), (64, 32))[0]
+    assert torch.stack(geometry.center_and_size(far)).tolist() == [[64.0, 32.0], [96.0, 96.0]]
+
+
 @pytest.mark.parametrize("bad", [INF, -INF, NAN])
 @pytest.mark.parametrize("place", range(6))
 def test_no_regressed_number_gives_a_box_that_is_not_finite(bad: float, place: int) -> None:
@@ -76,6 +104,7 @@ def test_no_regressed_number_gives_a_box_that_is_not_finite(bad: float, place: i
         distances = torch.full((1, 4), 5.0)
         distances[0, place] = bad
         assert torch.isfinite(geometry.decode_distances(distances, torch.tensor([[7.0, 8.0]]), (64, 32))).all()
+    assert torch.isfinite(geometry.decode_center_size_angle(numbers, torch.tensor([[7.0, 8.0]]), (64, 32))).all()
 
 
 def test_distances_are_to_the_edges_of_the_continuous_box() -> None:

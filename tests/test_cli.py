@@ -262,6 +262,7 @@ def test_a_benchmark_takes_one_image_per_device(tmp_path: Path, monkeypatch) -> 
         (("--full-precision", "--precision", "bf16"), 1, "contradicts"),
         (("--head", "fcos", "--rotated-bbox"), 1, "no angle"),
         (("--absolute-angle",), 1, "--absolute-angle requires --rotated-bbox"),
+        (("--head", "dense", "--rotated-bbox", "--absolute-angle"), 1, "--absolute-angle needs --head retinanet"),
         (("--jitter", "900", "600"), 1, "--jitter 900 600"),
         (("--anchor-ious", "0.6", "0.5"), 1, "--anchor-ious"),
         (("--milestones", "80", "60"), 1, "rise"),

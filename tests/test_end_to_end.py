@@ -32,6 +32,7 @@ CASES = {name: ["--backbone", name] for name in BACKBONES} | {
     "narrow": ["--backbone", "ResNet18FPN", "--last-level", "6", "--pyramid-channels", "64", "--head-convs", "1"],
     "fcos C4": ["--backbone", "ResNet18C4", "--head", "fcos"],
     "rotated": ["--backbone", "ResNet18C4", "--rotated-bbox"],
+    "dense, rotated": ["--backbone", "ResNet18C4", "--head", "dense", "--head-channels", "32", "--rotated-bbox"],
     "two backbones": ["--backbone", "ResNet18C4", "RepVGGA0FPN"],
     "DCN v2": ["--backbone", "ResNet18C4", "--dcn", "3", "4"],
     "DCN v1": ["--backbone", "ResNet18C4", "--dcn", "4", "--dcn-v1"],
@@ -71,6 +72,8 @@ def spread_predictions(path: Path) -> None:
         last.weight *= deviation / max((level - last.bias[:, None, None]).std() for level in maps)
         if trained.model.head == "dense":  # its scores have no square root, and its boxes start large
             torch.nn.init.constant_(last.bias, 0.5 if maps is boxes else -3)
+            if maps is boxes and trained.model.rotated:
+                last.bias[2:4] = 2.0  # sides
     checkpoint.save(path, checkpoint.Checkpoint(trained.model, trained.categories, detector.state_dict()))
 
 

@@ -34,7 +34,7 @@ def random_head(
     level: float = -3.0,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
     """Logits, boxes, anchors and strides of levels with these sizes (h, w)."""
-    points, rotated = coder.startswith("distances"), coder == "rotated_deltas"
+    points, rotated = coder.startswith(("distances", "center")), coder == "rotated_deltas"
     anchors = 1 if points else anchors
     strides = [8 * 2**i for i in range(len(sizes))]
     return (
@@ -57,6 +57,15 @@ def plain_box(
     x1, y1, x2, y2 = (v + (x, y)[i % 2] * stride for i, v in enumerate(anchor[:4]))
     aw, ah = x2 - x1 + 1, y2 - y1 + 1
     cx, cy = x1 + 0.5 * aw, y1 + 0.5 * ah
+    if coder == "center_size_angle":
+        cx = min(max(cx + numbers[0] * stride, 0), w * stride)
+        cy = min(max(cy + numbers[1] * stride, 0), h * stride)
+        bw, bh = (min(max(v, 0) * stride, (w + h) * stride) for v in numbers[2:4])
+        twice = math.atan2(numbers[4], numbers[5])
+        theta = twice / 2 if abs(twice) <= math.pi / 2 else twice / 2 % math.pi  # in [−π/4, 3π/4]
+        length = math.hypot(numbers[4], numbers[5]) * 2 * max(abs(math.sin(theta)), abs(math.cos(theta)))
+        corners = [cx - bw / 2, cy - bh / 2, cx + bw / 2 - 1, cy + bh / 2 - 1]
+        return [*corners, length * math.sin(theta), length * math.cos(theta)]
     if coder in ("distances", "distances_centerness"):
         left, top, right, bottom = (max(v, 0) * stride for v in numbers[:4])
         box = [cx - left, cy - top, cx + right - 1, cy + bottom - 1]
@@ -149,7 +158,7 @@ def test_decode_orders_ties_by_index() -> None:
     assert all(torch.equal(a, b) for a, b in zip((scores, boxes, classes), once_more, strict=True))
 
 
-@pytest.mark.parametrize("coder", ["anchor_deltas", "distances_centerness", "distances"])
+@pytest.mark.parametrize("coder", ["anchor_deltas", "distances_centerness", "distances", "center_size_angle"])
 def test_equal_logits_are_ties_wherever_they_lie(coder: str) -> None:
     """torch's float32 sigmoid on the CPU differs in the last bit between a vector's body and its tail."""
     for logit in torch.randn(200).tolist():
@@ -186,7 +195,8 @@ def test_what_is_not_a_number_does_not_survive(coder: str) -> None:
     assert (scores[1] > 0).all()
     head[1][0][1] = NAN  # numbers of the boxes
     scores, boxes, _ = ops.decode_reference(*head, score_threshold=THRESHOLD, top_n=1000, coder=coder)
-    assert torch.isfinite(boxes).all() and not boxes[1].any()
+    assert torch.isfinite(boxes).all() and not boxes[1, :, :2].any()
+    assert boxes.shape[-1] == 4 or not boxes[1, :, 4:].any()
     assert (scores[1] > 0).any() != BOX_CODERS[coder].has_centerness  # if the center-ness is NaN, so is the score
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from odtk import boxes as geometry
+from odtk import ops
 from odtk.box_coder import BOX_CODERS
 from odtk.config import LossConfig, ModelConfig, PostprocessConfig
 from odtk.postprocess import Detections, postprocess
@@ -16,14 +17,15 @@ from odtk.training.loss import detection_loss
 STRIDES = (8, 16)
 SHAPES = ((8, 10), (4, 5))  # 80 × 64 px
 ANCHOR = torch.tensor([0.0, -4.0, 7.0, 11.0])  # 8 × 16 px about the first cell's center
-KINDS = ["retinanet", "rotated", "fcos", "dense"]
+KINDS = ["retinanet", "rotated", "fcos", "dense", "rotated dense"]
 
 
 def model_config(kind: str) -> ModelConfig:
     """One anchor per cell, three classes."""
     one = ModelConfig(classes=3, ratios=(1.0,), scales=(1.0,))
-    if kind in ("fcos", "dense"):
-        return dataclasses.replace(one, head=kind)
+    _, rotated, head = kind.rpartition("rotated ")
+    if head in ("fcos", "dense"):
+        return dataclasses.replace(one, head=head, angles=(0.0,) if rotated else ())
     return dataclasses.replace(one, angles=(0.0,) if kind == "rotated" else ())
 
 
@@ -54,7 +56,12 @@ def plant(
     s = STRIDES[level]
     target = torch.tensor(box)
     heads[0][level][image, label, y, x] = logit
-    if model.anchor_free:
+    if model.anchor_free and model.rotated:
+        center, size = geometry.center_and_size(target)
+        offset = center - torch.tensor([(x + 0.5) * s, (y + 0.5) * s])
+        twice = 2 * target[4:]
+        numbers = torch.cat([offset / s, size / s, 0.7 * torch.sin(twice), 0.7 * torch.cos(twice)])
+    elif model.anchor_free:
         px, py = (x + 0.5) * s, (y + 0.5) * s
         x1, y1, x2, y2 = box
         distances = [(px - x1) / s, (py - y1) / s, (x2 + 1 - px) / s, (y2 + 1 - py) / s]
@@ -121,13 +128,18 @@ def test_detections_are_what_the_class_promises(kind: str) -> None:
     unused = found.scores == 0
     assert unused[1].all() and not unused[0].all()
     assert not found.boxes[unused].any() and not found.classes[unused].any()
+    if kind == "rotated dense":  # a rotated box may reach beyond the image
+        center = geometry.center_and_size(found.boxes[~unused])[0]
+        assert (center >= 0).all() and (center <= torch.tensor([80.0, 64.0])).all()
+        return
     limits = torch.tensor([79.0, 63.0, 79.0, 63.0])
     assert (found.boxes[..., :4] >= 0).all() and (found.boxes[..., :4] <= limits).all()
 
 
-def test_a_rotated_pair_is_judged_by_its_polygons() -> None:
+@pytest.mark.parametrize("kind", ["rotated", "rotated dense"])
+def test_a_rotated_pair_is_judged_by_its_polygons(kind: str) -> None:
     """Two bars crossed at 90°: their circumscribed boxes are nearly the same, but their polygons overlap little."""
-    model = model_config("rotated")
+    model = model_config(kind)
     heads = empty_heads(model, 1)
     bar = [20.0, 28.0, 59.0, 35.0]
     plant(heads, model, image=0, level=0, cell=(3, 4), box=[*bar, math.pi / 4], label=1, logit=2.0)
@@ -137,7 +149,7 @@ def test_a_rotated_pair_is_judged_by_its_polygons() -> None:
     assert (run(heads, model).scores > 0).sum() == 1
 
 
-@pytest.mark.parametrize("kind", ["retinanet", "rotated", "fcos"])
+@pytest.mark.parametrize("kind", ["retinanet", "rotated", "fcos", "rotated dense"])
 def test_what_the_loss_teaches_is_what_postprocess_reads(kind: str) -> None:
     """Raw levels that minimize the loss decode to the targets: both sides agree on layout, anchors and coding."""
     model = model_config(kind)
@@ -162,6 +174,12 @@ def test_what_the_loss_teaches_is_what_postprocess_reads(kind: str) -> None:
         assert (detections.scores[image] > 0).sum() == used
         order = detections.classes[image, :used].argsort(descending=True)
         assert detections.classes[image, order].tolist() == labels[image, :used].tolist()
+        if kind == "rotated dense":  # the same box in the form of its longer side: turned by 90°, sides swapped
+            overlap = ops.rotated_iou(detections.boxes[image, order], boxes[image, :used])
+            assert (overlap.diagonal() > 0.9).all()
+            sin, cos = detections.boxes[image, order, 4:].unbind(-1)
+            assert torch.allclose(torch.atan2(sin, cos), torch.tensor(0.2 + math.pi / 2), atol=0.05)
+            continue
         assert torch.allclose(detections.boxes[image, order, :4], boxes[image, :used, :4], atol=1.0)
         if model.rotated:
             sin, cos = detections.boxes[image, order, 4:].unbind(-1)

@@ -22,6 +22,7 @@
 namespace odtk {
 
 constexpr float kSmallestArea = 1e-9f;  ///< px^2, avoids 0 / 0 in the IoU of boxes without area
+constexpr float kLongest = 1e4f;        ///< cap of a regressed sine or cosine of a doubled angle: its square is finite
 constexpr float kBoundSlack = 1e-4f;    ///< allows for the rounding of iou_bound
 
 struct Box {
@@ -101,6 +102,29 @@ ODTK_HD Box decode_distances(const float* distances, const Box& anchor, int stri
 /// A sine or cosine as regressed, made finite: NaN becomes 0, infinity the largest finite number.
 ODTK_HD float finite(float value) { return value != value ? 0.0f : clamp(value, -FLT_MAX, FLT_MAX); }
 
+/// A value clamped to [low, high]; NaN becomes 0.
+ODTK_HD float clamp_number(float value, float low, float high) { return value != value ? 0.0f : clamp(value, low, high); }
+
+/// (dx, dy, w, h) in strides, from the anchor's center to that of a rotated box, which may reach beyond the image.
+ODTK_HD Box decode_center_size(const float* values, const Box& anchor, int stride, int image_width, int image_height) {
+  const float s = static_cast<float>(stride), image_w = static_cast<float>(image_width);
+  const float image_h = static_cast<float>(image_height), longest = static_cast<float>(image_width + image_height);
+  const float cx = clamp_number(anchor.x1 + 0.5f * width(anchor) + values[0] * s, 0.0f, image_w);
+  const float cy = clamp_number(anchor.y1 + 0.5f * height(anchor) + values[1] * s, 0.0f, image_h);
+  const float half_w = 0.5f * clamp_number(values[2] * s, 0.0f, longest);
+  const float half_h = 0.5f * clamp_number(values[3] * s, 0.0f, longest);
+  return {cx - half_w, cy - half_h, cx + half_w - 1.0f, cy + half_h - 1.0f};
+}
+
+/// The sine and cosine, of unknown length, of an angle in [-pi/4, 3pi/4] from those of twice the angle, of any length:
+/// tan a = sin 2a / (1 + cos 2a) = (1 - cos 2a) / sin 2a, of which each branch takes the one without cancellation.
+ODTK_HD void halve_angle(float sin_twice, float cos_twice, float* sine, float* cosine) {
+  const float s = clamp_number(sin_twice, -kLongest, kLongest), c = clamp_number(cos_twice, -kLongest, kLongest);
+  const float length = sqrtf(s * s + c * c);
+  *sine = c < 0.0f ? length - c : s;
+  *cosine = c < 0.0f ? s : length + c;
+}
+
 /// Decodes the first box_values(coder) of a head's `values` at a placed anchor into as many numbers of `box`.
 ODTK_HD void decode_box(BoxCoder coder, const float* values, const Box& anchor, int stride, int image_width,
                         int image_height, float* box) {
@@ -111,6 +135,10 @@ ODTK_HD void decode_box(BoxCoder coder, const float* values, const Box& anchor, 
     case BoxCoder::kDistancesCenterness:
     case BoxCoder::kDistances:
       corners = decode_distances(values, anchor, stride, image_width, image_height);
+      break;
+    case BoxCoder::kCenterSizeAngle:
+      corners = decode_center_size(values, anchor, stride, image_width, image_height);
+      halve_angle(values[4], values[5], box + 4, box + 5);
       break;
   }
   box[0] = corners.x1;

@@ -17,6 +17,7 @@ enum class BoxCoder : std::int32_t {
   kRotatedDeltas = 6,        ///< dx, dy, dw, dh, sin, cos of the box's own angle  -> x1, y1, x2, y2, sin, cos
   kDistancesCenterness = 5,  ///< l, t, r, b in strides, center-ness logit         -> x1, y1, x2, y2
   kDistances = 7,            ///< l, t, r, b in strides                            -> x1, y1, x2, y2
+  kCenterSizeAngle = 8,      ///< dx, dy, w, h in strides, sin, cos of 2 angle     -> x1, y1, x2, y2, sin, cos
 };
 
 /// V, the numbers per anchor of the head; 0 for a number that is not of the enum.
@@ -24,14 +25,17 @@ constexpr int head_values(BoxCoder coder) {
   switch (coder) {
     case BoxCoder::kAnchorDeltas:
     case BoxCoder::kDistances: return 4;
-    case BoxCoder::kRotatedDeltas: return 6;
+    case BoxCoder::kRotatedDeltas:
+    case BoxCoder::kCenterSizeAngle: return 6;
     case BoxCoder::kDistancesCenterness: return 5;
   }
   return 0;
 }
 
 /// The numbers of a decoded box.
-constexpr int box_values(BoxCoder coder) { return coder == BoxCoder::kRotatedDeltas ? 6 : 4; }
+constexpr int box_values(BoxCoder coder) {
+  return coder == BoxCoder::kRotatedDeltas || coder == BoxCoder::kCenterSizeAngle ? 6 : 4;
+}
 
 /// Whether a center-ness logit follows the numbers of the box.
 constexpr bool has_centerness(BoxCoder coder) { return head_values(coder) > box_values(coder); }

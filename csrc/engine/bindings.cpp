@@ -135,6 +135,7 @@ void bind_kernels(py::module_& m) {
       .value("ROTATED_DELTAS", odtk::BoxCoder::kRotatedDeltas)
       .value("DISTANCES_CENTERNESS", odtk::BoxCoder::kDistancesCenterness)
       .value("DISTANCES", odtk::BoxCoder::kDistances)
+      .value("CENTER_SIZE_ANGLE", odtk::BoxCoder::kCenterSizeAngle)
       .finalize();
   m.attr("MAX_LEVELS") = odtk::kMaxLevels;
   m.attr("MAX_TOP_N") = odtk::kMaxTopN;

@@ -10,6 +10,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ..box_coder import BOX_CODERS, BoxCoder
+from ..boxes import LONGEST
 from ..config import ModelConfig
 from ..ops import to_logit
 from .metadata import Metadata
@@ -162,8 +163,11 @@ def decode_boxes(
     Args:
         numbers: [N, K, box_values], the head's numbers without a center-ness.
         center, size: [N, K, 2] each, of the anchors, px.
-        limits: (width, height) of the level in px; corners are clamped inside, a NaN becomes 0.
+        limits: (width, height) of the level in px; corners are clamped inside, or the center of a rotated box that is
+            regressed from a point; a NaN becomes 0.
     """
+    if coder.name == "center_size_angle":
+        return decode_center_size_angle(g, numbers, center, stride, limits)
     one = g.constant(1.0)
     start, end, *rotation = CORNERS[coder.name](g, numbers, center, size, stride, one)
     boxes = g.op("Concat", start, end, axis=2)  # [N, K, 4]
@@ -196,6 +200,27 @@ def corners_of_distances(g: Writer, numbers: str, center: str, size: str, stride
     distances = g.op("Mul", g.op("Relu", numbers), g.constant(stride))
     before, after = g.ops("Split", distances, outputs=2, axis=2, num_outputs=2)  # (left, top), (right, bottom)
     return [g.op("Sub", center, before), g.op("Sub", g.op("Add", center, after), one)]
+
+
+def decode_center_size_angle(g: Writer, numbers: str, center: str, stride: int, limits: tuple[int, int]) -> str:
+    """boxes.decode_center_size_angle of dx, dy, w, h in strides: boxes [N, K, 6] with sin θ and cos θ."""
+    zero = g.constant(0.0)
+    offset, sides, doubled = g.ops("Split", numbers, outputs=3, axis=2, num_outputs=3)  # [N, K, 2] each
+
+    def clamp(value: str, least: Any, most: Any) -> str:
+        number = g.op("Where", g.op("IsNaN", value), zero, value)
+        return g.op("Min", g.op("Max", number, g.constant(least)), g.constant(most))
+
+    center = clamp(g.op("Add", center, g.op("Mul", offset, g.constant(stride))), 0.0, limits)
+    half = g.op("Mul", clamp(g.op("Mul", sides, g.constant(stride)), 0.0, sum(limits)), g.constant(0.5))
+    start, end = g.op("Sub", center, half), g.op("Sub", g.op("Add", center, half), g.constant(1.0))
+
+    sin, cos = g.ops("Split", clamp(doubled, -LONGEST, LONGEST), outputs=2, axis=2, num_outputs=2)  # [N, K, 1] each
+    length = g.op("Sqrt", g.op("Add", g.op("Mul", sin, sin), g.op("Mul", cos, cos)))
+    behind = g.op("Less", cos, zero)
+    half_sin = g.op("Where", behind, g.op("Sub", length, cos), sin)
+    half_cos = g.op("Where", behind, sin, g.op("Add", length, cos))
+    return g.op("Concat", start, end, half_sin, half_cos, axis=2)
 
 
 CORNERS: dict[str, Callable[[Writer, str, str, str, int, str], list[str]]] = {

@@ -251,5 +251,7 @@ def create_head(config: ModelConfig, levels: int) -> RetinaNetHead | FCOSHead | 
     if config.head == "dense":
         return DenseHead(config, levels)
     if config.rotated:
-        raise OdtkError("The fcos head cannot predict rotated boxes: use --head dense or retinanet with --rotated-bbox.")
+        raise OdtkError(
+            "The fcos head cannot predict rotated boxes: use --head dense or retinanet with --rotated-bbox."
+        )
     return FCOSHead(config, levels)

@@ -46,7 +46,8 @@ def test_nms_is_the_reference(kernels: ModuleType, case: Candidates) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "all_above_the_threshold", "all_tie", "fcos_ties_half", "distances_ties_half"]
+    "name",
+    ["plain", "all_above_the_threshold", "all_tie", "fcos_ties_half", "distances_ties_half", "turned_ties_half"],
 )
 def test_decode_does_not_depend_on_the_order_of_threads(kernels: ModuleType, name: str) -> None:
     head = next(head for head in HEADS if head.name == name)

@@ -307,7 +307,7 @@ def run(host: Host, script: Script) -> Triple:
 
 AT_WORK = (
     *("plain", "half", "channels_last", "channels_last_half", "rotated_channels_last_half", "fcos", "ten_levels"),
-    *("not_a_number", "distances", "distances_channels_last_half"),
+    *("not_a_number", "distances", "distances_channels_last_half", "turned", "turned_channels_last_half"),
 )
 
 

@@ -247,16 +247,17 @@ def test_postprocessing_is_the_reference(head: str, batch: int) -> None:
     assert_same(run(on_levels(config, PYRAMID, limits), feed_of(logits, boxes)), expected)
 
 
-def test_rotated_postprocessing_stops_at_the_candidates_of_decode() -> None:
-    config = dataclasses.replace(SMALL, angles=ROTATED_ANGLES)
+@pytest.mark.parametrize("head", ["retinanet", "dense"])
+def test_rotated_postprocessing_stops_at_the_candidates_of_decode(head: str) -> None:
+    config = dataclasses.replace(SMALL, head=head, angles=ROTATED_ANGLES)
     logits, boxes = random_levels(config, PYRAMID, 2)
-    detector = Detector(config)
+    detector, coder = Detector(config), config.box_coder
     expected = ops.decode(
-        logits, boxes, detector.anchors(), detector.strides, score_threshold=0.3, top_n=40, coder="rotated_deltas"
+        logits, boxes, detector.anchors(), detector.strides, score_threshold=0.3, top_n=40, coder=coder
     )
     content = on_levels(config, PYRAMID, PostprocessConfig(score_threshold=0.3, top_n=40))
     assert '"postprocessing":"candidates"' in onnx.load_from_string(content).metadata_props[0].value
-    assert (expected[0] > 0).any() and expected[1].shape == (2, 200, 6)
+    assert (expected[0] > 0).any() and expected[1].shape == (2, sum(min(40, t[0].numel()) for t in logits), 6)
     assert_same(run(content, feed_of(logits, boxes)), list(expected))
 
 
@@ -277,6 +278,24 @@ def test_fewer_candidates_than_rows() -> None:
     found = run(on_levels(C4, [(2, 1)], limits), feed_of(logits, boxes))
     assert_same(found, by_torch(Detector(C4), logits, boxes, limits))
     assert found[0].shape == (2, 50) and (found[0][:, 36:] == 0).all()
+
+
+def test_rotated_boxes_that_are_no_numbers_are_those_of_the_reference() -> None:
+    """Six numbers per point: dx, dy, w, h, sin 2θ, cos 2θ; every box is finite, whatever they are."""
+    config = dataclasses.replace(SMALL, head="dense", angles=(0.0,))
+    logits, boxes = random_levels(config, PYRAMID, 2)
+    for level in boxes:
+        level.flatten()[::5] = torch.nan
+        level.flatten()[1::7] = torch.inf
+        level.flatten()[2::11] = -torch.inf
+    detector = Detector(config)
+    expected = ops.decode(
+        logits, boxes, detector.anchors(), detector.strides, score_threshold=0.1, top_n=90, coder="center_size_angle"
+    )
+    found = run(on_levels(config, PYRAMID, PostprocessConfig(score_threshold=0.1, top_n=90)), feed_of(logits, boxes))
+    assert (expected[0] > 0).sum() > 100 and expected[1].isfinite().all() and found[1].isfinite().all()
+    assert (expected[1][..., 4] > 0).any() and (expected[1][..., 5] < 0).any()
+    assert_same(found, list(expected))
 
 
 def test_distances_that_are_no_numbers_are_those_of_the_reference() -> None:
@@ -314,8 +333,9 @@ def test_ties_thresholds_and_not_a_number_are_those_of_the_reference() -> None:
         (dataclasses.replace(SMALL, angles=ROTATED_ANGLES), 6),
         (dataclasses.replace(SMALL, head="fcos"), 5),
         (dataclasses.replace(SMALL, head="dense"), 7),
+        (dataclasses.replace(SMALL, head="dense", angles=(0.0,)), 8),
     ],
-    ids=["anchor_deltas", "rotated_deltas", "distances_centerness", "distances"],
+    ids=["anchor_deltas", "rotated_deltas", "distances_centerness", "distances", "center_size_angle"],
 )
 def test_plugin_postprocessing_has_the_nodes_that_the_plugins_parse(config: ModelConfig, coder: int) -> None:
     """csrc/plugins: a missing, extra or mistyped attribute is refused there."""

@@ -64,8 +64,9 @@ def test_torch_and_onnx_agree(paths: tuple[str, str], capsys: pytest.CaptureFixt
     assert "score above 0.3, NMS at IoU 0.5, at most 20 detections" in capsys.readouterr().out
 
 
-def test_rotated_detections_agree(tmp_path: Path) -> None:
-    pth, path = make(tmp_path, dataclasses.replace(CONFIG, angles=ROTATED_ANGLES))
+@pytest.mark.parametrize("head", ["retinanet", "dense"])
+def test_rotated_detections_agree(tmp_path: Path, head: str) -> None:
+    pth, path = make(tmp_path, dataclasses.replace(CONFIG, head=head, angles=ROTATED_ANGLES))
     assert_same(pth, path)
     assert open_cpu(path)(images()).boxes.shape == (3, 20, 6)
 

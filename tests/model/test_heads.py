@@ -1,5 +1,6 @@
 """Anchors against their formulas, written out plainly; layout, prior and scales of the heads."""
 
+import dataclasses
 import math
 
 import pytest
@@ -190,12 +191,19 @@ def test_distances_of_the_dense_head_start_at_four_strides() -> None:
     assert float(boxes.detach().mean()) == pytest.approx(4, abs=0.1) and float(boxes.detach().min()) > 3
 
 
+def test_rotated_boxes_of_the_dense_head_start_upright_and_eight_strides_large() -> None:
+    head = create_head(dataclasses.replace(SMALL_DENSE, angles=(0.0,)), 1)
+    head.initialize()
+    _, (boxes,) = head([torch.randn(1, 16, 8, 8)])
+    assert boxes.shape == (1, 6, 8, 8)
+    torch.testing.assert_close(boxes.detach().mean((0, 2, 3)), torch.tensor([0.0, 0, 8, 8, 0, 1]), rtol=0, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         (ModelConfig(head="yolo"), "yolo"),
         (ModelConfig(head="fcos", angles=ROTATED_ANGLES), "fcos.*rotated"),
-        (ModelConfig(head="dense", angles=ROTATED_ANGLES), "dense.*rotated"),
     ],
 )
 def test_impossible_heads_are_refused(config: ModelConfig, words: str) -> None:

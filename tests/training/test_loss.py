@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapely
+import shapely.affinity
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,10 +27,11 @@ ROTATED = (-math.pi / 6, 0.0, math.pi / 6)
 
 
 def model_config(kind: str, classes: int = 3) -> ModelConfig:
-    """``retinanet``, ``rotated``, ``fcos`` or ``dense``, with few anchors."""
+    """``retinanet``, ``rotated``, ``fcos``, ``dense`` or ``rotated dense``, with few anchors."""
     few = ModelConfig(classes=classes, ratios=(1.0, 0.5), scales=(2.0,))
-    if kind in ("fcos", "dense"):
-        return dataclasses.replace(few, head=kind)
+    _, rotated, head = kind.rpartition("rotated ")
+    if head in ("fcos", "dense"):
+        return dataclasses.replace(few, head=head, angles=(0.0,) if rotated else ())
     return dataclasses.replace(few, angles=ROTATED if kind == "rotated" else ())
 
 
@@ -394,6 +397,18 @@ def test_the_loss_of_a_box_without_area_is_finite(kind: str) -> None:
 # --- the dense head
 
 
+def polygon(box: list[float]) -> shapely.Polygon:
+    """A rotated box (x1, y1, x2, y2, theta) about its center, counterclockwise as seen on the screen (y down)."""
+    x1, y1, x2, y2, theta = box
+    upright = shapely.box(x1, y1, x2 + 1, y2 + 1)
+    return shapely.affinity.rotate(upright, -theta, origin=((x1 + x2 + 1) / 2, (y1 + y2 + 1) / 2), use_radians=True)
+
+
+def polygon_iou(a: shapely.Polygon, b: shapely.Polygon) -> float:
+    shared = a.intersection(b).area
+    return shared / (a.area + b.area - shared)
+
+
 def plain_atss(points, boxes: list[list[float]], labels: list[int]) -> list[tuple[int, int]]:
     """(label, index) of each point of one image, box by box, by the paper's algorithm 1.
 
@@ -402,23 +417,21 @@ def plain_atss(points, boxes: list[list[float]], labels: list[int]) -> list[tupl
     """
     flat = [point for _, level in points for point in level]
     found = [(BACKGROUND, 0, -1.0)] * len(flat)
-    for m, ((x1, y1, x2, y2), label) in enumerate(zip(boxes, labels, strict=True)):
+    for m, ((x1, y1, x2, y2, *theta), label) in enumerate(zip(boxes, labels, strict=True)):
         cx, cy = (x1 + x2 + 1) / 2, (y1 + y2 + 1) / 2
+        shape = polygon(boxes[m]) if theta else shapely.box(x1, y1, x2 + 1, y2 + 1)
         candidates, first = [], 0
         for s, level in points:
             order = sorted(range(len(level)), key=lambda i: (level[i][0] - cx) ** 2 + (level[i][1] - cy) ** 2)
             for i in order[:9]:
                 (x, y), half = level[i], 4 * s
-                w = max(0, min(x2 + 1, x + half) - max(x1, x - half))
-                h = max(0, min(y2 + 1, y + half) - max(y1, y - half))
-                union = (x2 - x1 + 1) * (y2 - y1 + 1) + 4 * half**2 - w * h
-                candidates.append((first + i, w * h / union))
+                candidates.append((first + i, polygon_iou(shape, shapely.box(x - half, y - half, x + half, y + half))))
             first += len(level)
         ious = [iou for _, iou in candidates] + [0.0] * (45 - len(candidates))
         threshold = np.mean(ious) + np.std(ious, ddof=1)
         for i, iou in candidates:
             x, y = flat[i]
-            inside = x1 < x < x2 + 1 and y1 < y < y2 + 1
+            inside = shape.contains(shapely.Point(x, y))
             if label >= 0 and inside and iou >= threshold and iou > found[i][2]:
                 found[i] = (label, m, iou)
     return [(label, m) for label, m, _ in found]
@@ -441,13 +454,16 @@ def assign_atss(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return assign.assign_atss(points, strides, [h * w for h, w in shapes], boxes, labels)
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("chunk", [assign.CHUNK_SIZE, 1])
-def test_atss_equals_plain_loops(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_atss_equals_plain_loops(chunk: int, rotated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Boxes of 6 to 150 pixels, some on top of each other; the third of an image without boxes."""
     monkeypatch.setattr(assign, "CHUNK_SIZE", chunk)
     size = torch.exp(torch.empty(3, 9, 2).uniform_(math.log(6), math.log(150)))
     center = torch.rand(3, 9, 2) * torch.tensor([192.0, 128.0])
     boxes = torch.cat([center - size / 2, center + size / 2 - 1], -1)
+    if rotated:
+        boxes = torch.cat([boxes, torch.rand(3, 9, 1) * 6 - 3], -1)
     labels = torch.randint(0, 9, (3, 9))
     labels[0, -1] = labels[2] = -1
     found, index = assign_atss(boxes, labels)
@@ -512,6 +528,87 @@ def test_dense_loss_equals_plain_loops(classes: int) -> None:
     assert_same(compute(model, logits, boxes, targets), expected, logits + boxes)
 
 
+def naive_rotated_dense(model: ModelConfig, logits, boxes, targets) -> dict[str, tuple[Tensor, float]]:
+    """Point by point; the IoU of polygons, whose value test_boxes.py compares with shapely's, gives the gradient."""
+    cls = box = angle = torch.zeros(())
+    weights, foreground = 0.0, 0
+    for image in range(len(logits[0])):
+        image_boxes = targets[0][image].tolist()
+        assigned = iter(plain_atss(grid(), image_boxes, targets[1][image].tolist()))
+        for level, (s, (h, w)) in enumerate(zip(STRIDES, SHAPES, strict=True)):
+            for y, x in np.ndindex(h, w):
+                label, m = next(assigned)
+                values, quality = logits[level][image, :, y, x], 0.0
+                if label >= 0:
+                    foreground += 1
+                    weight = values.max().sigmoid().item()
+                    weights += weight
+                    dx, dy, bw, bh, sin, cos = boxes[level][image, :, y, x]
+                    cx, cy = (x + 0.5 + dx) * s, (y + 0.5 + dy) * s
+                    hw, hh = bw.relu() * s / 2, bh.relu() * s / 2
+                    theta = torch.atan2(sin, cos) / 2
+                    found = torch.stack([cx - hw, cy - hh, cx + hw - 1, cy + hh - 1, theta])
+                    iou = geometry.paired_rotated_iou(found, torch.tensor(image_boxes[m]))
+                    quality = iou.item()
+                    shape = polygon(image_boxes[m])
+                    rx, ry = (
+                        hw * theta.cos().abs() + hh * theta.sin().abs(),
+                        hw * theta.sin().abs() + hh * theta.cos().abs(),
+                    )
+                    x1, y1, x2, y2 = shape.bounds
+                    wide = (cx + rx).clamp(min=x2) - (cx - rx).clamp(max=x1)
+                    high = (cy + ry).clamp(min=y2) - (cy - ry).clamp(max=y1)
+                    shift = (cx - shape.centroid.x) ** 2 + (cy - shape.centroid.y) ** 2
+                    box = box + 2 * weight * (1 - iou + shift / (wide**2 + high**2))
+                    tx1, ty1, tx2, ty2, tt = image_boxes[m]
+                    tw, th = tx2 - tx1 + 1, ty2 - ty1 + 1
+                    tt += math.pi / 2 * (th > tw)  # of the longer side
+                    for value, wanted in ((sin, math.sin(2 * tt)), (cos, math.cos(2 * tt))):
+                        d = (value - wanted).abs()
+                        one = 0.5 * d**2 / 0.11 if d < 0.11 else d - 0.5 * 0.11
+                        angle = angle + 0.5 * weight * (1 - min(tw, th) / max(tw, th)) * one
+                for c in range(model.classes):
+                    wanted = torch.tensor(quality if c == label else 0.0)
+                    entropy = F.binary_cross_entropy_with_logits(values[c], wanted)
+                    cls = cls + (wanted - values[c].sigmoid()) ** 2 * entropy
+    return {"cls": (cls, foreground), "box": (box, weights), "angle": (angle, weights)}
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_rotated_dense_loss_equals_plain_loops(classes: int) -> None:
+    model = model_config("rotated dense", classes)
+    logits, boxes = random_heads(model, 2)
+    with torch.no_grad():
+        for level in boxes:
+            level[:, 2:4] += 2  # sides that mostly are positive
+    targets = random_targets(model, 2, 5)
+    expected = naive_rotated_dense(model, logits, boxes, targets)
+    assert expected["cls"][1] > 1
+    assert_same(compute(model, logits, boxes, targets), expected, logits + boxes)
+
+
+def test_the_angle_of_a_box_and_of_its_other_form_is_one() -> None:
+    """A quarter turn with sides swapped, and a half turn; and a square has no angle to learn."""
+    box = torch.tensor([10.0, 20.0, 49.0, 31.0, 0.4])
+    upright = torch.tensor([24.0, 6.0, 35.0, 45.0, 0.4 + math.pi / 2])  # the same polygon
+    assert polygon_iou(polygon(box.tolist()), polygon(upright.tolist())) == pytest.approx(1)
+    forms = torch.stack([box, upright, box + torch.tensor([0, 0, 0, 0, math.pi])])
+    right = torch.tensor([math.sin(0.8), math.cos(0.8)])
+    assert torch.allclose(losses.angle_loss(right.expand(3, 2), forms), torch.zeros(3), atol=1e-5)
+    wrong = losses.angle_loss(-right.expand(3, 2), forms)
+    assert (wrong > 1).all() and torch.allclose(wrong, wrong[0].expand(3), atol=1e-4)
+    assert losses.angle_loss(-right, torch.tensor([10.0, 20.0, 49.0, 59.0, 0.4])) == 0
+
+
+def test_a_rotated_box_beside_its_target_is_drawn_to_it() -> None:
+    """Without overlap the IoU has no gradient, but the distance of the centers has."""
+    box = torch.tensor([10.0, 10.0, 19.0, 15.0, 0.5], requires_grad=True)
+    overlap, value = losses.rotated_box_loss(box, torch.tensor([60.0, 40.0, 79.0, 49.0, -0.5]))
+    value.backward()
+    change = gradient(box)[:4]
+    assert overlap < 1e-9 and value > 1 and (change[:2] + change[2:] < 0).all()  # the center moves right and down
+
+
 def test_quality_focal_loss_is_finite_at_large_logits() -> None:
     logits = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]]).mT.requires_grad_()
     for label in (0, BACKGROUND):
@@ -523,7 +620,7 @@ def test_quality_focal_loss_is_finite_at_large_logits() -> None:
 
 # --- what holds for every head
 
-KINDS = ["retinanet", "rotated", "fcos", "dense"]
+KINDS = ["retinanet", "rotated", "fcos", "dense", "rotated dense"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -568,7 +665,7 @@ def test_memory_format_changes_nothing(kind: str) -> None:
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["retinanet", "fcos", "dense"])
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "dense", "rotated dense"])
 def test_the_loss_never_waits_for_the_device(kind: str) -> None:
     """The meta device has no values, so an operation that has to wait for one raises."""
     model = model_config(kind)
