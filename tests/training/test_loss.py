@@ -563,8 +563,8 @@ def naive_rotated_dense(model: ModelConfig, logits, boxes, targets) -> dict[str,
                     tx1, ty1, tx2, ty2, tt = image_boxes[m]
                     tw, th = tx2 - tx1 + 1, ty2 - ty1 + 1
                     tt += math.pi / 2 * (th > tw)  # of the longer side
-                    for value, wanted in ((sin, math.sin(2 * tt)), (cos, math.cos(2 * tt))):
-                        d = (value - wanted).abs()
+                    for value, right in ((sin, math.sin(2 * tt)), (cos, math.cos(2 * tt))):
+                        d = (value - right).abs()
                         one = 0.5 * d**2 / 0.11 if d < 0.11 else d - 0.5 * 0.11
                         angle = angle + 0.5 * weight * (1 - min(tw, th) / max(tw, th)) * one
                 for c in range(model.classes):
