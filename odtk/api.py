@@ -125,7 +125,7 @@ def infer(model: Path | None = None, /, **settings: Any) -> list[dict[str, Any]]
         settings: settings.InferSettings by name.
     """
     with commands.explaining():
-        return commands.infer(InferSettings.of(named(settings, model=model)))
+        return commands.infer(InferSettings.of(named(settings, model=model)), returns=True)
 
 
 def export(model: Path | None = None, output: Path | None = None, /, **settings: Any) -> bool:

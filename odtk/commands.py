@@ -176,8 +176,8 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     return dataclasses.asdict(made.config_settings())
 
 
-def infer(settings: InferSettings, master: str | None = None) -> list[dict[str, Any]] | None:
-    """Detects in every image; returns the detections (COCO results) where one process did all, else None.
+def infer(settings: InferSettings, master: str | None = None, *, returns: bool = False) -> list[dict[str, Any]] | None:
+    """Detects in every image; if ``returns``, returns the detections (COCO results) where one process did all.
 
     Of a video, it writes the detections as they come and returns None.
     """
@@ -188,6 +188,7 @@ def infer(settings: InferSettings, master: str | None = None) -> list[dict[str, 
         infer_video(settings)
         return None
     config = infer_config(settings, launch.world_size(settings.devices))
+    config = dataclasses.replace(config, returns=returns or bool(config.data.annotations or config.draw))
     return launch.launch(functools.partial(explained, infer_rank), config, devices=settings.devices, master=master)
 
 
@@ -256,6 +257,7 @@ def infer_config(settings: InferSettings, world: int) -> InferConfig:
         draw_threshold=settings.draw_threshold,
         video=video_config(settings),
         tiles=TilesConfig((settings.tiles[0], settings.tiles[-1]), settings.overlap) if settings.tiles else None,
+        override=settings.override,
     )
 
 

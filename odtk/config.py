@@ -278,6 +278,8 @@ class InferConfig:
     draw_threshold: float | None = None  # None: evaluation.operating_point.choose decides, of a video 0.3
     video: VideoConfig | None = None  # instead of images
     tiles: TilesConfig | None = None
+    override: bool = False  # begin anew where an earlier run of other settings did not end
+    returns: bool = True  # infer() returns the detections, which then are all in memory
 
 
 @dataclass(frozen=True)

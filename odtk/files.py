@@ -158,6 +158,24 @@ def stream_json(value: Any, path: str) -> None:
         raise OdtkError(f"Cannot write {path}: {os_error_reason(error)}.") from error
 
 
+@contextlib.contextmanager
+def open_output(path: str) -> Iterator[IO[bytes]]:
+    """Opens a file to write in parts: it becomes ``path`` when the block ends; a pipe or a device is written directly.
+
+    Raises:
+        OdtkError: the disk is full, the folder does not exist, or there is no permission to write.
+    """
+    if not os.path.exists(path) or os.path.isfile(path):
+        with atomic_write(path) as file:
+            yield file
+        return
+    try:
+        with open(path, "wb") as file:
+            yield file
+    except OSError as error:
+        raise OdtkError(f"Cannot write {path}: {os_error_reason(error)}.") from error
+
+
 def cache_folder(name: str) -> Path:
     """A folder of odtk's in the user's cache folder (XDG Base Directory Specification); it may not exist yet.
 

@@ -42,10 +42,12 @@ class CpuGroup:
 
     Attributes:
         group: see new_cpu_group; None for a single rank, for which every method returns at once.
+        rank: of this process.
     """
 
     def __init__(self, world: int) -> None:
         self.group = new_cpu_group(world)
+        self.rank = 0 if self.group is None else dist.get_rank()
 
     def all_max(self, *values: int) -> list[int]:
         """The maximum over all ranks of each value."""

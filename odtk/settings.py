@@ -1104,8 +1104,8 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
     rtsp_transport: str = option(VideoConfig.transport, "what carries rtsp://", choices=("tcp", "udp"), section="video")
     output: tuple[str, ...] | None = option(
         None,
-        "files to write the detections to, in COCO result form; of a video .jsonl or - (a line per frame as it comes) "
-        "and .mp4 (boxes drawn, no sound)",
+        "files to write the detections to, in COCO result form or, where they end in .parquet, as Parquet; of a video "
+        ".jsonl or - (a line per frame as it comes) and .mp4 (boxes drawn, no sound)",
         TEXT,
         "PATH",
         count=(1, None),
@@ -1114,6 +1114,7 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
     strict: bool = switch(
         "fail on a damaged image, or at the end of a damaged video", shown="off: they are named, and the rest is used"
     )
+    override: bool = switch("begin anew where OUTPUT.parts holds detections of a run that did not end")
     batch: int | None = option(None, "images at a time over all devices", POSITIVE_INT, "N", shown="2 × devices")
     draw: str | None = option(
         None, "write the images, or the frames of a video, with their detections there", TEXT, "DIR", shown="none"

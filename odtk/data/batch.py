@@ -85,7 +85,7 @@ class Loader:
         self.sampler = Sampler(dataset, config)
         self._threads = threads
         self._copies: torch.cuda.Stream | None = None
-        self._next = 0  # number of the next batch in training
+        self._next = 0  # number of the next batch
         self.damaged: set[Path] = set()
 
     def __len__(self) -> int:
@@ -95,7 +95,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="odtk-loader")
         ahead: deque[tuple[int, Future[tuple[BatchPlan, Tensor]]]] = deque()
-        numbers = count(self._next) if self.config.training else iter(range(len(self)))
+        numbers = count(self._next) if self.config.training else iter(range(self._next, len(self)))
         try:
             while True:
                 for number in islice(numbers, 1 + PREFETCH - len(ahead)):
@@ -113,6 +113,10 @@ class Loader:
     def batch(self, number: int) -> Batch:
         """A batch by its number from 0, below ``len()`` in inference, made now: nothing is prepared ahead."""
         return self._make_batch(*self._prepare(number))
+
+    def start_at(self, number: int) -> None:
+        """Makes an iteration begin with the batch of this number."""
+        self._next = number
 
     def state(self) -> dict[str, int]:
         """The position after the last batch given, in images over all ranks, for a checkpoint."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ..config import OdtkError
 from ..data.coco import categories_of, entry_fault, is_mask_side, is_number, prepare_ground_truth
 from ..data.layouts import load_annotations
 from ..files import parse_json
+from ..inference.shards import SUFFIX, read_results
 from ..ops import rotated_iou
 from ..text import printable
 
@@ -267,13 +269,16 @@ def load_truth(path: str, results: Any, images: str | Sequence[str] | None = Non
 
 
 def read_detections(path: str) -> list[dict[str, Any]]:
-    """The COCO results in a file: a list, or (from ODTK 0.2) a dictionary with that list under "annotations".
+    """The COCO results in a file: a list, or (from ODTK 0.2) a dictionary with that list under "annotations"; a Parquet
+    file of `odtk infer`, or the folder with the shards of a run that has not ended.
 
     What is in the list is not checked (see check_detections).
 
     Raises:
-        OdtkError: the file cannot be read, or is not JSON.
+        OdtkError: the file cannot be read, is not JSON, or is not Parquet of odtk's.
     """
+    if os.path.isdir(path) or path.endswith(SUFFIX):
+        return read_results(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()

@@ -69,15 +69,34 @@ def gather_results(
         ids += part_ids
         if progress is not None:
             progress(len(part_ids))
-    gathered = gather((ids, found), group)
+    gathered = all_rows(ids, found, group)
+    return [] if gathered is None else coco_results(*gathered, categories)
+
+
+def all_rows(
+    ids: Sequence[int], found: Sequence[Rows], group: dist.ProcessGroup | None, total: int | None = None
+) -> Rows | None:
+    """The rows of all ranks on rank 0; None there if there are none, and on the other ranks.
+
+    Args:
+        ids: of this rank's images, those without detections too.
+        found: their rows.
+        total: images of all ranks, if that is known.
+
+    Raises:
+        RuntimeError: an image came twice, or not at all.
+    """
+    gathered = gather((list(ids), list(found)), group)
     all_ids = [i for rank_ids, _ in gathered for i in rank_ids]
     if len(all_ids) != len(set(all_ids)):
         raise RuntimeError("An image went through the model twice: the shares of the ranks overlap.")
+    if gathered and total not in (None, len(all_ids)):
+        raise RuntimeError(f"Only {len(all_ids)} of {total} images went through the model.")
     batches = [part for _, rank_rows in gathered for part in rank_rows if len(part[0])]
     if not batches:
-        return []
+        return None
     image_ids, rows = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    return coco_results(image_ids, rows, categories)
+    return image_ids, rows
 
 
 @torch.inference_mode()
@@ -132,7 +151,7 @@ def detection_rows(detections: Detections, batch: Batch) -> Rows:
 
 def coco_results(image_ids: np.ndarray, rows: np.ndarray, categories: Sequence[Category]) -> list[dict[str, Any]]:
     """What detection_rows gives as COCO results, by image id and then by descending score."""
-    order = np.lexsort((-rows[:, 1], image_ids))  # stable: ties keep the order of the postprocessing
+    order = order_of(image_ids, rows)
     image_ids, rows = image_ids[order], rows[order]
     scores = np.round(rows[:, 1], 7).tolist()
     boxes = np.round(rows[:, 2:], 4).tolist()  # 1e-4 px
@@ -146,6 +165,11 @@ def coco_results(image_ids: np.ndarray, rows: np.ndarray, categories: Sequence[C
             result["segmentation"] = [outlines[i]]
         results.append(result)
     return results
+
+
+def order_of(image_ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The order [n] of rows by image id and then by descending score; ties keep that of the postprocessing."""
+    return np.lexsort((-rows[:, 1], image_ids))  # stable
 
 
 def box_outlines(boxes: np.ndarray) -> np.ndarray:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,14 @@ from ..data.loader import create_loader
 from ..data.padding import padded_share
 from ..data.records import DAMAGED, Image
 from ..data.sampler import round_up
-from ..files import check_writable, write_json
-from ..ranks import gather, new_cpu_group, silent
+from ..files import check_writable, open_output
+from ..ranks import CpuGroup, silent
 from ..text import plural, printable, say
 from .backends import Backend, open_backend
-from .detect import ProgressCallback, Rows, detect, gather_results
+from .collect import Part, Total
+from .detect import ProgressCallback, Rows, coco_results, detect_batches
+from .resume import describe_run, open_collector
+from .shards import SUFFIX, ParquetFile, parquet
 from .tiles import detect_tiles
 
 PROGRESS_SECONDS = 10.0  # between lines of progress where the output is not a terminal
@@ -34,16 +38,22 @@ PROGRESS_SECONDS = 10.0  # between lines of progress where the output is not a t
 def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
     """Detects objects in this rank's share of the images; rank 0 writes the detections of all ranks to config.output.
 
+    A run that was killed goes on where it stopped, see resume.py.
+
     Returns:
-        As detect: on rank 0 the COCO results of all images, on the other ranks an empty list.
+        As detect: on rank 0 the COCO results of all images, if ``config.returns``; otherwise, and on the other ranks,
+        an empty list.
 
     Raises:
         OdtkError: a file cannot be read or written, an image is damaged and not to be skipped, thresholds or size are
-            not the exported file's, or the annotations have other categories than the model.
+            not the exported file's, the annotations have other categories than the model, or an earlier run that did
+            not end was another one.
     """
-    group = new_cpu_group(world)
+    ranks = CpuGroup(world)
     for path in config.output:
         check_writable(path)
+        if path.endswith(SUFFIX):
+            parquet(path)
     backend = open_backend(
         config.path,
         device=config.data.device,
@@ -59,43 +69,87 @@ def infer(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[str, 
     if warning := backend.padding_warning(padded_share(loader.sampler)):
         log(warning)
     total = len(dataset.images)
-    skipped = sum(fault.rule == DAMAGED for fault in dataset.faults)
     log(
         f"{backend.name} on {world} × {data.device.partition(':')[0]}: {plural(total, 'image')}, "
         f"batch {data.batch * world}, {describe_size(data, config.tiles)}, precision {backend.precision}."
     )
-    own_damaged = loader.damaged
-    with image_progress(total, world) if rank == 0 else contextlib.nullcontext() as progress:
+    run = functools.partial(describe_run, config, data, backend, categories, dataset.images)
+    width = 5 if backend.rotated else 4
+    with open_collector(config, run, categories, width=width, total=total, ranks=ranks, log=log) as collector:
+        own = dataset.images[rank::world]
         if config.tiles is None:
-            detections = detect(backend, loader, categories, progress=progress, group=group)
+            parts = batch_parts(backend, loader, collector.units)
         else:
-            own_damaged = set()
-            parts = tiled_parts(backend, loader, dataset.images[rank::world], config.tiles, own_damaged)
-            detections = gather_results(parts, categories, progress=progress, group=group)
-    damaged = [path for paths in gather(sorted(map(str, own_damaged)), group) for path in paths]
-    if damaged and not data.skip_damaged:
-        raise OdtkError(f"{damaged[0]} is damaged ({plural(len(damaged), 'such image')}): mend it, or omit --strict.")
-    if rank == 0:
-        for path in config.output:
-            write_json(detections, path)
-        found = len({d["image_id"] for d in detections})
-        summary = f"{plural(len(detections), 'detection')} in {found} of {plural(total + skipped, 'image')}"
-        if skipped + len(damaged):
-            summary += f" ({plural(skipped + len(damaged), 'damaged one')} without detections)"
-        log(", ".join([summary, *config.output]))
-    return detections
+            parts = tiled_parts(backend, loader, own[collector.units :], config.tiles)
+        with image_progress(total, world, collector.images) if rank == 0 else contextlib.nullcontext() as progress:
+            for part in parts:
+                collector.add(part)
+                if progress is not None:
+                    progress(len(part.ids))
+        found = collector.finish()
+        if found is None:
+            return []
+        if found.damaged and not data.skip_damaged:
+            first = next(image.path for image in dataset.images if image.id == found.damaged[0])
+            number = plural(len(found.damaged), "such image")
+            raise OdtkError(f"{first} is damaged ({number}): mend it, or omit --strict.")
+        for output in config.output:
+            write_results(collector.windows(), categories, output, width)
+        log(describe_result(config, dataset, found))
+        results = []
+        if config.returns:
+            results = [one for window in collector.windows() for one in coco_results(*window, categories)]
+        collector.remove()
+    return results
 
 
-def tiled_parts(
-    backend: Backend, loader: Loader, images: Sequence[Image], tiles: TilesConfig, damaged: set[Path]
-) -> Iterator[tuple[list[int], Rows]]:
-    """What detect.gather_results takes, of images in tiles; those that are damaged are named, and added to a set."""
+def write_results(windows: Iterable[Rows], categories: Sequence[Category], path: str, width: int) -> None:
+    """Writes detections window by window: as COCO results, or as Parquet where the name ends in .parquet.
+
+    Raises:
+        OdtkError: the disk is full, for instance; an earlier file is as it was.
+    """
+    with open_output(path) as file:
+        if path.endswith(SUFFIX):
+            with ParquetFile(file, categories, width, {}) as writer:
+                for window in windows:
+                    writer.write(window)
+            return
+        before = "["
+        for window in windows:
+            for result in coco_results(*window, categories):
+                file.write((before + json.dumps(result)).encode())
+                before = ", "
+        file.write(b"[]" if before == "[" else b"]")
+
+
+def describe_result(config: InferConfig, dataset: Dataset, found: Total) -> str:
+    """What a run has found, and where it was written."""
+    unread = sum(fault.rule == DAMAGED for fault in dataset.faults)
+    total = plural(len(dataset.images) + unread, "image")
+    summary = f"{plural(found.detections, 'detection')} in {found.found} of {total}"
+    if damaged := unread + len(found.damaged):
+        summary += f" ({plural(damaged, 'damaged one')} without detections)"
+    return ", ".join([summary, *config.output])
+
+
+def batch_parts(backend: Backend, loader: Loader, first: int) -> Iterator[Part]:
+    """The parts of this rank's work, one for each batch from number ``first`` on."""
+    loader.start_at(first)
+    for batch, rows in detect_batches(backend, loader):
+        damaged = [] if batch.damaged is None else batch.ids[batch.damaged].tolist()
+        yield Part(batch.ids.tolist(), rows, damaged)
+
+
+def tiled_parts(backend: Backend, loader: Loader, images: Sequence[Image], tiles: TilesConfig) -> Iterator[Part]:
+    """The parts of this rank's work, one for each image in tiles; those that are damaged are named."""
     for image, rows in detect_tiles(backend, loader, images, tiles):
+        damaged = []
         if isinstance(rows, ImageError):
-            damaged.add(image.path)
+            damaged.append(image.id)
             print(f"Warning: {printable(image.path)} (image {image.id}) gets no detections: {rows}.", file=sys.stderr)
             rows = np.zeros((0, 7 if backend.rotated else 6))
-        yield [image.id], (np.full(len(rows), image.id, dtype=np.int64), rows)
+        yield Part([image.id], (np.full(len(rows), image.id, dtype=np.int64), rows), damaged)
 
 
 def as_trained(config: InferConfig, backend: Backend, log: Callable[[str], None] = say) -> LoaderConfig:
@@ -226,24 +280,25 @@ def format_categories(names: dict[int, str]) -> str:
 
 
 @contextlib.contextmanager
-def image_progress(total: int, world: int = 1) -> Iterator[ProgressCallback]:
+def image_progress(total: int, world: int = 1, before: int = 0) -> Iterator[ProgressCallback]:
     """Progress over ``total`` images: a bar on a terminal, elsewhere a line every PROGRESS_SECONDS.
 
-    Rank 0 shows it, and counts each of its images for ``world`` ranks, whose shares are equal.
+    Rank 0 shows it, and counts each of its images for ``world`` ranks, whose shares are equal; ``before`` of its
+    images were done by an earlier run.
     """
     start = last = time.monotonic()
-    done = 0
+    done = before = min(total, before * world)
     if sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f} im/s"), TimeRemainingColumn())
         with Progress(*columns) as bar:
-            task = bar.add_task("", total=total, rate=0.0)
+            task = bar.add_task("", total=total, completed=before, rate=0.0)
 
             def advance(images: int) -> None:
                 nonlocal done
                 done = min(total, done + images * world)
-                bar.update(task, completed=done, rate=done / (time.monotonic() - start))
+                bar.update(task, completed=done, rate=(done - before) / (time.monotonic() - start))
 
             yield advance
         return
@@ -254,6 +309,6 @@ def image_progress(total: int, world: int = 1) -> Iterator[ProgressCallback]:
         now = time.monotonic()
         if done == total or now - last > PROGRESS_SECONDS:
             last = now
-            print(f"{done}/{total} images, {done / (now - start):.1f} im/s", flush=True)
+            print(f"{done}/{total} images, {(done - before) / (now - start):.1f} im/s", flush=True)
 
     yield print_line
