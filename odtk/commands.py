@@ -158,9 +158,11 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     import dataclasses
 
     from . import launch
-    from .files import atomic_write
+    from .files import atomic_write, check_writable
     from .training.plan import plan, this_machine
 
+    if settings.output:
+        check_writable(settings.output)
     given = {name: getattr(settings, name) for name in settings.given() if name != "output"}
     asked = TrainSettings.layered({"model": settings.model}, given)
     made = plan(asked, this_machine(asked, launch.world_size(asked.devices)))
@@ -380,8 +382,8 @@ def evaluate(settings: EvaluateSettings) -> Any:
 
     annotations = measured(settings.annotations)
     assert annotations is not None  # required
-    if settings.report:
-        check_writable(settings.report)
+    for path in filter(None, (settings.output, settings.report)):
+        check_writable(path)
     evaluation = run_cocoeval(
         settings.detections,
         annotations,

@@ -132,7 +132,7 @@ def check_writable(path: str) -> None:
         return
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
-        raise OdtkError(f"Cannot write {path}: the folder {folder} does not exist.")
+        raise OdtkError(f"Cannot write {path}: the folder {folder} does not exist; make it, or give another path.")
     if not os.access(folder, os.W_OK):
         raise OdtkError(f"Cannot write {path}: no permission to write in {folder}.")
 

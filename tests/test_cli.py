@@ -59,6 +59,30 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "train OUT/m.pth --annotations truth.json",
+        "plan --annotations truth.json --output OUT/plan.yaml",
+        "export broken.pth OUT/m.onnx",
+        "export broken.pth m.onnx --int8 --calibration-images . --calibration-table OUT/table.json",
+        "infer broken.pth --images . --output OUT/found.json",
+        "benchmark broken.pth --output OUT/times.json --devices cpu",
+        "evaluate none.json --annotations truth.json --output OUT/figures.json",
+        "evaluate none.json --annotations truth.json --report OUT/page.html",
+        "convert truth.json OUT/other.json --to coco",
+    ],
+)
+def test_an_output_in_no_folder_is_refused_before_anything_else(argv: str, coco: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(coco)
+    (coco / "broken.pth").write_bytes(b"no model")
+    said = fails(capsys, *argv.split())
+    assert said.startswith("odtk: Cannot write OUT/") and said.endswith(
+        "/OUT does not exist; make it, or give another path."
+    )
+    assert not (coco / "OUT").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags and defaults
 

@@ -31,7 +31,7 @@ import numpy as np
 import yaml
 
 from ..config import OdtkError
-from ..files import check_writable, os_error_reason, write_json
+from ..files import check_writable, make_folder, os_error_reason, write_json
 from ..text import plural
 from . import voc
 from .coco import ID_FAULT, categories_of, entry_fault, is_id, is_mask, is_number, load_json, reading_fault
@@ -323,8 +323,12 @@ def write_folder(content: dict[str, Any], folder: Path, target: str, to: str) ->
 
 @contextlib.contextmanager
 def whole_folder(target: str) -> Iterator[Path]:
-    """A new folder that gets its name when the block has ended; if it fails, nothing stays."""
+    """A new folder that gets its name when the block has ended; if it fails, nothing stays of it.
+
+    The folders above it are made where they are missing.
+    """
     path = Path(target).absolute()
+    make_folder(str(path.parent))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()

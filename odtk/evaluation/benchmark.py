@@ -22,7 +22,7 @@ from ..data.batch import Loader
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
 from ..data.sampler import round_up
-from ..files import write_json
+from ..files import check_writable, write_json
 from ..inference.backends import Backend, open_backend
 from ..inference.detect import detect_batches, start_copy
 from ..inference.infer import loader_config
@@ -50,6 +50,8 @@ def benchmark(config: BenchmarkConfig, rank: int = 0, world: int = 1) -> dict[st
         On rank 0 the figures, which it also prints and writes to config.output: the throughput of all ranks together,
         the latencies of rank 0. On the other ranks an empty dictionary.
     """
+    if config.output:
+        check_writable(config.output)
     device = torch.device(config.data.device)
     backend = open_backend(config.path, device=str(device), precision=config.precision, thresholds=None)
     data = loader_config(config.data, backend, print if rank == 0 else silent)

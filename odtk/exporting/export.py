@@ -14,7 +14,7 @@ from onnx import ModelProto, helper
 from ..config import ExportConfig, ModelConfig, OdtkError
 from ..data.batch import nearest_pixels
 from ..data.sampler import round_up
-from ..files import atomic_write
+from ..files import atomic_write, check_writable
 from ..model.checkpoint import Checkpoint, build_detector, load, trained_size, weights_hash
 from ..model.detector import Detector
 from ..model.padding import padding_warning, share_in_frame
@@ -58,6 +58,9 @@ def export(config: ExportConfig) -> ExportResult:
     suffix = os.path.splitext(config.output)[1]
     if suffix != ".onnx" and suffix not in ENGINES:
         raise OdtkError(f"{config.output} must end in .onnx, .plan or .engine.")
+    check_writable(config.output)
+    if config.calibration_table and not os.path.exists(config.calibration_table):
+        check_writable(config.calibration_table)
     tensorrt = int(require_tensorrt(build=True).tensorrt_version().partition(".")[0]) if suffix in ENGINES else None
     checkpoint = load(config.path)
     detector = build_detector(checkpoint).fold()

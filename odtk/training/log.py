@@ -160,6 +160,12 @@ class RunLog:
         self.line(text)
         self.record(iteration, found.values, found.pictures)
 
+    def ends_early(self, why: str) -> None:
+        """Has the page say why the run ends before its last iteration."""
+        for place in self.writers:
+            if isinstance(place.writer, RunPage):
+                place.writer.why = why
+
     def line(self, text: str) -> None:
         """Prints a line above the progress bar."""
         if self.bar is not None:

@@ -37,7 +37,7 @@ from ..model.checkpoint import Checkpoint, load, load_weights
 from ..model.checkpoint_faults import is_number, is_weights, weights_fault
 from ..ranks import CpuGroup
 from ..settings import LENGTH, TrainSettings, flag, options
-from ..text import in_words
+from ..text import in_words, plural
 from .log import Validated, print_line
 from .optimizer import EMA
 
@@ -133,6 +133,10 @@ class Run:
         """Whether config.patience evaluations have brought no better score; an equal one is as good as better."""
         patience, waited = self.config.patience, self.iteration - self.best_at
         return bool(patience) and self.best_score >= 0 and waited >= patience * self.config.val_iters
+
+    def why_ended(self) -> str:
+        """The reason of a run that has ended early."""
+        return f"{plural(self.config.patience, 'evaluation')} have brought no better {self.config.SCORE} (--patience)"
 
     def checkpoint(self, *, raw: bool = False) -> Checkpoint:
         """The run as it stands, for a file.

@@ -72,10 +72,14 @@ class RunPage:
     Args:
         start: iterations done so far.
         iters: iterations of the whole run.
+
+    Attributes:
+        why: the run ends before its last iteration; empty unless it does so by itself.
     """
 
     def __init__(self, config: RunConfig, start: int, iters: int) -> None:
         assert config.logdir is not None
+        self.why = ""
         self.config, self.start, self.iters, self.iteration = config, start, iters, start
         self.path = Path(config.logdir, NAME)
         self.curves: dict[str, list[tuple[int, float]]] = {}
@@ -155,9 +159,10 @@ class RunPage:
     def opening(self) -> list[Markup]:
         """How far the run is, and how good."""
         done, iters = self.iteration, self.iters
-        state = "finished" if done >= iters else "stopped" if self.closed else "running"
+        early = f"ended early: {self.why}" if self.why else "stopped"
+        state = "finished" if done >= iters else early if self.closed else "running"
         lines = [
-            Markup(f'<p class="big"><b>Iteration {done} of {iters}</b>, {state}</p>'),
+            Markup(f'<p class="big"><b>Iteration {done} of {iters}</b>, {text(state)}</p>'),
             Markup(f'<p><progress value="{done}" max="{iters}" aria-label="iterations done"></progress></p>'),
         ]
         facts = []

@@ -93,6 +93,8 @@ def train_loop(run: Run, rank: int, world: int) -> None:
             scheduled = run.iteration == run.iters or run.iteration % config.val_iters == 0
             if stop or save_now or scheduled or run.iteration % READ_EVERY[run.device.type] == 0:
                 finish_interval(run, meter, log, terms, stop=stop, save_now=bool(save_now), scheduled=scheduled)
+        if run.ended and log is not None:
+            log.ends_early(run.why_ended())
     if rank == 0:
         print_line(run.closing())
 
@@ -362,9 +364,7 @@ def end_early(run: Run, log: RunLog | None) -> None:
     if run.ended and log is not None:
         with notice_if_slow(f"saving {run.config.path}"):
             save(run.config.path, run.checkpoint())
-        evaluations = plural(run.config.patience, "evaluation")
-        better = f"no better {run.config.SCORE} (--patience)"
-        log.line(f"Ended at iteration {run.iteration}: {evaluations} have brought {better}.")
+        log.line(f"Ended at iteration {run.iteration}: {run.why_ended()}.")
 
 
 def not_finite_message(run: Run, iteration: int) -> str:

@@ -262,6 +262,14 @@ def test_nothing_is_overwritten_and_nothing_stays_of_a_failure(tmp_path: Path, c
     assert sorted(tmp_path.iterdir()) == before_failure
 
 
+def test_folders_above_a_new_folder_are_made(tmp_path: Path) -> None:
+    source = write_coco(tmp_path)
+    convert(str(source), str(tmp_path / "a" / "b" / "yolo"), to="yolo", lossy=True)
+    assert sum(map(len, boxes_of(tmp_path / "a" / "b" / "yolo", nearly=True).values())) == 3
+    with pytest.raises(OdtkError, match="Cannot make the folder"):
+        convert(str(source), str(source / "b" / "yolo"), to="yolo", lossy=True)
+
+
 @pytest.mark.parametrize(
     ("to", "changes", "words"),
     [

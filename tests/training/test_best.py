@@ -93,11 +93,16 @@ def test_a_run_ends_once_validation_has_stopped_improving(
     assert training is not None and training["iteration"] == last
     shown = capsys.readouterr().out
     assert ("Ended at iteration 6: 2 evaluations have brought no better AP" in shown) == (last == 6)
+    page = Path(str(config.logdir), "run.html")
+    early = "ended early: 2 evaluations have brought no better AP (--patience)</p>"
+    assert (early if last == 6 else ", finished</p>") in page.read_text()
     if last == 6:
         train.train(config)
+        assert early in page.read_text()
         assert "it ended at iteration 6 of 7" in capsys.readouterr().out and len(left) == 1, "it stays ended"
         train.train(dataclasses.replace(config, patience=5))
         assert files.load(config.path).training["iteration"] == 7  # type: ignore[index]
+        assert ", finished</p>" in page.read_text()
 
 
 def test_the_last_line_says_that_nothing_was_found() -> None:
