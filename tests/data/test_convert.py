@@ -253,8 +253,6 @@ def test_nothing_is_overwritten_and_nothing_stays_of_a_failure(tmp_path: Path, c
             assert main(["convert", str(path), str(target), "--to", to]) == 1
             assert "exists already" in capsys.readouterr().err
         assert (sorted(tmp_path.rglob("*")), path.read_bytes()) == before
-    assert main(["convert", str(path), str(tmp_path / "no" / "there"), "--to", "yolo"]) == 1
-    assert "could not be written (No such file or directory)" in capsys.readouterr().err
     before_failure = sorted(tmp_path.iterdir())
     monkeypatch.setattr("os.symlink", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert main(["convert", str(path), str(tmp_path / "there"), "--to", "voc"]) == 1
