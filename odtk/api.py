@@ -65,7 +65,8 @@ def load(
     """A detector that is ready to run.
 
     Args:
-        model: .pth, .onnx, .plan or .engine.
+        model: .pth, .onnx, .plan or .engine; the folder of a bundle; or a model on a Triton server, such as
+            http://localhost:8000/detector.
         device: cpu, cuda or cuda:N; None: the first GPU where there is one.
         precision: of a .pth: mixed (fp16 on a GPU, fp32 on a CPU), fp16, bf16 or fp32; other files have their own.
         threshold: detections score above this; not below what is fixed in an exported file. None: 0.05, or what is

@@ -114,7 +114,7 @@ M = TypeVar("M", InferSettings, BenchmarkSettings)
 
 
 def with_file(settings: M, *, gpu: bool | None = None) -> M:
-    """Settings whose model is a file: of a bundle, its engine or its ONNX file.
+    """Settings whose model is a file, or on a server: of a bundle, its engine or its ONNX file.
 
     Args:
         gpu: one is to be used; None: where there is one, unless ``devices`` says cpu.
@@ -123,7 +123,8 @@ def with_file(settings: M, *, gpu: bool | None = None) -> M:
         OdtkError: there is no such model, or a file of the bundle is not as it was written.
     """
     if not os.path.isdir(settings.model):
-        need_file(settings.model, "model")
+        if "://" not in settings.model:
+            need_file(settings.model, "model")
         return settings
     import torch
 

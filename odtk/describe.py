@@ -71,6 +71,8 @@ def abilities() -> dict[str, bool | str]:
         "ONNX Runtime": has_module("onnxruntime") or "pip install onnxruntime, or onnxruntime-gpu",
         "compiled kernels (odtk._C)": kernels_ability(),
         "TensorRT engines (.plan)": tensorrt_ability(),
+        "models on Triton": all(map(has_module, ("tritonclient", "geventhttpclient", "grpc")))
+        or "pip install 'odtk[triton]'",
         "training curves": has_module("matplotlib") or "pip install 'odtk[report]'",
     }
 

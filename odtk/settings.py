@@ -469,6 +469,12 @@ def _color_option(name: str) -> Any:
     )
 
 
+ANY_MODEL = (
+    "checkpoint, exported file, the folder of a bundle, or a model that a Triton server has: http://HOST:8000/NAME or "
+    "grpc://HOST:8001/NAME"
+)
+
+
 def _model(suffixes: str, help: str) -> Any:
     return option(dataclasses.MISSING, help, TEXT, f"MODEL.{suffixes}", positional=True, changes_result=False)
 
@@ -1048,7 +1054,7 @@ class PlanSettings(TrainSettings):
 class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
     """`odtk infer`."""
 
-    model: str = _model("{pth,onnx,plan,engine}", "checkpoint, exported file, or the folder of a bundle")
+    model: str = _model("{pth,onnx,plan,engine}", ANY_MODEL)
     images: tuple[str, ...] | None = option(
         None,
         "folder of the images; without --annotations also files and patterns such as 'scans/*.jpg', several of them",
@@ -1343,7 +1349,7 @@ class CheckSettings(_Anchors):
 class BenchmarkSettings(_Devices, _Loader, _Size, _Precision):
     """`odtk benchmark`."""
 
-    model: str = _model("{pth,onnx,plan,engine}", "checkpoint, exported file, or the folder of a bundle")
+    model: str = _model("{pth,onnx,plan,engine}", ANY_MODEL)
     batch: int | None = option(None, "images at a time over all devices", POSITIVE_INT, "N", shown="1 × devices")
     iters: int = option(BenchmarkConfig.iters, "timed batches", POSITIVE_INT, "N")
     warmup: int = option(BenchmarkConfig.warmup, "batches before those", COUNT, "N")

@@ -26,6 +26,7 @@ from ..text import plural, say
 from .deepstream import write_deepstream
 from .manifest import CALIBRATION, ENGINE, LABELS, ONNX, PLUGINS, discard, finish, label, start, write_text
 from .model_card import model_card, now
+from .triton import write_triton
 
 SEVERITY = (0, 3, 2)  # exit codes of `odtk export --verify`, the worst last
 
@@ -84,6 +85,7 @@ def fill(
     write_text(folder, LABELS, labels)
     if not write_deepstream(config, metadata, exported, labels):
         say(f"The bundle gets no deepstream/: rotated boxes need {ENGINE}, as ONNX has no NMS for them.")
+    write_triton(config, metadata, exported, labels)
     write_settings(folder, checkpoint, settings, metadata)
     card = model_card(checkpoint, metadata, verdicts, command=command, created=created, images=proof and proof[1])
     write_text(folder, "model_card.md", card)

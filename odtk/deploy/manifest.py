@@ -1,7 +1,8 @@
 """A bundle: one folder from which a model can be served and which says what it is; every file stands with its hash.
 
 The folder holds the exported files, the names of the classes, the settings, what was measured, and a manifest, which is
-written last: a folder without one is not finished. What a server needs is in a subfolder for each (deepstream.py).
+written last: a folder without one is not finished. What a server needs is in a subfolder for each
+(deepstream.py, triton.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ONNX, ENGINE, PLUGINS, LABELS, CALIBRATION = (
     "model.calibration.json",
 )
 WHAT = {
-    ONNX: "the model for ONNX Runtime and Triton",
+    ONNX: "the model for ONNX Runtime",
     ENGINE: "the model for TensorRT, on the kind of GPU that built it",
     PLUGINS: "TensorRT's plugins, without which model.plan does not load",
     LABELS: "names of the classes, in the order of the class indices",
@@ -41,6 +42,13 @@ WHAT = {
     "deepstream/labels.txt": "as labels.txt",
     "deepstream/parser/odtk_parser.cpp": "nvinfer's parser of our outputs, to be built where DeepStream is",
     "deepstream/parser/CMakeLists.txt": "builds the parser",
+    "triton/README.md": "how Triton is started and asked",
+    "triton/client.py": "asks Triton and draws, without odtk",
+    "triton/onnx/detector/config.pbtxt": "the model for Triton's ONNX Runtime backend",
+    "triton/onnx/detector/labels.txt": "as labels.txt",
+    "triton/onnx/detector/1/model.onnx": f"as {ONNX}",
+    "triton/tensorrt/detector/config.pbtxt": "the model for Triton's TensorRT backend",
+    "triton/tensorrt/detector/labels.txt": "as labels.txt",
     "model_card.md": "what the model is, and what was measured",
     "train.yaml": "settings of the training, for `odtk train --settings`",
     "export.yaml": "settings of the export, for `odtk export --settings`",

@@ -1,4 +1,4 @@
-"""Images → Detections, through PyTorch (.pth), ONNX Runtime (.onnx) or TensorRT (.plan, .engine).
+"""Images → Detections, through PyTorch (.pth), ONNX Runtime (.onnx), TensorRT (.plan, .engine) or a Triton server.
 
 Importable without onnx: only export needs it.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,6 +29,7 @@ from ..model.padding import padding_warning
 from ..postprocess import Detections, postprocess
 from ..ranks import silent
 from ..text import plural, say
+from .served import Served, is_address
 
 
 class Backend:
@@ -106,6 +108,15 @@ class Backend:
         if self.input_type == "normalized":
             return normalize(images, self.mean, self.std)
         return images if self.input_type == "uint8" else images.float()
+
+    def finished(self, outputs: Sequence[np.ndarray]) -> Detections:
+        """The outputs of an exported file, scores, boxes and classes, after the NMS that a graph may lack."""
+        scores, boxes, classes = (torch.from_numpy(values) for values in outputs)
+        assert self.metadata is not None
+        if self.metadata.postprocessing == "candidates":  # rotated boxes: ONNX has no NMS for them
+            threshold, detections = self.metadata.thresholds.nms_threshold, self.metadata.thresholds.detections
+            scores, boxes, classes = ops.nms(scores, boxes, classes, threshold=threshold, detections=detections)
+        return Detections(scores, boxes, classes)
 
     def apply_metadata(self, metadata: Metadata) -> None:
         """Sets the attributes to what an exported file says about itself."""
@@ -190,17 +201,23 @@ class OnnxBackend(Backend):
         self.apply_metadata(metadata)
         if metadata.postprocessing not in ("detections", "candidates"):
             raise OdtkError(f"The outputs of {path} are {metadata.postprocessing}, not detections: export it again.")
-        self.includes_nms = metadata.postprocessing == "detections"
         self.name = f"{os.path.basename(path)} (ONNX Runtime, {self.session.get_providers()[0][:-17]})"
 
     def compute(self, images: Tensor) -> Detections:
         feed = {"images": self.as_input(images).contiguous().cpu().numpy()}
-        scores, boxes, classes = (torch.from_numpy(value) for value in self.session.run(None, feed))
-        if not self.includes_nms:  # rotated boxes: ONNX has no NMS for them
-            assert self.metadata is not None
-            threshold, detections = self.metadata.thresholds.nms_threshold, self.metadata.thresholds.detections
-            scores, boxes, classes = ops.nms(scores, boxes, classes, threshold=threshold, detections=detections)
-        return Detections(scores, boxes, classes)
+        return self.finished(self.session.run(None, feed))
+
+
+class ServedBackend(Backend):
+    """A model on a Triton server; images and results go through the CPU's memory."""
+
+    def __init__(self, address: str, *, log: Callable[[str], None] = say) -> None:
+        self.served = Served(address, log)
+        self.apply_metadata(self.served.metadata)
+        self.name = f"{address} (Triton)"
+
+    def compute(self, images: Tensor) -> Detections:
+        return self.finished(self.served.infer(self.as_input(images).contiguous().cpu().numpy()))
 
 
 class EngineBackend(Backend):
@@ -324,10 +341,10 @@ def open_backend(
     explicit: Sequence[str] = (),
     log: Callable[[str], None] = say,
 ) -> Backend:
-    """The backend for a file, chosen by its suffix.
+    """The backend for a file, chosen by its suffix, or for a model on a server.
 
     Args:
-        path: a .pth, .onnx, .plan or .engine.
+        path: a .pth, .onnx, .plan or .engine, or an address (served.py).
         device: cpu, cuda:0 …
         precision: of a .pth: mixed, fp16, bf16 or fp32; other files have their own.
         thresholds, explicit: those of a .pth (None: the defaults); for other files see narrowed_thresholds.
@@ -335,17 +352,20 @@ def open_backend(
 
     Raises:
         OdtkError: the file does not exist or is not one of odtk's, it cannot give the thresholds asked for, or an
-            engine lacks its GPU.
+            engine lacks its GPU. A server: as Served.
     """
     suffix = os.path.splitext(path)[1]
     if dist.is_initialized() and dist.get_rank():
         log = silent
-    if not os.path.isfile(path):
+    served = is_address(path)
+    if not served and not os.path.isfile(path):
         raise OdtkError(f"There is no model {path}.")
-    if suffix == ".pth":
+    if suffix == ".pth" and not served:
         return TorchBackend(path, device=device, precision=precision, thresholds=thresholds or PostprocessConfig())
-    if suffix == ".onnx":
-        backend: Backend = OnnxBackend(path, device=device, log=log)
+    if served:
+        backend: Backend = ServedBackend(path, log=log)
+    elif suffix == ".onnx":
+        backend = OnnxBackend(path, device=device, log=log)
     elif suffix in ENGINES:
         backend = EngineBackend(path, device=device)
     else:
