@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 ATTACK_MINUTES ?= 20
 ATTACK_SEED    ?= 0
 
-.PHONY: setup hooks test quick lint attack versions docs demo dist clean
+.PHONY: setup hooks test quick lint attack versions docs demo dist release-check clean
 setup: $(VENV)/ready
 
 # torch comes first, at the tested version, so that the ranges in pyproject.toml are met and pull in no other.
@@ -67,6 +67,10 @@ DIST_CUDA_ARCH ?=
 dist: export ODTK_CUDA_ARCH = $(DIST_CUDA_ARCH)
 dist: setup
 	$(BIN)/python release/build.py
+
+# Whether dist/ may be released: tree, tag, changelog, files, licenses; writes dist/SHA256SUMS.
+release-check: setup
+	$(BIN)/python release/check.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist
