@@ -240,6 +240,11 @@ class TrainConfig(RunConfig):
     teacher: str | None = None  # checkpoint of a detector whose features are imitated, see training/distill.py
     teacher_scale: float | None = None  # of the images for it; None: to the size that it was trained at
     teacher_weight: float = 6.0  # of that loss, as https://arxiv.org/abs/2207.02039 has it
+    unlabeled: tuple[str, ...] = ()  # images without boxes that are learned from, see training/unlabeled.py
+    unlabeled_batch: int = 1  # of these images, per process
+    unlabeled_loss: str = "pseudo-labels"  # or "entropy"
+    unlabeled_weight: float = 1.0
+    burn_in: int = 0  # iterations without them
 
 
 @dataclass(frozen=True)

@@ -60,15 +60,18 @@ def world_size(devices: str | int | None = None) -> int:
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else parse_devices(devices)[1]
 
 
-def share(batch: int, world: int) -> int:
-    """The part of a global --batch that each of `world` processes gets.
+def share(batch: int, world: int, name: str = "batch") -> int:
+    """The part of a global batch that each of `world` processes gets.
+
+    Args:
+        name: the setting that gave it.
 
     Raises:
         OdtkError: it cannot be shared out equally.
     """
     if batch % world:
         near = batch - batch % world or world
-        raise OdtkError(f"--batch {batch} does not divide by the {world} devices: {near} does.")
+        raise OdtkError(f"--{name.replace('_', '-')} {batch} does not divide by the {world} devices: {near} does.")
     return batch // world
 
 

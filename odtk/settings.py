@@ -52,6 +52,7 @@ RESNET_OPTIONS = {  # of --resnet → fields of ModelConfig
     "zero-init": "zero_init",
     "norm-eval": "norm_eval",
 }
+UNLABELED_LOSSES = {"pseudo-labels": 1.0, "entropy": 0.1}  # and their weights
 ODTK_RESIZE, ODTK_JITTER = LoaderConfig.resize, LoaderConfig.jitter  # jitter is for this size and scaled to others
 ODTK_ITERS, ODTK_WARMUP, ODTK_MILESTONES = TrainConfig.iters, TrainConfig.warmup, TrainConfig.milestones
 
@@ -530,7 +531,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # of --variant; their sizes and times a
     )
 }
 # What one word on the length of a run decides.
-LENGTH = ("iters", "epochs", "time", "milestones", "warmup", "val_iters")
+LENGTH = ("iters", "epochs", "time", "milestones", "warmup", "burn_in", "val_iters")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -607,6 +608,43 @@ class TrainSettings(_Devices, _Loader, _Anchors):
     )
     skip_damaged: bool = switch(
         "leave damaged images out", shown="off: damaged images are refused before the run", section="data"
+    )
+    unlabeled: tuple[str, ...] | None = option(
+        None,
+        "learn from these images without boxes too: folders, files or patterns such as 'scans/*.jpg'",
+        TEXT,
+        "PATH",
+        count=(1, None),
+        shown="none",
+        section="data",
+        changes_result=False,  # the images are compared, not where they lie
+    )
+    unlabeled_loss: str | None = option(
+        None,
+        "what they teach: pseudo-labels, which the average of the weights gives for every point (Dense Teacher), or "
+        "entropy, by which scores move away from 0.5 (ADVENT)",
+        choices=UNLABELED_LOSSES,
+        shown=TrainConfig.unlabeled_loss,
+        section="data",
+    )
+    unlabeled_batch: int | None = option(
+        None, "of them per iteration over all devices", POSITIVE_INT, "N", shown="as --batch", section="data"
+    )
+    unlabeled_weight: float | None = option(
+        None,
+        "of their losses",
+        POSITIVE,
+        "WEIGHT",
+        shown=", ".join(f"{weight:g} for {name}" for name, weight in UNLABELED_LOSSES.items()),
+        section="data",
+    )
+    burn_in: int | None = option(
+        None,
+        "iterations on the labeled images alone, before the unlabeled ones join",
+        COUNT,
+        "N",
+        shown="a fifth of --iters",
+        section="schedule",
     )
     batch: int | None = option(
         None, "images per iteration over all devices", POSITIVE_INT, "N", shown="2 × devices", section="data"
@@ -968,6 +1006,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             raise OdtkError(f"--teacher {self.teacher}: the detector to train cannot be its own teacher.")
         if self.absolute_angle and self.head == "dense":
             raise OdtkError("--absolute-angle needs --head retinanet: to the dense head a half turn changes no box.")
+        self.check_unlabeled()
         if self.dcn_v1 and not self.dcn:
             raise OdtkError("--dcn-v1 requires deformable convolution: name its stages with --dcn, for example 3 4 5.")
         lengths = [flag(name) for name in ("iters", "epochs", "time") if getattr(self, name) is not None]
@@ -984,6 +1023,18 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             )
         if self.milestones is not None and tuple(sorted(set(self.milestones))) != self.milestones:
             raise OdtkError("--milestones must rise from one to the next.")
+
+    def check_unlabeled(self) -> None:
+        """What must hold for images without boxes."""
+        names = ("unlabeled_loss", "unlabeled_batch", "unlabeled_weight", "burn_in")
+        if not self.unlabeled and (given := [name for name in names if getattr(self, name) is not None]):
+            raise OdtkError(f"{flag(given[0])} needs --unlabeled PATH.")
+        if self.unlabeled and self.ema == 0 and self.unlabeled_loss != "entropy":
+            raise OdtkError("--unlabeled: the pseudo-labels come from the average of the weights: leave --ema 0 out.")
+        if self.burn_in is not None and self.iters is not None and self.burn_in >= self.iters:
+            raise OdtkError(
+                f"--burn-in {self.burn_in} leaves none of the {self.iters} iterations to --unlabeled: shorten it."
+            )
 
     @property
     def pretrained(self) -> bool:
@@ -1025,7 +1076,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             "lr_schedule": schedule,
             "lr": lr,
             "regularization_l2": ADAMW_DECAY if optimizer == "adamw" else TrainConfig.weight_decay,
-            "ema": DENSE_EMA if dense else None,
+            "ema": DENSE_EMA if dense or (self.unlabeled and self.unlabeled_loss != "entropy") else None,
             "augment_crop": 0.0 if dense else AugmentConfig.crop,
             "augment_scale": factors,
             **{f"augment_{n}": value if dense else getattr(AugmentConfig, n) for n, value in DENSE_COLOR.items()},
@@ -1034,6 +1085,14 @@ class TrainSettings(_Devices, _Loader, _Anchors):
             "precision": "fp32" if self.full_precision else "mixed",
             **shape,
         }
+        if self.unlabeled:
+            loss = self.unlabeled_loss or TrainConfig.unlabeled_loss
+            follows |= {
+                "unlabeled_loss": loss,
+                "unlabeled_batch": batch,
+                "unlabeled_weight": UNLABELED_LOSSES[loss],
+                "burn_in": iters // 5,
+            }
         kept = ("batch", "iters", "classes", "epochs", "time")
         return dataclasses.replace(self, **{k: v for k, v in follows.items() if k in kept or getattr(self, k) is None})
 

@@ -53,6 +53,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "bundle": {"output": "folder"},  # what else must be given for an option to make sense
     "dcn_v1": {"dcn": [4]},
     "absolute_angle": {"rotated_bbox": True},
+    "unlabeled_loss": {"unlabeled": ["u"]},
+    "unlabeled_batch": {"unlabeled": ["u"]},
+    "unlabeled_weight": {"unlabeled": ["u"]},
+    "burn_in": {"unlabeled": ["u"]},
     "teacher_weight": {"teacher": "t.pth"},
     "teacher_scale": {"teacher": "t.pth"},
     "verify": {"annotations": "v.json"},

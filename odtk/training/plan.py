@@ -269,6 +269,7 @@ def train_config(settings: TrainSettings, world: int, images: str, held_out: tup
         val_iters=settings.val_iters,
         fine_tune=settings.fine_tune,
         backbone_weights=settings.backbone_weights,
+        **unlabeled_config(settings, world),
         teacher=settings.teacher,
         teacher_scale=settings.teacher_scale,
         teacher_weight=settings.teacher_weight,
@@ -283,6 +284,24 @@ def train_config(settings: TrainSettings, world: int, images: str, held_out: tup
         seed=settings.seed,
         settings=settings.to_dict(),
     )
+
+
+def unlabeled_config(settings: TrainSettings, world: int) -> dict[str, Any]:
+    """The fields of TrainConfig that say what is learned from images without boxes, by name; none without such images.
+
+    Raises:
+        OdtkError: their batch cannot be shared out.
+    """
+    if not settings.unlabeled:
+        return {}
+    assert settings.unlabeled_batch
+    return {
+        "unlabeled": settings.unlabeled,
+        "unlabeled_batch": share(settings.unlabeled_batch, world, "unlabeled_batch"),
+        "unlabeled_loss": settings.unlabeled_loss,
+        "unlabeled_weight": settings.unlabeled_weight,
+        "burn_in": settings.burn_in,
+    }
 
 
 def model_config(settings: TrainSettings) -> ModelConfig:

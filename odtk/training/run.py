@@ -11,6 +11,7 @@ What a checkpoint holds of a run (Checkpoint.training):
     best         highest validation score so far (RunConfig.SCORE), −1 before the first validation
     best_at      its iteration
     adapters     weights beside the detector's that only a run with a teacher has (distill.Student), else None
+    unlabeled    position in the unlabeled images of a run that has some, else None
     ended        the run has ended early, see Run.is_over
     rng          state of rank 0's torch generator (the loader has a seed of its own)
     loader       position in the data
@@ -40,6 +41,7 @@ from ..settings import LENGTH, TrainSettings, flag, options
 from ..text import in_words, plural
 from .log import Validated, print_line
 from .optimizer import EMA
+from .unlabeled import Unlabeled
 
 MAY_CHANGE = {"freeze_at", "norm_eval", "grad_checkpoint", "zero_init"}  # model settings that a resumed run may change
 FLAGS = {  # of ModelConfig's fields that have a flag of another name
@@ -82,6 +84,7 @@ class Run:
         network: what is trained.
         model: the network, or a module that calls it; with several ranks, the DistributedDataParallel around it.
         adapters: what is trained beside the network and is kept in the run's file only; None: nothing.
+        unlabeled: images without labels that are learned from too; None: there are none.
         settings: those that the checkpoint carries, see model.checkpoint.Checkpoint.
         iteration: optimizer steps done.
         best_score: highest validation score so far, −1 before the first validation.
@@ -105,6 +108,7 @@ class Run:
     loader: Loader
     validation: Validator | None
     adapters: nn.Module | None = None
+    unlabeled: Unlabeled | None = None
     settings: dict[str, Any] | None = None
     iteration: int = 0
     best_score: float = -1.0
@@ -120,6 +124,10 @@ class Run:
             images: batch.images in the memory format of the network.
         """
         raise NotImplementedError
+
+    def losses_beside(self) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+        """The losses of the next batch of unlabeled images as losses() has them, none in burn-in; and its images."""
+        return {}, 0
 
     def opening(self, dtype: torch.dtype, world: int) -> str:
         """What is about to happen, in one line."""
@@ -161,6 +169,7 @@ class Run:
                 "best_at": self.best_at,
                 "ended": self.ended,
                 "adapters": None if self.adapters is None else self.adapters.state_dict(),
+                "unlabeled": None if self.unlabeled is None else self.unlabeled.loader.state(),
                 "rng": torch.get_rng_state(),
                 "loader": self.loader.state(),
             },
@@ -189,6 +198,8 @@ class Run:
             if self.adapters is not None:
                 self.adapters.load_state_dict(state["adapters"])
             self.loader.restore(state["loader"])
+            if self.unlabeled is not None and state.get("unlabeled") is not None:  # else they are new to this run
+                self.unlabeled.loader.restore(state["unlabeled"])
             torch.set_rng_state(state["rng"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise OdtkError(damaged_run(self.config.path, "its entries are not those of a run")) from error
@@ -223,8 +234,9 @@ def run_fault(checkpoint: Checkpoint) -> str | None:
         return "the state of the optimizer is not one of finite numbers"
     if not isinstance(scaler, dict) or not all(is_number(value) for value in scaler.values()):
         return "it lacks the state of the loss scaler"
-    if not isinstance(loader, dict) or not all(is_number(value) and value >= 0 for value in loader.values()):
-        return "it lacks the position in the data"
+    for position in (loader, state.get("unlabeled") or {}):
+        if not isinstance(position, dict) or not all(is_number(one) and one >= 0 for one in position.values()):
+            return "it lacks the position in the data"
     if not isinstance(rng, Tensor) or rng.dtype != torch.uint8 or rng.dim() != 1:
         return "it lacks the state of the random numbers"
     return None
@@ -410,6 +422,21 @@ def refuse_other_teacher(config: TrainConfig, found: Checkpoint, now: str | None
     raise OdtkError(
         f"{config.path} {before}, so it cannot be continued {given}: start a new run from its weights with --fine-tune "
         f"{config.path} and another file name."
+    )
+
+
+def refuse_other_unlabeled(config: TrainConfig, found: Checkpoint, now: str | None) -> None:
+    """Raises OdtkError if the unlabeled images of a resumed run have changed, unless that is overridden.
+
+    Args:
+        now: the hash of their names and sizes; None: there are none.
+    """
+    then = found.setting("unlabeled_data")
+    if config.settings is None or found.settings is None or then == now or config.override_settings:
+        return
+    before = "was trained without unlabeled images" if then is None else "was trained with other unlabeled images"
+    raise OdtkError(
+        f"{config.path} {before}: leave --unlabeled as it was, or pass --override-settings to continue with these."
     )
 
 

@@ -112,7 +112,7 @@ def trial(config: TrainConfig, source: TrainingSet, rank: int, world: int, steps
         OdtkError: as train().
         torch.OutOfMemoryError: the batch is too large for a GPU.
     """
-    apart = dataclasses.replace(config, override=True, val_data=None, logdir=None, post_metrics=None)
+    apart = dataclasses.replace(config, override=True, val_data=None, logdir=None, post_metrics=None, burn_in=0)
     run = set_up(apart, rank, world, source, quiet=True)
     meter, batches = Meter(run.device), iter(run.loader)
     run.model.train()
@@ -126,6 +126,8 @@ def trial(config: TrainConfig, source: TrainingSet, rank: int, world: int, steps
         wait_for(run.device)
     finally:
         batches.close()  # type: ignore[attr-defined]  # ends the loader's threads
+        if run.unlabeled is not None:
+            run.unlabeled.close()
     return (time.monotonic() - started) / steps
 
 

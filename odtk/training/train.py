@@ -20,6 +20,7 @@ from ..data.batch import Batch
 from ..data.loader import create_loader
 from ..data.padding import padding_facts
 from ..data.sampler import input_size
+from ..data.strong_view import strong_view
 from ..launch import catch_stop_signals, exit_on_stop_signals
 from ..model.checkpoint import Checkpoint, load_weights, save
 from ..model.detector import Detector
@@ -40,10 +41,12 @@ from .run import (
     own_files,
     refuse_other_data,
     refuse_other_teacher,
+    refuse_other_unlabeled,
     trained_weights,
 )
 from .sync_batch_norm import synchronize_batch_norms
 from .training_set import TrainingSet
+from .unlabeled import entropy_loss, open_unlabeled, pseudo_label_loss
 from .validation import Validation
 
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
@@ -107,6 +110,7 @@ def step(run: Run, batches: Iterator[Batch], meter: Meter, world: int) -> list[s
     """
     config = run.config
     for part in range(config.accumulate):
+        beside, seen = learn_beside(run, world)
         batch = next(batches)
         images = batch.images.contiguous(memory_format=torch.channels_last)
         last = part == config.accumulate - 1  # the ranks' gradients are averaged in its backward pass only
@@ -114,7 +118,7 @@ def step(run: Run, batches: Iterator[Batch], meter: Meter, world: int) -> list[s
             terms = run.losses(images, batch)
             loss, values = normalize(terms, world)
             run.scaler.scale(loss / config.accumulate).backward()
-        meter.add(values, run.iteration + 1, len(images) * world)
+        meter.add(torch.cat([values, beside]), run.iteration + 1, (len(images) + seen) * world)
 
     if config.clip_grad is not None:
         run.scaler.unscale_(run.optimizer)
@@ -125,7 +129,24 @@ def step(run: Run, batches: Iterator[Batch], meter: Meter, world: int) -> list[s
     run.iteration += 1
     if run.ema is not None:
         run.ema.update(run.iteration)
-    return list(terms)
+    return list(terms) if run.unlabeled is None else [*terms, "unlabeled"]
+
+
+def learn_beside(run: Run, world: int) -> tuple[Tensor, int]:
+    """Adds the gradients of a batch of unlabeled images; the labeled batch after it averages them over the ranks.
+
+    Returns:
+        The sum of its losses [1], 0 in burn-in, or none [0] in a run without such images; and the number of images.
+    """
+    if run.unlabeled is None:
+        return torch.zeros(0, device=run.device), 0
+    with nullcontext() if world == 1 else run.model.no_sync():  # type: ignore[operator]
+        terms, seen = run.losses_beside()
+        if not terms:
+            return torch.zeros(1, device=run.device), 0
+        loss, values = normalize(terms, world)
+        run.scaler.scale(loss / run.config.accumulate).backward()
+    return values.sum()[None], seen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,9 +184,37 @@ class DetectorRun(Run):
             loss=self.config.loss,
         )
         if taught:
-            distance, normalizer = feature_loss(features[0], taught, self.loader.config.world)
-            terms["teacher"] = (self.config.teacher_weight * distance, normalizer)
+            terms["teacher"] = self.distance(features[0], taught)
         return terms
+
+    def losses_beside(self) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+        config, unlabeled = self.config, self.unlabeled
+        if unlabeled is None or self.iteration < config.burn_in:
+            return {}, 0
+        images, first = unlabeled.next_images()
+        seen = images
+        with self.autocast:
+            if config.unlabeled_loss == "pseudo-labels":
+                assert self.ema is not None
+                with torch.no_grad():
+                    said = self.ema.network(images.contiguous(memory_format=torch.channels_last))
+                seen = strong_view(images, unlabeled.loader.config, first)
+            seen = seen.contiguous(memory_format=torch.channels_last)
+            logits, boxes, *features = self.model(seen)
+            taught = self.taught(seen)
+        if config.unlabeled_loss == "pseudo-labels":
+            terms = pseudo_label_loss(logits, boxes, said, unlabeled.share, config.model, self.network.strides)
+        else:
+            terms = entropy_loss(logits, unlabeled.share, config.model)
+        terms = {name: (config.unlabeled_weight * total, count) for name, (total, count) in terms.items()}
+        if taught:
+            terms["teacher"] = self.distance(features[0], taught)
+        return terms, len(images)
+
+    def distance(self, features: list[Tensor], taught: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the teacher adds to the loss, as (sum, normalizer)."""
+        distance, normalizer = feature_loss(features, taught, self.loader.config.world)
+        return self.config.teacher_weight * distance, normalizer
 
     def taught(self, images: Tensor) -> list[Tensor]:
         """The teacher's features of images, one for each that the student gives; none without a teacher."""
@@ -190,11 +239,12 @@ def set_up(config: TrainConfig, rank: int, world: int, source: TrainingSet, *, q
     check_classes(config, source.dataset.categories)
     dataset = source.dataset.part(config.held_out, rest=True)
     resumed = find_run(config, dataset.categories)
-    data_hash = dataset_hash(dataset)
-    teacher = None if config.teacher is None else load_teacher(config)
+    hashes = {"data": dataset_hash(dataset)}
+    if (teacher := load_teacher(config) if config.teacher else None) is not None:
+        hashes["teacher_hash"] = teacher.hash
     if resumed is not None:
-        refuse_other_data(config, resumed, data_hash)
-        refuse_other_teacher(config, resumed, None if teacher is None else teacher.hash)
+        refuse_other_data(config, resumed, hashes["data"])
+        refuse_other_teacher(config, resumed, hashes.get("teacher_hash"))
     ranks = CpuGroup(world)
     detector, student, model = create_model(config, resumed, teacher, ranks, rank, world)
     ema = None if config.ema is None else EMA(detector, config.ema)
@@ -202,9 +252,11 @@ def set_up(config: TrainConfig, rank: int, world: int, source: TrainingSet, *, q
     data = replace(config.data, training=True, stride=detector.stride, rank=rank, world=world, **config.model.pixels)
     size = input_size(dataset, data.resize, data.max_size, detector.stride)
     loader = create_loader(dataset, data)
-    facts = {"input_size": list(size), "data": data_hash, **padding_facts(loader.sampler)}
-    if teacher is not None:
-        facts["teacher_hash"] = teacher.hash
+    if (unlabeled := open_unlabeled(config, data, dataset, detector) if config.unlabeled else None) is not None:
+        hashes["unlabeled_data"] = dataset_hash(unlabeled.loader.sampler.dataset)
+    if resumed is not None:
+        refuse_other_unlabeled(config, resumed, hashes.get("unlabeled_data"))
+    facts = {"input_size": list(size), **hashes, **padding_facts(loader.sampler)}
     run = DetectorRun(
         config=config,
         categories=dataset.categories,
@@ -222,6 +274,7 @@ def set_up(config: TrainConfig, rank: int, world: int, source: TrainingSet, *, q
         autocast=torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
         scaler=create_scaler(dtype, device),
         loader=loader,
+        unlabeled=unlabeled,
         settings=None if config.settings is None else {**config.settings, **facts},
         validation=None if config.val_data is None else Validation(config, source, detector.stride, ranks),
     )
@@ -238,6 +291,8 @@ def set_up(config: TrainConfig, rank: int, world: int, source: TrainingSet, *, q
                 f"Images with rare classes come up to {factors.max():.1f} times as often: an epoch has "
                 f"{factors.sum():.0f} images instead of {len(factors)}."
             )
+        if unlabeled is not None and not run.ended and run.iteration < run.iters:
+            print_line(unlabeled.line(config))
     run.saved_at, run.save_time = run.iteration, time.monotonic()
     return run
 

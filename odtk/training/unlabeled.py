@@ -1,0 +1,221 @@
+"""What is learned from images without boxes.
+
+pseudo-labels (Dense Teacher, https://arxiv.org/abs/2207.02541): the EMA of the weights looks at an image, and what it
+says of every point is what the detector has to say of the same image with other colors, blurred and partly erased. No
+NMS and no threshold stand between. The points of the highest scores are the region that is learned: there the scores
+are soft targets and the boxes count by their score; everywhere else the target is background.
+
+entropy (ADVENT, https://arxiv.org/abs/1811.12833 §3.1): each score is to move away from 0.5, to either side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..box_coder import BOX_CODERS
+from ..config import LoaderConfig, LossConfig, ModelConfig, TrainConfig
+from ..data.batch import Batch, Loader
+from ..data.dataset import Dataset
+from ..data.loader import create_loader
+from ..data.sampler import Sampler
+from ..model.detector import Detector
+from ..text import plural
+from .loss import BOX_WEIGHT, detection_loss, iou_loss
+
+SMOOTH = LossConfig.beta  # of smooth L1
+COUNTED_IMAGES = 32  # labeled ones that say how many points boxes take
+
+
+@dataclass
+class Unlabeled:
+    """The unlabeled images of a run.
+
+    Attributes:
+        loader: of these images, without end.
+        share: of all points, the part that the labeled images' boxes take: the size of the region to learn.
+    """
+
+    loader: Loader
+    share: float
+    batches: Iterator[Batch] | None = None
+
+    def next_images(self) -> tuple[Tensor, int]:
+        """The next images [N, 3, H, W], and the position of the first in training, over all processes."""
+        config = self.loader.config
+        first = self.loader.state()["seen"] + config.rank * config.batch
+        self.batches = self.batches or iter(self.loader)
+        return next(self.batches).images, first
+
+    def line(self, config: TrainConfig) -> str:
+        """What is about to happen with them, in one line."""
+        batch = config.unlabeled_batch * self.loader.config.world
+        said = (
+            f"{plural(len(self.loader.sampler.dataset.images), 'unlabeled image')}, {batch} per batch, from iteration "
+        )
+        said += f"{config.burn_in + 1} on, by {config.unlabeled_loss}"
+        if config.unlabeled_loss == "pseudo-labels":
+            said += f" for the best {100 * self.share:.2g} % of the points, as many as the boxes of labeled images take"
+        return f"{said}."
+
+    def close(self) -> None:
+        """Ends the loader's threads."""
+        if self.batches is not None:
+            self.batches.close()  # type: ignore[attr-defined]
+
+
+def open_unlabeled(config: TrainConfig, data: LoaderConfig, labeled: Dataset, detector: Detector) -> Unlabeled:
+    """The unlabeled images of a run, read as the labeled ones are, but whole; damaged ones are left out.
+
+    Args:
+        data: of the labeled images, as training reads them.
+
+    Raises:
+        OdtkError: there are none, or they cannot be read.
+    """
+    own = replace(
+        data,
+        images=config.unlabeled,
+        annotations=None,
+        skip_damaged=True,
+        batch=config.unlabeled_batch,
+        repeat_threshold=0.0,
+        augment=replace(data.augment, crop=0.0),  # which goes by boxes
+    )
+    dataset = Dataset.load(None, own.images, rotated=config.model.rotated, skip_damaged=True)
+    return Unlabeled(create_loader(dataset, own), foreground_share(labeled, data, detector, config.loss))
+
+
+def foreground_share(dataset: Dataset, data: LoaderConfig, detector: Detector, loss: LossConfig) -> float:
+    """The part of a detector's points that the boxes of labeled images take, by its head's rule. No image is read."""
+    whole = replace(data, batch=data.batch * data.world, rank=0, world=1)  # the same for any number of processes
+    sampler, model = Sampler(dataset, whole), replace(detector.config, classes=1)
+    anchors = [level.cpu() for level in detector.anchors()]
+    taken = points = 0.0
+    for number in range(math.ceil(min(COUNTED_IMAGES, len(dataset.images)) / whole.batch)):
+        plan = sampler.plan(number)
+        shapes = [(math.ceil(plan.height / s), math.ceil(plan.width / s)) for s in detector.strides]
+        for sample in plan.samples:
+            points += model.num_anchors * sum(h * w for h, w in shapes)
+            if len(sample.boxes):
+                taken += foreground(sample.boxes, shapes, anchors, detector.strides, model, loss)
+    return taken / points
+
+
+def foreground(
+    boxes: np.ndarray,
+    shapes: Sequence[tuple[int, int]],
+    anchors: Sequence[Tensor],
+    strides: Sequence[int],
+    model: ModelConfig,
+    loss: LossConfig,
+) -> float:
+    """How many anchors or points the boxes [n, 4 or 5] of one image take on levels of these shapes (h, w)."""
+    values = model.num_anchors * BOX_CODERS[model.box_coder].head_values
+    terms = detection_loss(
+        [torch.zeros(1, model.num_anchors * model.classes, *shape) for shape in shapes],
+        [torch.zeros(1, values, *shape) for shape in shapes],
+        torch.from_numpy(boxes)[None],  # [n, 4 or 5] → [1, n, 4 or 5]
+        torch.zeros(1, len(boxes), dtype=torch.int64),
+        anchors=anchors,
+        strides=strides,
+        model=model,
+        loss=loss,
+    )
+    return float(terms["cls"][1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+Levels = Sequence[Tensor]
+Terms = dict[str, tuple[Tensor, Tensor]]
+
+
+def pseudo_label_loss(
+    logits: Levels,
+    boxes: Levels,
+    taught: tuple[Levels, Levels],
+    share: float,
+    model: ModelConfig,
+    strides: Sequence[int],
+) -> Terms:
+    """Losses between a detector's raw levels and those of a teacher for the same images, as detection_loss has them.
+
+    Scores: quality focal loss (https://arxiv.org/abs/2006.04388 eq. 2, β = 2) of all points, whose target is the
+    teacher's score in the region of its highest scores, and 0 elsewhere. Boxes, in the region, weighted by the highest
+    score of the point: GIoU loss where the head gives distances, else smooth L1 of its numbers; FCOS's center-ness by
+    cross entropy. All are normalized by the sum of these scores.
+
+    Args:
+        logits, boxes: raw levels [N, A·C, h, w] and [N, A·V, h, w] of any float type; computed in float32.
+        taught: those of the teacher, without gradients.
+        share: part of an image's anchors or points that the region has.
+        strides: pixels per cell, per level.
+    """
+    scores = [by_anchor(level, model).float().sigmoid() for level in taught[0]]  # [N, h·w·A, C] each
+    weights = region(torch.cat([level.amax(-1) for level in scores], 1), share).split([s.shape[1] for s in scores], 1)
+    zero = torch.zeros((), device=scores[0].device)
+    class_sum = box_sum = centerness_sum = zero
+    for own, own_box, score, box, weight, stride in zip(
+        logits, boxes, scores, taught[1], weights, strides, strict=True
+    ):
+        target = score * (weight > 0)[..., None]
+        class_sum = class_sum + soft_focal_loss(by_anchor(own, model).float(), target)
+        raw, other = by_anchor(own_box, model).float(), by_anchor(box, model).float()  # [N, h·w·A, V]
+        if model.box_coder.startswith("distances") and not model.rotated:
+            error = iou_loss(raw[..., :4].relu() * stride, other[..., :4].relu() * stride, kind="giou")
+        else:
+            error = F.smooth_l1_loss(raw, other, beta=SMOOTH, reduction="none").sum(-1)
+        box_sum = box_sum + (error * weight).sum()
+        if model.box_coder == "distances_centerness":
+            entropy = F.binary_cross_entropy_with_logits(raw[..., 4], other[..., 4].sigmoid(), reduction="none")
+            centerness_sum = centerness_sum + (entropy * weight).sum()
+    total = sum((weight.sum() for weight in weights), zero)
+    terms = {"cls": (class_sum, total), "box": ((BOX_WEIGHT if model.head == "dense" else 1.0) * box_sum, total)}
+    return {**terms, "centerness": (centerness_sum, total)} if model.head == "fcos" else terms
+
+
+def by_anchor(level: Tensor, model: ModelConfig) -> Tensor:
+    """A raw level [N, A·X, h, w] as [N, h·w·A, X]."""
+    return level.unflatten(1, (model.num_anchors, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+
+
+def region(scores: Tensor, share: float) -> Tensor:
+    """Scores [N, P] of all points, and 0 outside the region of each image's highest ones.
+
+    Args:
+        share: part of P; the region has one point at least, and of equal scores not all may be in it.
+    """
+    count = max(1, min(scores.shape[1], round(share * scores.shape[1])))
+    best = scores.topk(count, dim=1)
+    return torch.zeros_like(scores).scatter(1, best.indices, best.values)
+
+
+def soft_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Sum of |y − p|²·cross entropy of p = sigmoid(logits) and y, both of any shape, y in [0, 1]."""
+    entropy = F.softplus(logits) - target * logits
+    return ((target - logits.sigmoid()).square() * entropy).sum()
+
+
+def entropy_loss(logits: Levels, share: float, model: ModelConfig) -> Terms:
+    """The entropy of every score as that of a yes or no, in bits, normalized by the number of points that boxes take.
+
+    Args:
+        logits: raw levels [N, A·C, h, w] of any float type; computed in float32.
+        share: part of the anchors or points that boxes take.
+    """
+    total = torch.zeros((), device=logits[0].device)
+    points = 0
+    for level in logits:
+        x = level.float()
+        total = total + (F.softplus(x) - x * x.sigmoid()).sum() / math.log(2)
+        points += x.numel() // model.classes
+    return {"entropy": (total, total.new_full((), share * points))}

@@ -1,0 +1,329 @@
+"""Learning from images without boxes: losses, burn-in, resuming, several processes."""
+
+import dataclasses
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import odtk
+import odtk.training.train
+from odtk.config import LossConfig, ModelConfig, OdtkError, TrainConfig
+from odtk.data.dataset import Dataset
+from odtk.launch import launch
+from odtk.model import checkpoint as files
+from odtk.model.detector import Detector
+from odtk.training.loss import detection_loss, iou_loss, quality_focal_loss
+from odtk.training.start import trial
+from odtk.training.train import train
+from odtk.training.training_set import TrainingSet
+from odtk.training.unlabeled import entropy_loss, foreground_share, pseudo_label_loss, region, soft_focal_loss
+from tests.training.test_train import (
+    draw_dataset,
+    losses,
+    pretrained,
+    records,
+    settings,
+    start_weights,
+    stop_at,
+    training_of,
+    with_validation,
+)
+
+SMALL = {"backbones": ("ResNet18C4",), "classes": 2, "norm": "frozen", "resnet_width": 0.25, "pyramid_channels": 64}
+HEADS = ("retinanet", "fcos", "dense")
+
+
+def model_of(head: str, **more: Any) -> ModelConfig:
+    return ModelConfig(**{**SMALL, "head": head, "head_channels": 32, "head_convs": 1, **more})
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six labeled images, and in the folder more/ five others."""
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    draw_dataset(folder, 6)
+    (folder / "more").mkdir()
+    generator = np.random.default_rng(3)
+    for number in range(5):
+        pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "more" / f"{number}.png")
+    return folder
+
+
+def unlabeled(path: Path, dataset: Path, **changes: Any) -> TrainConfig:
+    """A run of four iterations of which the first has labeled images alone."""
+    config = settings(path, dataset, model=model_of("dense"), ema=0.5, burn_in=1, lr=0.001)
+    more = {"unlabeled": (str(dataset / "more"),), "unlabeled_batch": 2, "unlabeled_weight": 1.5}
+    return dataclasses.replace(config, **{**more, **changes})
+
+
+def raw_levels(model: ModelConfig, seed: int, images: int = 2) -> tuple[list[Tensor], list[Tensor]]:
+    """Random levels of 4×4 and 2×2 cells, boxes about 2 strides large."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {"retinanet": 4, "fcos": 5, "dense": 4}[model.head] * model.num_anchors
+    sizes = [(4, 4), (2, 2)]
+    logits = [torch.randn(images, model.num_anchors * 2, *size, generator=generator) for size in sizes]
+    return logits, [torch.randn(images, values, *size, generator=generator) + 2 for size in sizes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def test_soft_targets_of_one_class_are_the_quality_focal_loss() -> None:
+    logits, quality = torch.randn(3, 5, 4), torch.rand(3, 5)
+    labels = torch.randint(-1, 4, (3, 5))
+    target = torch.zeros(3, 5, 4)
+    target.scatter_(-1, labels.clamp(min=0)[..., None], torch.where(labels >= 0, quality, 0)[..., None])
+    expected = quality_focal_loss(logits, labels, quality).item()
+    assert soft_focal_loss(logits, target).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_region_has_the_highest_scores_of_each_image() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.2, 0.2, 0.2, 0.2], [0.0, 0.01, 0.02, 0.03]])
+    found = region(scores, 0.5)
+    assert found[0].tolist() == pytest.approx([0, 0.9, 0, 0.7]) and found[2].tolist() == pytest.approx(
+        [0, 0, 0.02, 0.03]
+    )
+    assert (found[1] > 0).sum() == 2
+    assert (region(scores, 0.0) > 0).sum(1).tolist() == [1, 1, 1] and torch.equal(region(scores, 1.0), scores)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_detector_that_agrees_with_its_teacher_has_nothing_to_learn_in_the_region(head: str) -> None:
+    model = model_of(head)
+    taught = raw_levels(model, 0)
+    own = [[level.clone().requires_grad_() for level in levels] for levels in taught]
+    terms = pseudo_label_loss(own[0], own[1], taught, 1.0, model, (16, 32))
+    assert set(terms) == ({"cls", "box", "centerness"} if head == "fcos" else {"cls", "box"})
+    assert terms["box"][0].item() == pytest.approx(0, abs=1e-4)
+    (terms["cls"][0] + terms["box"][0]).backward()
+    assert max(level.grad.abs().max() for level in own[0]) < 1e-6  # type: ignore[union-attr]
+
+    own = [[level.clone().requires_grad_() for level in levels] for levels in taught]
+    share = 0.25
+    pseudo_label_loss(own[0], own[1], taught, share, model, (16, 32))["cls"][0].backward()
+    gradients = torch.cat([level.grad.flatten(1) for level in own[0]], 1)  # type: ignore[union-attr]
+    points = sum(level.shape[2] * level.shape[3] for level in own[0]) * model.num_anchors
+    unmoved = (gradients.abs() < 1e-6).sum(1)
+    assert unmoved.tolist() == [2 * round(share * points)] * 2, "both classes of the points of the region"
+    assert gradients.min() > -1e-6, "all others are to become background"
+
+
+def test_boxes_count_by_the_teachers_score() -> None:
+    model = model_of("dense")
+    taught, own = raw_levels(model, 0, images=1), raw_levels(model, 1, images=1)
+    total = count = 0.0
+    scores = [level.sigmoid().amax(1)[0] for level in taught[0]]
+    best = torch.cat([level.flatten() for level in scores]).topk(5).values.min()
+    for score, a, b, stride in zip(scores, own[1], taught[1], (16, 32), strict=True):
+        for y, x in (score >= best).nonzero().tolist():
+            pair = (a[0, :, y, x].relu() * stride, b[0, :, y, x].relu() * stride)
+            total += 2 * score[y, x].item() * iou_loss(*pair, kind="giou").item()
+            count += score[y, x].item()
+    terms = pseudo_label_loss(*own, taught, 0.25, model, (16, 32))
+    assert [value.item() for value in terms["box"]] == pytest.approx([total, count], rel=1e-5)
+    assert terms["cls"][1].item() == pytest.approx(count, rel=1e-5)
+
+
+def test_entropy_moves_scores_away_from_a_half() -> None:
+    model = model_of("dense")
+    total, points = entropy_loss([torch.zeros(2, 2, 4, 4)], 0.25, model)["entropy"]
+    assert (total.item(), points.item()) == (pytest.approx(2 * 2 * 16), 0.25 * 2 * 16), "a bit per score"
+    logits = torch.tensor([-20.0, -1.0, 0.0, 1.0, 20.0]).view(1, 1, 1, 5).requires_grad_()
+    loss = entropy_loss([logits], 1.0, dataclasses.replace(model, classes=1))["entropy"][0]
+    loss.backward()
+    p = 1 / (1 + np.exp(-1))
+    assert loss.item() == pytest.approx(1 - 2 * (p * np.log2(p) + (1 - p) * np.log2(1 - p)), rel=1e-5)
+    assert logits.grad is not None
+    steps = logits.grad.flatten().tolist()
+    assert steps[1] > 0 > steps[3] and steps[2] == 0 and abs(steps[0]) < 1e-6 > abs(steps[4])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_region_is_as_large_as_what_boxes_take(tmp_path: Path, dataset: Path, head: str) -> None:
+    config = settings(tmp_path / "m.pth", dataset, model=model_of(head, scales=(1.5, 2.0, 2.5)))
+    detector = Detector(config.model)
+    data = dataclasses.replace(config.data, batch=6, augment=dataclasses.replace(config.data.augment, crop=0.0))
+    labeled = Dataset.load(data.annotations, data.images, training=True)
+    loader = odtk.training.train.create_loader(labeled, dataclasses.replace(data, stride=16))
+    batch = loader.batch(0)  # all six images
+    logits, boxes = detector(batch.images)
+    terms = detection_loss(
+        logits,
+        boxes,
+        batch.boxes,
+        batch.labels,
+        anchors=detector.anchors(),
+        strides=detector.strides,
+        model=config.model,
+        loss=config.loss,
+    )
+    points = 6 * 4 * 4 * config.model.num_anchors
+    share = foreground_share(labeled, dataclasses.replace(data, stride=16), detector, LossConfig())
+    assert terms["cls"][1] > 0 and share == pytest.approx(terms["cls"][1].item() / points)
+    halves = dataclasses.replace(data, stride=16, batch=3, world=2, rank=1)
+    assert foreground_share(labeled, halves, detector, LossConfig()) == share
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_the_average_sees_the_weak_view_and_the_detector_the_strong_one(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = unlabeled(tmp_path / "m.pth", dataset)
+    weak: list[Tensor] = []
+    firsts: list[int] = []
+    seen: list[tuple[bool, Tensor]] = []
+
+    def marked(images: Tensor, data: object, first: int) -> Tensor:
+        weak.append(images)
+        firsts.append(first)
+        return images + 100
+
+    forward = Detector.forward
+
+    def noted(self: Detector, images: Tensor) -> Any:
+        seen.append((self.training, images))
+        return forward(self, images)
+
+    monkeypatch.setattr(odtk.training.train, "strong_view", marked)
+    monkeypatch.setattr(Detector, "forward", noted)
+    train(config)
+    assert firsts == [0, 2, 4] and [mode for mode, _ in seen] == [True] + [False, True, True] * 3
+    for i, images in enumerate(weak):
+        average, student = seen[1 + 3 * i][1], seen[2 + 3 * i][1]
+        assert torch.equal(average, images) and torch.equal(student, images + 100)
+    said = capsys.readouterr().out
+    assert "5 unlabeled images, 2 per batch, from iteration 2 on, by pseudo-labels for the best " in said
+    log = records(config)
+    assert log[1]["unlabeled"] == 0 and all(log[i]["unlabeled"] > 0 for i in (2, 3, 4))
+    assert all(v["loss"] == pytest.approx(v["cls"] + v["box"] + v["unlabeled"], rel=1e-5) for v in log.values())
+    found = files.load(config.path)
+    assert found.state_dict.keys() == Detector(config.model).state_dict().keys()
+    odtk.export(config.path, str(tmp_path / "m.onnx"), size=64, full_precision=True, devices="cpu")
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("loss", ["pseudo-labels", "entropy"])
+def test_every_head_learns_from_them(tmp_path: Path, dataset: Path, head: str, loss: str) -> None:
+    weights = []
+    for name, images in (("a", (str(dataset / "more"),)), ("b", ())):
+        path = tmp_path / f"{name}.pth"
+        more = {"model": model_of(head), "unlabeled_loss": loss, "iters": 2, "clip_grad": None}
+        train(unlabeled(path, dataset, unlabeled=images, **more))
+        weights.append(training_of(path)["average"])
+    assert all(torch.isfinite(tensor).all() for tensor in weights[0].values())
+    moved = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    heads = {part for part in ("cls_head", "box_head") if any(part in name and "norms" not in name for name in moved)}
+    # The labeled batches are the same: what differs is what the unlabeled ones have taught.
+    assert heads == ({"cls_head"} if loss == "entropy" else {"cls_head", "box_head"})
+
+
+def test_a_stopped_run_with_unlabeled_images_is_resumed_exactly(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = pretrained(tmp_path / "teacher.pth", model_of("fcos"))
+    more: dict[str, Any] = {"accumulate": 2, "clip_grad": 5.0, "optimizer": "adamw", "teacher": teacher, "iters": 5}
+    whole = unlabeled(tmp_path / "whole.pth", dataset, logdir=str(tmp_path / "a"), **more)
+    train(whole)
+    parts = dataclasses.replace(whole, path=str(tmp_path / "parts.pth"), logdir=str(tmp_path / "b"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3 * 2, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train(parts)
+    assert list(losses(parts)) == [1, 2, 3] and training_of(parts.path)["unlabeled"]["seen"] == 2 * 2 * 2
+    torch.rand(7)
+    train(parts)
+    for i, line in records(whole).items():
+        same = {n: v for n, v in line.items() if n not in ("time", "images_per_second")}
+        assert {n: records(parts)[i][n] for n in same} == same
+    a, b = training_of(whole.path), training_of(parts.path)
+    for name in ("average", "adapters", "optimizer", "scaler", "rng", "loader", "unlabeled"):
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
+
+
+def test_the_trial_steps_of_a_timed_run_include_them(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    original = odtk.training.train.pseudo_label_loss
+
+    def counted(*given: Any) -> Any:
+        calls.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(odtk.training.train, "pseudo_label_loss", counted)
+    config = unlabeled(tmp_path / "m.pth", dataset, burn_in=1000)
+    trial(config, TrainingSet.of(config), 0, 1, steps=2, untimed=1)
+    assert len(calls) == 3
+
+
+def test_what_a_run_with_unlabeled_images_refuses(tmp_path: Path, dataset: Path) -> None:
+    given: dict[str, Any] = {
+        "annotations": str(dataset / "data.json"),
+        "images": str(dataset),
+        "backbone": "ResNet18C4",
+        "resnet_width": 0.25,
+        "head": "retinanet",
+        "backbone_weights": "none",
+        "loader": "torch",
+        "devices": "cpu",
+        "resize": 64,
+        "max_size": 64,
+        "iters": 2,
+        "batch": 2,
+    }
+    path, more = str(tmp_path / "m.pth"), str(dataset / "more")
+    for wrong, said in (
+        ({"burn_in": 3}, "--burn-in needs --unlabeled PATH"),
+        ({"unlabeled_loss": "entropy"}, "--unlabeled-loss needs --unlabeled PATH"),
+        ({"unlabeled": more, "burn_in": 2}, "--burn-in 2 leaves none of the 2 iterations"),
+        ({"unlabeled": more, "ema": 0}, "the pseudo-labels come from the average of the weights"),
+        ({"unlabeled": str(tmp_path / "none")}, "The image or folder .*none does not exist"),
+    ):
+        with pytest.raises(OdtkError, match=said):
+            odtk.train(path, **{**given, **wrong})
+    with pytest.raises(OdtkError, match="--unlabeled-batch 3 does not divide by the 2 devices: 2 does"):
+        odtk.train(path, **{**given, "devices": "cpu:2"}, unlabeled=more, unlabeled_batch=3)
+    assert not Path(path).exists()
+
+    odtk.train(path, **given, unlabeled=more)
+    assert files.load(path).setting("ema") == 0.99 and files.load(path).setting("burn_in") == 0
+    before = Path(path).read_bytes()
+    fewer = [f"{more}/{i}.png" for i in range(4)]
+    with pytest.raises(OdtkError, match="was trained with other unlabeled images: leave --unlabeled as it was"):
+        odtk.train(path, **{**given, "iters": 3}, unlabeled=fewer)
+    assert Path(path).read_bytes() == before
+    odtk.train(path, **{**given, "iters": 3}, unlabeled=fewer, override_settings=True)
+    assert training_of(path)["iteration"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["pseudo-labels", "entropy"])
+def test_two_processes_with_unlabeled_images_are_one(tmp_path: Path, dataset: Path, loss: str) -> None:
+    model = model_of("dense")
+    start = pretrained(tmp_path / "start.pth", model)
+    more: dict[str, Any] = {"iters": 3, "fine_tune": start, "unlabeled_loss": loss, "accumulate": 2}
+    one = unlabeled(tmp_path / "one.pth", dataset, logdir=str(tmp_path / "a"), unlabeled_batch=4, **more)
+    one = dataclasses.replace(one, data=dataclasses.replace(one.data, batch=4))
+    two = dataclasses.replace(one, path=str(tmp_path / "two.pth"), logdir=str(tmp_path / "b"), unlabeled_batch=2)
+    two = with_validation(dataclasses.replace(two, data=dataclasses.replace(two.data, batch=2)))
+    begun = start_weights(dataclasses.replace(one, path=str(tmp_path / "begun.pth")))
+    train(one)
+    launch(train, two, devices="cpu:2")
+    for i, line in records(one).items():
+        for name in ("loss", "unlabeled"):
+            assert records(two)[i][name] == pytest.approx(line[name], rel=1e-4)
+    a, b = training_of(one.path)["average"], training_of(two.path)["average"]
+    for name, before in begun.items():
+        step, apart = (a[name] - before).double().norm(), (a[name] - b[name]).double().norm()
+        assert apart <= 2e-3 * step + 1e-9, name
