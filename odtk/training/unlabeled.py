@@ -170,7 +170,7 @@ def pseudo_label_loss(
         target = score * (weight > 0)[..., None]
         class_sum = class_sum + soft_focal_loss(by_anchor(own, model).float(), target)
         raw, other = by_anchor(own_box, model).float(), by_anchor(box, model).float()  # [N, h·w·A, V]
-        if model.box_coder.startswith("distances") and not model.rotated:
+        if model.box_coder.startswith("distances"):
             error = iou_loss(raw[..., :4].relu() * stride, other[..., :4].relu() * stride, kind="giou")
         else:
             error = F.smooth_l1_loss(raw, other, beta=SMOOTH, reduction="none").sum(-1)
