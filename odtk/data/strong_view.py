@@ -86,20 +86,25 @@ def strong_view(images: Tensor, config: LoaderConfig, first: int) -> Tensor:
     offsets = [
         scale * change.color[:, 3:] + shift - matrix @ shift for change, matrix in zip(changes, matrices, strict=True)
     ]
-    matrix, offset = (torch.from_numpy(np.stack(v)).to(images) for v in (matrices, offsets))  # [N, 3, 3], [N, 3, 1]
+    matrix, offset = (to_device(np.stack(v), images) for v in (matrices, offsets))  # [N, 3, 3], [N, 3, 1]
     changed = torch.baddbmm(offset, matrix, images.flatten(2)).view(images.shape)  # [N, 3, H·W] → [N, 3, H, W]
     height, width = images.shape[2:]
     for image, change in zip(changed, changes, strict=True):
         if change.blur:
             image.copy_(blurred(image, change.blur))
         for (left, top, right, bottom), fill in change.patches:
-            color = torch.from_numpy(fill[:, None] * scale + shift).to(image)  # [3, 1]
+            color = to_device(fill[:, None] * scale + shift, images)  # [3, 1]
             rows, columns = (
                 slice(round(a * n), round(b * n)) for a, b, n in ((top, bottom, height), (left, right, width))
             )
             image[:, rows, columns] = color[..., None]
-    padding = torch.from_numpy(padding_value(config)).to(images)[:, None, None]  # [3] → [3, 1, 1]
+    padding = to_device(padding_value(config), images)[:, None, None]  # [3] → [3, 1, 1]
     return torch.where((images == padding).all(1, keepdim=True), images, changed)
+
+
+def to_device(values: np.ndarray, like: Tensor) -> Tensor:
+    """Values as a tensor of another's type and device, without waiting for the device."""
+    return torch.from_numpy(values).to(like, non_blocking=True)
 
 
 def blurred(image: Tensor, sigma: float) -> Tensor:
