@@ -34,7 +34,7 @@ from .dataset import Dataset
 from .images import ImageError
 from .records import Image
 
-VERSION = 2  # of the fields: a cached fingerprint of another version is made anew
+VERSION = 3  # of the fields: a cached fingerprint of another version is made anew
 PERCENTILES = (1, 10, 50, 90, 99)
 MAX_DECODED = 2000  # images that are looked at for color and duplicates: of larger sets a seeded sample
 HASH_DISTANCE = 3
@@ -63,7 +63,7 @@ class Fingerprint:
         drop: the mean height of the boxes' centers in the image, from −0.5 (all at the top) to 0.5 (at the bottom).
         light: how much brighter the images' upper halves are than the lower ones, in mean gray levels of 255.
         whole: boxes that touch no border of their image; lean, depth and drop are of these, lean and depth of those
-            of classes with MIN_WHOLE of them.
+            of classes with MIN_WHOLE of them. Of rotated boxes all four are of the upright boxes around them.
         gray: share of the images looked at that have no color.
         crowded: share of boxes that another box of their class overlaps by more than CROWDED_IOU.
         decoded: images looked at for color and duplicates.
@@ -267,7 +267,7 @@ def _posture(images: Sequence[Image], classes: int) -> dict[str, Any]:
     """Fingerprint.lean, depth, drop and whole: whether objects and images have an upright direction."""
     rows = []
     for image in images:
-        x, y, w, h = image.boxes[:, :4].T
+        x, y, w, h = _upright(image.boxes).T
         whole = (x > 1) & (y > 1) & (x + w < image.width - 1) & (y + h < image.height - 1)
         down = (y + h / 2) / image.height - 0.5
         rows.append(np.stack([image.labels, np.log(w / h), np.log(w * h) / 2, down], axis=1)[whole])
@@ -283,6 +283,15 @@ def _posture(images: Sequence[Image], classes: int) -> dict[str, Any]:
     depth = abs(float((side * down).sum())) / spread if spread > 1e-9 else 0.0
     drop = float(table[:, 3].mean()) if len(table) else 0.0
     return {"lean": round(lean, 4), "depth": round(depth, 4), "drop": round(drop, 4), "whole": len(table)}
+
+
+def _upright(boxes: np.ndarray) -> np.ndarray:
+    """The boxes (x, y, w, h) [n, 4] themselves, or the smallest upright ones around rotated boxes [n, 5]."""
+    if boxes.shape[1] == 4:
+        return boxes
+    size, turn = boxes[:, 2:4], boxes[:, 4:]
+    around = np.abs(np.cos(turn)) * size + np.abs(np.sin(turn)) * size[:, ::-1]
+    return np.concatenate([boxes[:, :2] + 0.5 * (size - around), around], axis=1)
 
 
 def _crowded(images: Sequence[Image]) -> float:

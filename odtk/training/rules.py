@@ -338,8 +338,6 @@ def tokens(name: str) -> list[str]:
 
 
 def turns(s: Situation) -> Iterator[Decision]:
-    if s.settings.rotated_bbox:
-        return
     fault = upright(s.data)
     if fault is None:
         yield Decision(

@@ -148,3 +148,25 @@ def test_posture_is_seen(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(json.dumps(content))
     mixed = fingerprint(Dataset.load(tmp_path / "t.json", tmp_path), cache=tmp_path / "cache")
     assert mixed.whole == 32 and mixed.lean < 0.7
+
+
+def test_the_posture_of_rotated_boxes_is_that_of_the_upright_ones_around_them(tmp_path: Path) -> None:
+    """Bars of 40×10 that all lie at 0.1 radians lean; those in every direction do not, whatever their sides say."""
+    photo(0).save(tmp_path / "1.png")
+
+    def found(angles: np.ndarray) -> Fingerprint:
+        content = {
+            "images": [{"id": 1, "file_name": "1.png"}],
+            "categories": [{"id": 1, "name": "a"}],
+            "annotations": [
+                {"id": n, "image_id": 1, "category_id": 1, "bbox": [25, 35, 40, 10, float(angle)]}
+                for n, angle in enumerate(angles, 1)
+            ],
+        }
+        (tmp_path / "t.json").write_text(json.dumps(content))
+        return fingerprint(Dataset.load(tmp_path / "t.json", tmp_path, rotated=True), cache=tmp_path / "cache")
+
+    lying = found(np.full(40, 0.1))
+    width, height = 40 * np.cos(0.1) + 10 * np.sin(0.1), 10 * np.cos(0.1) + 40 * np.sin(0.1)
+    assert lying.lean == pytest.approx(np.log(width / height), abs=1e-3) and lying.whole == 40
+    assert found(np.linspace(0, np.pi, 40, endpoint=False)).lean < 0.1

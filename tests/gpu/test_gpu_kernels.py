@@ -39,6 +39,17 @@ LARGE = [
         half=True,
     ),
     Head("distances_large", classes=80, anchors=1, coder="distances", sizes=COCO[:3], mean=-4.0, top_n=1000, half=True),
+    Head(
+        "turned_large",
+        classes=15,
+        anchors=1,
+        coder="center_size_angle",
+        sizes=COCO[:3],
+        mean=-4.0,
+        top_n=1000,
+        half=True,
+        channels_last=True,
+    ),
     Head("odd_large", batch=5, classes=17, sizes=((101, 37), (51, 19)), mean=-4.0, top_n=1000, half=True),
 ]
 MANY = [

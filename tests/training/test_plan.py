@@ -112,7 +112,7 @@ def test_the_other_heads_keep_their_recipe(head: str) -> None:
 def test_the_head_follows_rotated_boxes_and_anchors() -> None:
     rotated = decided(rotated_bbox=True)
     assert rotated["head"] == decided()["head"] and rotated["head"][0] == "dense"
-    assert "augment_rotate" not in rotated and rotated["iters"][0] == 500
+    assert rotated["augment_rotate"][0] is True and rotated["iters"][0] == 500
     head, reason = decided(rotated_bbox=True, absolute_angle=True)["head"]
     assert head == "retinanet" and "--absolute-angle" in reason
     head, reason = decided(anchor_scales=[3, 4], anchor_ious=[0.3, 0.4])["head"]
