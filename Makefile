@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 ATTACK_MINUTES ?= 20
 ATTACK_SEED    ?= 0
 
-.PHONY: setup hooks test quick lint attack versions docs demo dist release-check clean
+.PHONY: setup hooks test quick lint attack versions jetson docs demo dist release-check clean
 setup: $(VENV)/ready
 
 # torch comes first, at the tested version, so that the ranges in pyproject.toml are met and pull in no other.
@@ -51,6 +51,10 @@ versions: setup
 # The documentation site, in build/site. The variable silences an advertisement of its theme.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Cross-compiles for Jetson and runs the plugins under qemu, without a Jetson (docs/jetson.md).
+jetson: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=$(BIN)/python csrc/jetson.sh
 
 # A first run from nothing: data, training, ONNX, detections, AP, pictures.
 demo: setup

@@ -28,6 +28,7 @@ ABSTRACT = {  # header → the classes of which a Default is made
     "NvInferImpl.h": [
         *("VHostMemory", "VRuntime", "VOptimizationProfile", "VCudaEngine", "VExecutionContext", "VTensor"),
         *("VNetworkDefinition", "VTimingCache", "VBuilderConfig", "VBuilder", "VLayer", "VPluginV2Layer"),
+        "VCastLayer",
     ],
     "NvInferRuntimeCommon.h": ["IPluginRegistry"],
     "NvOnnxParser.h": ["IParser"],

@@ -6,22 +6,26 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper
+from onnx.utils import Extractor
 
 from odtk.box_coder import BOX_CODERS
 from odtk.categories import Category
-from odtk.config import ModelConfig
+from odtk.config import ExportConfig, ModelConfig
 from odtk.exporting.engine import name_or_field
+from odtk.exporting.export import export
 from odtk.exporting.metadata import Metadata, pack
 from odtk.exporting.postprocess_graph import Level, append_plugin_postprocess
 from tests.csrc.test_engine_calls import FAKE, defaults
 from tests.csrc.test_plugins import compile_host, find_headers
 from tests.gpu.stand_ins import main as make_stand_ins
+from tests.random_models import detector_of, save
 
 pytestmark = pytest.mark.slow  # compiles
 
@@ -67,24 +71,50 @@ def serialized(*fields: tuple[str, Sequence[float]]) -> str:
     return b"".join(struct.pack(f"<i{len(values)}{kind}", len(values), *values) for kind, values in fields).hex()
 
 
-def test_the_parser_hands_every_attribute_to_our_plugins(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Parser:
+    """TensorRT 8.6's parser, and the network that prints what it is given."""
+
+    command: list[str]
+    first: list[str]  # libraries that are loaded first
+
+    def parse(self, model: Path) -> list[str]:
+        result = subprocess.run([*self.command, str(model), *self.first], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def parser(tmp_path_factory: pytest.TempPathFactory) -> Parser:
+    folder = tmp_path_factory.mktemp("parser")
     host = compile_host(8)
     headers, compiler = find_headers(8), shutil.which("g++")
     parser = host.library.with_name("libnvonnxparser.so.8")
     if compiler is None or not parser.is_file() or not (headers / "NvOnnxParser.h").is_file():
         pytest.skip("no g++, libnvonnxparser.so.8 or NvOnnxParser.h")
-    (tmp_path / "defaults.h").write_text(defaults(headers))
-    flags = ["-std=c++17", "-w", f"-I{FAKE}", f"-I{tmp_path}", "-isystem", str(headers)]
-    probe = tmp_path / "probe"
+    (folder / "defaults.h").write_text(defaults(headers))
+    flags = ["-std=c++17", "-w", f"-I{FAKE}", f"-I{folder}", "-isystem", str(headers)]
+    probe = folder / "probe"
     subprocess.run([compiler, *flags, str(FAKE / "parser_probe.cpp"), "-o", str(probe), "-ldl"], check=True)
     stock = host.library.with_name("libnvinfer_plugin.so.8")
-    make_stand_ins(str(tmp_path / "stand-ins"), str(stock))
+    make_stand_ins(str(folder / "stand-ins"), str(stock))
+    first = [*sorted((folder / "stand-ins").glob("lib*.so.*[0-9]")), host.library, stock]
+    command = [probe, host.library, host.plugins, parser]
+    return Parser(list(map(str, command)), list(map(str, first)))
+
+
+def test_the_parser_hands_every_attribute_to_our_plugins(parser: Parser, tmp_path: Path) -> None:
     onnx.save(plugin_nodes(METADATA), tmp_path / "model.onnx")
-    first = [*sorted((tmp_path / "stand-ins").glob("lib*.so.*[0-9]")), host.library, stock]
-    command = [probe, host.library, host.plugins, parser, tmp_path / "model.onnx", *first]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
     coder = BOX_CODERS["anchor_deltas"].number
     decode = serialized(("i", [32]), ("i", [1203]), ("i", [coder]), ("f", [0.0]), ("i", [1000]))
     nms = serialized(("i", [4]), ("f", [0.5]), ("i", [100]), ("i", pack(METADATA.to_json())))
-    assert result.stdout.splitlines() == [f"OdtkDecode 3 {decode}", f"OdtkNms 3 {nms}"]
+    assert parser.parse(tmp_path / "model.onnx") == [f"OdtkDecode 3 {decode}", f"OdtkNms 3 {nms}"]
+
+
+def test_the_parser_takes_uint8_pixels_and_casts_them_first(parser: Parser, tmp_path: Path) -> None:
+    """The start of an exported graph. TensorRT's numbers: 5 is UINT8, 0 is FLOAT; -1 is the size of the batch."""
+    pth = save(detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2)), tmp_path)
+    export(ExportConfig(pth, str(tmp_path / "model.onnx"), size=(48, 64), precision="fp32"))
+    start = Extractor(onnx.load(tmp_path / "model.onnx")).extract_model(["images"], ["images/float32"])
+    onnx.save(start, tmp_path / "start.onnx")
+    assert parser.parse(tmp_path / "start.onnx") == ["Cast images 5 -1x3x48x64 to 0"]

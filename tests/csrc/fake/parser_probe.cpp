@@ -1,5 +1,5 @@
-// TensorRT 8's own ONNX parser on a network that only prints which plugins it is given. Needs no GPU, as the builder,
-// which would, is not there.
+// TensorRT 8's own ONNX parser on a network that only prints which plugins and casts it is given. Needs no GPU, as the
+// builder, which would, is not there.
 //   parser_probe NVINFER PLUGINS PARSER MODEL.onnx LIBRARY…     the last ones are loaded first
 #include <NvInfer.h>
 #include <NvOnnxParser.h>
@@ -54,6 +54,16 @@ class PluginLayer final : public IPluginV2Layer, public DefaultVLayer, public De
   Tensor* outputs_[3];
 };
 
+class CastLayer final : public ICastLayer, public DefaultVLayer, public DefaultVCastLayer {
+ public:
+  CastLayer(ITensor& input, DataType type) : output_(type, input.getDimensions()) { mLayer = this, mImpl = this; }
+  ITensor* getOutput(std::int32_t) const noexcept override { return const_cast<Tensor*>(&output_); }
+  const char* getName() const noexcept override { return "a cast"; }
+
+ private:
+  Tensor output_;
+};
+
 class Builder final : public IBuilder, public DefaultVBuilder {
  public:
   Builder() { mImpl = this; }
@@ -70,6 +80,13 @@ class Network final : public INetworkDefinition, public DefaultVNetworkDefinitio
     auto* tensor = new Tensor(type, dims);
     tensor->setName(name);
     return tensor;
+  }
+  ICastLayer* addCast(ITensor& input, DataType type) noexcept override {
+    const Dims dims = input.getDimensions();
+    std::printf("Cast %s %d", input.getName(), static_cast<int>(input.getType()));
+    for (int i = 0; i < dims.nbDims; ++i) std::printf("%c%lld", i ? 'x' : ' ', static_cast<long long>(dims.d[i]));
+    std::printf(" to %d\n", static_cast<int>(type));
+    return new CastLayer(input, type);
   }
   IPluginV2Layer* addPluginV2(ITensor* const*, std::int32_t count, IPluginV2& plugin) noexcept override {
     std::string bytes(plugin.getSerializationSize(), '\0');
