@@ -12,7 +12,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.3.0"
 
 if TYPE_CHECKING:
-    from .api import benchmark, check, convert, evaluate, export, infer, info, load, plan, synth, train, visualize
+    from .api import (
+        benchmark,
+        check,
+        convert,
+        evaluate,
+        export,
+        infer,
+        info,
+        load,
+        plan,
+        pretrain,
+        synth,
+        train,
+        visualize,
+    )
     from .config import OdtkError
     from .inference.predict import Detections, Model
 
@@ -20,6 +34,7 @@ _HOMES = {
     "load": "api",
     "train": "api",
     "plan": "api",
+    "pretrain": "api",
     "infer": "api",
     "export": "api",
     "evaluate": "api",
@@ -46,6 +61,7 @@ __all__ = [
     "info",
     "load",
     "plan",
+    "pretrain",
     "synth",
     "train",
     "visualize",

@@ -25,6 +25,7 @@ from .settings import (
     InferSettings,
     InfoSettings,
     PlanSettings,
+    PretrainSettings,
     SynthSettings,
     TrainSettings,
     VisualizeSettings,
@@ -117,6 +118,16 @@ def plan(annotations: Path | None = None, /, **settings: Any) -> dict[str, Any]:
     """
     with commands.explaining():
         return commands.plan(PlanSettings.of(named(settings, annotations=annotations)))
+
+
+def pretrain(model: Path | None = None, /, **settings: Any) -> str:
+    """`odtk pretrain`: trains a backbone as a classifier into ``model``, or resumes that, and returns its path.
+
+    Args:
+        settings: settings.PretrainSettings by name; ``images`` or ``labels`` is required. None means: no preference.
+    """
+    with commands.explaining():
+        return commands.pretrain(PretrainSettings.of(named(settings, model=model)))
 
 
 def infer(model: Path | None = None, /, **settings: Any) -> list[dict[str, Any]] | None:

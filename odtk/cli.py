@@ -28,6 +28,7 @@ from .settings import (
     InfoSettings,
     Option,
     PlanSettings,
+    PretrainSettings,
     Settings,
     SynthSettings,
     TrainSettings,
@@ -37,10 +38,15 @@ from .settings import (
 )
 from .text import printable
 
-SPAWNING = ("train", "infer", "benchmark")  # commands of several processes, which meet at --master
+SPAWNING = ("train", "pretrain", "infer", "benchmark")  # commands of several processes, which meet at --master
 COMMANDS: dict[str, tuple[type[Settings], Callable[..., Any], str]] = {
     "train": (TrainSettings, commands.train, "train a detector, or resume its training"),
     "plan": (PlanSettings, commands.plan, "what train would decide for a dataset on this machine, and why"),
+    "pretrain": (
+        PretrainSettings,
+        commands.pretrain,
+        "train a backbone as a classifier of images, for train to start from",
+    ),
     "infer": (InferSettings, commands.infer, "detect objects in images"),
     "export": (ExportSettings, commands.export, "write a model as ONNX or as a TensorRT engine"),
     "evaluate": (EvaluateSettings, commands.evaluate, "COCO figures of a file of detections"),

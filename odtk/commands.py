@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config import (
     ROTATED_ANGLES,
+    AugmentConfig,
     BenchmarkConfig,
     ExportConfig,
     InferConfig,
@@ -21,10 +22,14 @@ from .config import (
     ModelConfig,
     OdtkError,
     PostprocessConfig,
+    PretrainConfig,
     TilesConfig,
     VideoConfig,
 )
 from .settings import (
+    PRETRAIN_BATCH,
+    PRETRAIN_EPOCHS,
+    RESNET_OPTIONS,
     BenchmarkSettings,
     CheckSettings,
     ConvertSettings,
@@ -33,6 +38,7 @@ from .settings import (
     InferSettings,
     InfoSettings,
     PlanSettings,
+    PretrainSettings,
     Settings,
     SynthSettings,
     TrainSettings,
@@ -152,6 +158,117 @@ def train(settings: TrainSettings, master: str | None = None) -> str:
     task = Task(settings, machine, earlier)
     launch.launch(functools.partial(explained, begin), task, devices=settings.devices, master=master)
     return settings.model
+
+
+def pretrain(settings: PretrainSettings, master: str | None = None) -> str:
+    """Trains a backbone as a classifier, or resumes that, and returns the path of its weights."""
+    from . import launch
+    from .data.labeled import list_labeled
+    from .training.pretrain import pretrain
+    from .training.run import continued
+
+    settings, _ = continued(settings)
+    world = launch.world_size(settings.devices)
+    listing = list_labeled(settings.images, settings.labels)
+    config = pretrain_config(settings, world, len(listing.files), len(listing.classes))
+    launch.launch(functools.partial(explained, pretrain), config, devices=settings.devices, master=master)
+    return settings.model
+
+
+def pretrain_config(settings: PretrainSettings, world: int, images: int, classes: int) -> PretrainConfig:
+    """What each process of a pre-training is told."""
+    from math import ceil
+
+    from .model.backbones.catalog import normalization
+
+    batch = settings.batch or PRETRAIN_BATCH * world
+    epochs = settings.epochs or PRETRAIN_EPOCHS
+    iters = settings.iters or max(1, ceil(epochs * images / (batch * settings.accumulate)))
+    given = settings.given()
+    settings = settings.resolved(batch=batch, iters=iters, classes=classes)
+    data, val_data = pretrain_data(settings, world)
+    mean, std = normalization(settings.backbone)
+    assert settings.optimizer and settings.warmup is not None and settings.lr and settings.val_iters and settings.norm
+    assert settings.regularization_l2 is not None
+    resnet: dict[str, Any] = {RESNET_OPTIONS[name]: True for name in settings.resnet}
+    return PretrainConfig(
+        path=settings.model,
+        model=ModelConfig(
+            backbones=(settings.backbone,),
+            classes=classes,
+            mean=mean,
+            std=std,
+            norm=settings.norm,
+            resnet_width=settings.resnet_width,
+            grad_checkpoint=settings.grad_checkpoint,
+            **resnet,
+        ),
+        data=data,
+        val_data=val_data,
+        optimizer=settings.optimizer,
+        iters=iters,
+        milestones=(),
+        lr_schedule="cosine",
+        warmup=settings.warmup,
+        lr=settings.lr,
+        weight_decay=settings.regularization_l2,
+        precision=settings.precision or "mixed",
+        val_iters=settings.val_iters,
+        patience=settings.patience or 0,
+        override=settings.override,
+        override_settings=settings.override_settings,
+        accumulate=settings.accumulate,
+        clip_grad=settings.clip_grad or None,
+        ema=settings.ema or None,
+        logdir=settings.logdir,
+        post_metrics=settings.post_metrics,
+        log_to=settings.log_to,
+        seed=settings.seed,
+        settings={**settings.to_dict(), "given": given},
+        backbone_weights=None if settings.backbone_weights == "imagenet" else settings.backbone_weights,
+        label_smoothing=settings.label_smoothing,
+        teacher=settings.teacher,
+        teacher_labels=settings.teacher_labels,
+        teacher_weight=PretrainConfig.teacher_weight if settings.teacher_weight is None else settings.teacher_weight,
+        teacher_temperature=settings.teacher_temperature,
+        report=settings.report,
+        output=settings.output,
+    )
+
+
+def pretrain_data(settings: PretrainSettings, world: int) -> tuple[LoaderConfig, LoaderConfig | None]:
+    """What is trained on and what is validated on, from settings that are resolved."""
+    from .launch import share, workers_of
+
+    assert settings.batch
+    data = LoaderConfig(
+        images=settings.images or os.path.dirname(settings.labels or "") or ".",
+        annotations=settings.labels,
+        skip_damaged=settings.skip_damaged,
+        batch=share(settings.batch, world),
+        training=True,
+        repeat_threshold=settings.repeat_threshold,
+        square=settings.size,
+        center=settings.center,
+        augment=AugmentConfig(
+            flip=settings.augment_flip,
+            rotate=settings.augment_rotate,
+            area=(settings.augment_area[0], settings.augment_area[1]),
+            brightness=settings.augment_brightness,
+            contrast=settings.augment_contrast,
+            hue=settings.augment_hue,
+            saturation=settings.augment_saturation,
+        ),
+        loader=settings.loader,
+        workers=workers_of(world),
+        seed=settings.seed,
+        world=world,
+    )
+    val_data = None
+    if settings.validates:
+        folder = settings.val_images or os.path.dirname(settings.val_labels or "") or "."
+        val_data = dataclasses.replace(data, images=folder, annotations=settings.val_labels, training=False)
+    return data, val_data
 
 
 def plan(settings: PlanSettings) -> dict[str, Any]:

@@ -134,11 +134,15 @@ class PostprocessConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Training augmentation. The four color values are standard deviations of normal distributions."""
+    """Training augmentation. The four color values are standard deviations of normal distributions.
+
+    ``area`` is for images that are classified, ``crop`` and ``scale`` for the others.
+    """
 
     flip: float = 0.5  # probability
     crop: float = 1.0  # probability of a random crop that keeps boxes (SSD, https://arxiv.org/abs/1512.02325 §2.2)
     scale: tuple[float, float] = (1.0, 1.0)  # range of a random factor, see sampler.random_view
+    area: tuple[float, float] = (0.08, 1.0)  # of a random crop, relative to the image's, see sampler.resized_crop
     rotate: bool = False  # by a random multiple of 90 degrees
     free_rotate: tuple[float, float] = (0.0, 0.0)  # degrees, uniform in the range
     brightness: float = 0.002
@@ -155,6 +159,8 @@ class LoaderConfig:
       training: the shorter side is drawn from ``jitter`` (inclusive), the longer is capped by ``max_size``;
       ``size`` given (H, W): scaled to fit inside, padded right and bottom to exactly H×W;
       otherwise: the shorter side becomes ``resize``, the longer is capped by ``max_size``.
+    ``square`` given: images are classified, and each becomes a square of so many pixels. In training that is a random
+    crop, whose aspect is not kept, otherwise the ``center`` of the image, so much of its shorter side.
     Images of a batch are then padded right and bottom to a common size, a multiple of ``stride``: with ``padding``
     ``mean`` by zeros once they are normalized, with ``black`` by what black pixels become.
     ``input_type`` says what a batch holds: ``normalized`` float32 or, in inference only, RGB pixels from 0 to 255 as
@@ -172,6 +178,8 @@ class LoaderConfig:
     jitter: tuple[int, int] = (640, 1024)
     repeat_threshold: float = 0.0  # see sampler.repeat_factors
     size: tuple[int, int] | None = None
+    square: int | None = None
+    center: float = 0.875
     stride: int = 32
     rotated: bool = False
     absolute_angle: bool = False
@@ -193,9 +201,11 @@ class RunConfig:
     """What the training loop is told, whatever is trained.
 
     Attributes:
+        KIND: what is trained.
         SCORE: what validation measures; the weights with the highest are the best.
     """
 
+    KIND: ClassVar[str] = "detector"  # of model.checkpoint.FORMATS
     SCORE: ClassVar[str] = "AP"
 
     path: str  # of the file to write
@@ -205,7 +215,7 @@ class RunConfig:
     optimizer: str = "sgd"  # or "adamw", see optimizer.create_optimizer
     iters: int = 90000
     milestones: tuple[int, ...] = (60000, 80000)
-    lr_schedule: str = "milestones"  # or "flat-cosine", see optimizer.learning_rate
+    lr_schedule: str = "milestones"  # or "flat-cosine", "cosine", see optimizer.learning_rate
     schedule: float = 1.0  # scales iters and milestones
     warmup: int = 1000
     gamma: float = 0.1
@@ -245,6 +255,27 @@ class TrainConfig(RunConfig):
     unlabeled_loss: str = "pseudo-labels"  # or "entropy"
     unlabeled_weight: float = 1.0
     burn_in: int = 0  # iterations without them
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """The training of a classifier: commands.pretrain() makes it from settings, pretrain.pretrain() runs it.
+
+    Of ``model`` only the backbone and the number of classes count. ``data.images`` and ``data.annotations`` are the
+    folder and the CSV of data.labeled.list_labeled.
+    """
+
+    KIND: ClassVar[str] = "classifier"
+    SCORE: ClassVar[str] = "top-1"
+
+    backbone_weights: str | None = "none"  # path, "none", or None: ImageNet weights
+    label_smoothing: float = 0.1
+    teacher: str | None = None  # file of a classifier whose answers are learned too
+    teacher_labels: str = "hard"  # or "soft", see pretrain.answer_losses
+    teacher_weight: float = 0.5  # of its loss; that of the labels has the rest
+    teacher_temperature: float = 3.0  # of soft labels
+    report: str | None = None
+    output: str | None = None
 
 
 @dataclass(frozen=True)

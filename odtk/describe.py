@@ -138,16 +138,17 @@ def describe_file(path: str) -> dict[str, Any]:
 
 def describe_checkpoint(path: str) -> dict[str, Any]:
     """The model, categories, settings and progress of a checkpoint."""
-    found = load(path)
+    found = load(path, None)
     training = found.training or {}
     return {
         "file": path,
+        "kind": found.kind,
         "versions": found.versions or "not stated",
         "model": to_dict(found.model),
         "categories": None if found.categories is None else [[c.id, c.name] for c in found.categories],
         "settings": found.settings or "not stated (written by an odtk before 0.3, or by ODTK 0.2)",
         "iteration": training.get("iteration", "not a training run"),
-        "best AP": training.get("best", "none"),
+        f"best {'AP' if found.kind == 'detector' else 'top-1'}": training.get("best", "none"),
     }
 
 

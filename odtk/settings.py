@@ -29,6 +29,7 @@ from .config import (
     ModelConfig,
     OdtkError,
     PostprocessConfig,
+    PretrainConfig,
     TilesConfig,
     TrainConfig,
     VideoConfig,
@@ -43,6 +44,10 @@ ADAMW_DECAY = 0.05
 DENSE_EMA = 0.99
 DENSE_SCALE = (0.75, 4 / 3)
 DENSE_COLOR = {"brightness": 0.1, "contrast": 0.1, "hue": 0.01, "saturation": 0.1}
+PRETRAIN_EPOCHS, PRETRAIN_BATCH = 100, 32  # the latter per device
+PRETRAIN_LR_BATCH = 256  # the default learning rates of a classifier are meant for this batch
+PRETRAIN_SGD_LR = 0.1  # https://arxiv.org/abs/1706.02677
+TEACHER_SOFT = 0.1  # the weight of soft labels, https://arxiv.org/abs/2012.12877 section 5.1
 PLANNED = "from the data, see `odtk plan`"  # the default of what training/rules.py decides
 FORMATS = "COCO JSON, YOLO's data.yaml, or a folder of one of them or of Pascal VOC; :SPLIT names a split"
 RESNET_OPTIONS = {  # of --resnet → fields of ModelConfig
@@ -108,11 +113,13 @@ TEXT = Check(_text, bool, "a text")
 POSITIVE_INT = Check(int, lambda v: v > 0, "a positive whole number")
 COUNT = Check(int, lambda v: v >= 0, "a whole number, 0 or more")
 SEED = Check(int, lambda v: 0 <= v < 2**64, "a whole number from 0 to 2^64 - 1")  # as torch takes them
+SQUARE = Check(int, lambda v: v > 0 and v % 32 == 0, "a positive multiple of 32")
 POSITIVE = Check(float, lambda v: 0 < v < math.inf, "a positive number")
 NUMBER = Check(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
 ANGLE = Check(float, math.isfinite, "a number of degrees")
 SIDE = Check(float, lambda v: 0.005 <= v <= 0.6, "a number from 0.005 to 0.6")
 RATIO = Check(float, lambda v: 1 <= v < math.inf, "a number, 1 or more")
+PART = Check(float, lambda v: 0 < v <= 1, "a number above 0, 1 at most")
 SHARE = Check(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 FRACTION = Check(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 DURATION = Check(_text, lambda v: seconds_of(v) > 0, "a time such as 8m, 1h30m or 90s")
@@ -456,6 +463,20 @@ def rising(name: str, pair: tuple[float, ...]) -> None:
 def check_rotated(head: str, rotated: bool) -> None:
     if head == "fcos" and rotated:
         raise OdtkError("--head fcos has no angle: rotated boxes need --head dense or retinanet.")
+
+
+def check_run(settings: Any) -> None:
+    """What train and pretrain both refuse."""
+    if settings.full_precision and settings.precision not in (None, "fp32"):
+        raise OdtkError(f"--full-precision contradicts --precision {settings.precision}.")
+    if settings.log_to and not settings.logdir:
+        raise OdtkError(f"--log-to {' '.join(settings.log_to)} needs --logdir DIR.")
+
+
+def _changed_color(name: str) -> Any:
+    """How much one property of the colors varies where images are classified."""
+    value = DENSE_COLOR[name]
+    return option(value, "standard deviation of the change", NUMBER, "STD", section="augmentation")
 
 
 def _color_option(name: str) -> Any:
@@ -991,10 +1012,7 @@ class TrainSettings(_Devices, _Loader, _Anchors):
 
     def check(self) -> None:
         super().check()
-        if self.full_precision and self.precision not in (None, "fp32"):
-            raise OdtkError(f"--full-precision contradicts --precision {self.precision}.")
-        if self.log_to and not self.logdir:
-            raise OdtkError(f"--log-to {' '.join(self.log_to)} needs --logdir DIR.")
+        check_run(self)
         check_rotated(self.head, self.rotated_bbox)
         if self.absolute_angle and not self.rotated_bbox:
             raise OdtkError("--absolute-angle requires --rotated-bbox.")
@@ -1094,6 +1112,225 @@ class TrainSettings(_Devices, _Loader, _Anchors):
                 "burn_in": iters // 5,
             }
         kept = ("batch", "iters", "classes", "epochs", "time")
+        return dataclasses.replace(self, **{k: v for k, v in follows.items() if k in kept or getattr(self, k) is None})
+
+
+def as_in_train(name: str, **changes: Any) -> Any:
+    """A field that another command has as TrainSettings has it, but for some attributes of its Option."""
+    found = next(f for f in dataclasses.fields(TrainSettings) if f.name == name)
+    one: Option = found.metadata["option"]
+    return field(
+        default=changes.pop("default", found.default), metadata={"option": dataclasses.replace(one, **changes)}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(_Devices, _Loader):
+    """`odtk pretrain`, and what its file keeps of a run."""
+
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+        ("iters", "epochs"), ("iters", "epochs", "warmup", "val_iters")
+    )
+
+    model: str = option(
+        dataclasses.MISSING,
+        "file to write, for train --backbone-weights; training resumes from it if it exists",
+        TEXT,
+        "WEIGHTS.pth",
+        positional=True,
+        changes_result=False,
+    )
+
+    images: str | None = option(
+        None,
+        "folder with one subfolder of images per class; with --labels the folder that its file names are relative to",
+        TEXT,
+        "DIR",
+        shown="beside --labels",
+        section="data",
+        changes_result=False,  # what is in them is compared, not where they lie
+    )
+    labels: str | None = option(
+        None,
+        "CSV of a file name and a class per line; a first line may name the columns (file, class)",
+        TEXT,
+        "CSV",
+        shown="none: the subfolders are the classes",
+        section="data",
+        changes_result=False,
+    )
+    val_images: str | None = option(
+        None,
+        "the same to validate on; the best weights are kept",
+        TEXT,
+        "DIR",
+        shown="none; beside --val-labels",
+        section="data",
+        changes_result=False,
+    )
+    val_labels: str | None = option(
+        None, "CSV of the images to validate on", TEXT, "CSV", shown="none", section="data", changes_result=False
+    )
+    val_iters: int | None = as_in_train("val_iters")
+    patience: int | None = as_in_train("patience", shown="0", help="end the run after so many evaluations without a "
+                                       "better top-1, 0 for never")  # fmt: skip
+    skip_damaged: bool = as_in_train("skip_damaged")
+    batch: int | None = as_in_train("batch", shown=f"{PRETRAIN_BATCH} × devices")
+    repeat_threshold: float = as_in_train("repeat_threshold")
+    size: int = option(224, "side of the square that each image becomes", SQUARE, "PIXELS", section="data")
+    center: float = option(
+        LoaderConfig.center,
+        "part of the image's shorter side that is validated on, in its center",
+        PART,
+        "SHARE",
+        section="data",
+        changes_result=False,
+    )
+
+    backbone: str = option(ModelConfig.backbones[0], "what is trained, by its name in train", section="model")
+    norm: str | None = as_in_train("norm", choices=("batch", "group"), shown="batch")
+    resnet: tuple[str, ...] = as_in_train("resnet")
+    resnet_width: float = as_in_train("resnet_width")
+    grad_checkpoint: bool = as_in_train("grad_checkpoint")
+    backbone_weights: str = as_in_train(
+        "backbone_weights",
+        default="none",
+        help="weights to start from: a file, imagenet (as train has them), or none: from scratch",
+        shown="none",
+    )
+    override: bool = as_in_train("override", help="start anew over an existing WEIGHTS.pth")
+    override_settings: bool = as_in_train("override_settings")
+
+    teacher: str | None = option(
+        None,
+        "file of `odtk pretrain` with the same classes, whose answers are learned too",
+        TEXT,
+        "WEIGHTS.pth",
+        shown="none",
+        section="teacher",
+        changes_result=False,  # its weights are compared
+    )
+    teacher_labels: str = option(
+        PretrainConfig.teacher_labels,
+        "what is learned of it: its first answer, or the probabilities of all",
+        choices=("hard", "soft"),
+        section="teacher",
+    )
+    teacher_weight: float | None = option(
+        None,
+        "share of the teacher's loss; that of the labels has the rest",
+        FRACTION,
+        "SHARE",
+        shown=f"{PretrainConfig.teacher_weight:g}; {TEACHER_SOFT:g} for --teacher-labels soft",
+        section="teacher",
+    )
+    teacher_temperature: float = option(
+        PretrainConfig.teacher_temperature,
+        "by which logits are divided for soft labels",
+        POSITIVE,
+        "FACTOR",
+        section="teacher",
+    )
+
+    iters: int | None = as_in_train("iters", shown=f"as many as {PRETRAIN_EPOCHS} epochs have")
+    epochs: float | None = as_in_train("epochs")
+    optimizer: str | None = as_in_train("optimizer", shown="adamw")
+    warmup: int | None = as_in_train("warmup")
+    lr: float | None = as_in_train(
+        "lr",
+        shown=f"adamw: {ADAMW_LR:g} for a batch of {PRETRAIN_LR_BATCH}, scaled with its root; sgd: {PRETRAIN_SGD_LR:g} "
+        "for that batch, scaled with the batch",
+    )
+    regularization_l2: float | None = as_in_train("regularization_l2")
+    label_smoothing: float = option(
+        PretrainConfig.label_smoothing, "share of the label that all classes get", SHARE, "SHARE", section="schedule"
+    )
+    precision: str | None = as_in_train("precision")
+    full_precision: bool = as_in_train("full_precision")
+    accumulate: int = as_in_train("accumulate")
+    clip_grad: float = as_in_train("clip_grad")
+    ema: float | None = as_in_train("ema", shown=f"{DENSE_EMA:g}")
+    seed: int = as_in_train("seed")
+
+    augment_flip: float = as_in_train("augment_flip")
+    augment_rotate: bool = as_in_train("augment_rotate")
+    augment_area: tuple[float, ...] = option(
+        AugmentConfig.area,
+        "range of the area of a random crop, relative to the image's; 1 1: nearly the whole image",
+        PART,
+        ("MIN", "MAX"),
+        count=2,
+        section="augmentation",
+    )
+    augment_brightness: float = _changed_color("brightness")
+    augment_contrast: float = _changed_color("contrast")
+    augment_hue: float = _changed_color("hue")
+    augment_saturation: float = _changed_color("saturation")
+
+    logdir: str | None = as_in_train("logdir")
+    post_metrics: str | None = as_in_train("post_metrics")
+    log_to: tuple[str, ...] = as_in_train("log_to")
+    report: str | None = option(
+        None,
+        "write a page for the browser: every class, confusion, calibration, the surest mistakes",
+        TEXT,
+        "HTML",
+        shown="none",
+        section="log",
+        changes_result=False,
+    )
+    output: str | None = option(
+        None, "write the figures there too", TEXT, "JSON", shown="none", section="log", changes_result=False
+    )
+
+    def check(self) -> None:
+        super().check()
+        if not self.images and not self.labels:
+            raise OdtkError("--images DIR or --labels CSV is required.")
+        for name in ("report", "output"):
+            if getattr(self, name) and not self.validates:
+                raise OdtkError(f"{flag(name)} is about the images to validate on: give them as --val-images.")
+        check_run(self)
+        rising("--augment-area", self.augment_area)
+        if self.iters is not None and self.epochs is not None:
+            raise OdtkError("--iters and --epochs both give the length: keep one.")
+        if self.teacher is None and {"teacher_weight", "teacher_labels", "teacher_temperature"} & {*self.given()}:
+            raise OdtkError("--teacher-labels, --teacher-weight and --teacher-temperature require --teacher.")
+        if self.teacher_labels == "hard" and self.teacher_temperature != PretrainConfig.teacher_temperature:
+            raise OdtkError("--teacher-temperature is for --teacher-labels soft.")
+        if self.report and not self.report.lower().endswith((".html", ".htm")):
+            raise OdtkError(f"--report {self.report}: the name of the page must end in .html.")
+
+    @property
+    def validates(self) -> bool:
+        return bool(self.val_images or self.val_labels)
+
+    def resolved(self, *, batch: int, iters: int, classes: int) -> PretrainSettings:
+        """Every value that follows from other settings, once data and machine have given these three.
+
+        Args:
+            batch: images per step over all devices.
+        """
+        share = batch * self.accumulate / PRETRAIN_LR_BATCH
+        optimizer = self.optimizer or "adamw"
+        follows: dict[str, Any] = {
+            "batch": batch,
+            "iters": iters,
+            "epochs": None,
+            "val_iters": min(TrainConfig.val_iters, max(1, iters // 5)),
+            "patience": 0,
+            "norm": "batch",
+            "optimizer": optimizer,
+            "warmup": min(ODTK_WARMUP, iters // 10),
+            "lr": ADAMW_LR * math.sqrt(share) if optimizer == "adamw" else PRETRAIN_SGD_LR * share,
+            "regularization_l2": ADAMW_DECAY if optimizer == "adamw" else TrainConfig.weight_decay,
+            "precision": "fp32" if self.full_precision else "mixed",
+            "ema": DENSE_EMA,
+            "teacher_weight": TEACHER_SOFT if self.teacher_labels == "soft" else PretrainConfig.teacher_weight,
+        }
+        if self.teacher is None:
+            del follows["teacher_weight"]
+        kept = ("batch", "iters", "epochs")
         return dataclasses.replace(self, **{k: v for k, v in follows.items() if k in kept or getattr(self, k) is None})
 
 

@@ -35,7 +35,7 @@ def test_importing_odtk_imports_the_standard_library_only() -> None:
 
 def test_every_public_name_has_a_home() -> None:
     functions = {"benchmark", "check", "convert", "evaluate", "export", "infer", "info", "load", "synth", "train"}
-    functions |= {"plan", "visualize"}
+    functions |= {"plan", "pretrain", "visualize"}
     assert {"Detections", "Model", "OdtkError"} | functions == set(odtk.__all__)
     for name in odtk.__all__:
         assert callable(getattr(odtk, name)) and name in dir(odtk)

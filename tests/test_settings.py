@@ -18,9 +18,11 @@ from odtk.settings import (
     DEVICES,
     DURATION,
     FRACTION,
+    PART,
     PRESETS,
     SHARE,
     SIDE,
+    SQUARE,
     SWITCH,
     TEXT,
     VARIANTS,
@@ -43,6 +45,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "export": {"model": "m.pth", "output": "m.onnx"},
     "evaluate": {"detections": "d.json", "annotations": "a.json"},
     "check": {"annotations": "a.json"},
+    "pretrain": {"model": "m.pth", "images": "i", "val_images": "v"},
     "convert": {"source": "a.json", "target": "b", "to": "voc"},
     "benchmark": {"model": "m.pth"},
     "info": {},
@@ -58,6 +61,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "unlabeled_weight": {"unlabeled": ["u"]},
     "burn_in": {"unlabeled": ["u"]},
     "teacher_weight": {"teacher": "t.pth"},
+    "teacher_labels": {"teacher": "t.pth"},
+    "teacher_temperature": {"teacher": "t.pth", "teacher_labels": "soft"},
     "teacher_scale": {"teacher": "t.pth"},
     "verify": {"annotations": "v.json"},
     "int8": {"calibration_images": "c"},
@@ -92,7 +97,9 @@ def sample(name: str, one: Option, default: Any) -> Any:
         single = "cpu"
     elif one.check is DURATION:
         single = "8m"
-    elif one.check in (FRACTION, SHARE, SIDE):
+    elif one.check is SQUARE:
+        single = 64
+    elif one.check in (FRACTION, PART, SHARE, SIDE):
         single = 0.25
     elif one.check is ANGLE:
         single = -3.5

@@ -227,7 +227,7 @@ class Loader:
     def _report_damage(self, sample: Sample, error: ImageError) -> None:
         if sample.image.path not in self.damaged:
             self.damaged.add(sample.image.path)
-            what = "is replaced by padding without boxes" if self.config.training else "gets no detections"
+            what = "is replaced by padding and counts nothing" if self.config.training else "gets no detections"
             print(
                 f"Warning: {printable(sample.image.path)} (image {sample.image.id}) {what}: {error} "
                 f"({plural(len(self.damaged), 'damaged image')} so far).",

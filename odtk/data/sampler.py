@@ -12,6 +12,8 @@ Geometry of an image: crop → scale → flip → place in a frame → rotate �
 the padding is one affine map of continuous coordinates (pixel i covers [i, i + 1]) from the image to the network's
 input.
 
+Images that are classified (``LoaderConfig.square``) have one box, which is what is seen of the image.
+
 Quarter turns keep the batch in one orientation: all of its images lie or all stand, so that they need no square.
 """
 
@@ -39,6 +41,8 @@ CROP_IOUS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None keeps the whole image; 
 CROP_SIDES = (0.3, 1.0)  # relative to the image's sides
 CROP_ASPECTS = (0.75, 4 / 3)  # relative to the image's; narrower than SSD's 0.5 to 2, for less padding in a batch
 CROP_CANDIDATES = 50
+CLASSIFIED_ASPECTS = (3 / 4, 4 / 3)  # of a crop to classify, and how often one is tried: as torchvision's
+CLASSIFIED_TRIES = 10
 MIN_SIDE = 1.0  # in pixels of the network's input; a box with a shorter side is dropped in training
 
 # RGB to YIQ (luma and chroma, NTSC): hue rotates the IQ plane, saturation scales it.
@@ -129,7 +133,9 @@ class Sampler:
     def plan(self, number: int) -> BatchPlan:
         """The plan of batch ``number``, counted from 0: without end in training, below ``len()`` in inference."""
         config = self.config
-        if config.training:
+        if config.training and config.square is not None:
+            samples = [self._random_square(*draw) for draw in self._stream(number)]
+        elif config.training:
             generator = self._generator(BATCH, number)
             target = int(generator.integers(config.jitter[0], config.jitter[1] + 1))
             stands = bool(generator.integers(2))
@@ -137,7 +143,10 @@ class Sampler:
         else:
             first = config.rank + number * config.batch * config.world
             indices = range(first, len(self.dataset.images), config.world)[: config.batch]
-            samples = [self._plain_sample(self.dataset.images[index]) for index in indices]
+            make = self._plain_sample if config.square is None else self._center_square
+            samples = [make(self.dataset.images[index]) for index in indices]
+        if config.square is not None:
+            return BatchPlan(samples, config.square, config.square)
         if config.size is not None and not config.training:
             return BatchPlan(samples, *config.size)
         widths, heights = zip(*(sample.canvas for sample in samples), strict=True)
@@ -208,6 +217,28 @@ class Sampler:
         inside = _centers_inside(image.boxes, view.crop)
         boxes, labels = _clip(image.boxes[inside], view.crop), image.labels[inside]
         return self._make_sample(image, view, flip, quarter_turns % 4, math.radians(degrees), color, boxes, labels)
+
+    def _random_square(self, epoch: int, index: int, repetition: int) -> Sample:
+        image, augment = self.dataset.images[index], self.config.augment
+        generator = self._generator(IMAGE, epoch, index, repetition)
+        flip = bool(generator.random() < augment.flip)
+        quarter_turns = int(generator.integers(4)) if augment.rotate else 0
+        color = color_matrix(generator, augment)
+        window = resized_crop(generator, (image.width, image.height), augment.area)
+        return self._square(image, window, flip, quarter_turns, color)
+
+    def _center_square(self, image: Image) -> Sample:
+        side = max(1, round(self.config.center * min(image.width, image.height)))
+        x, y = (image.width - side) // 2, (image.height - side) // 2
+        return self._square(image, (x, y, x + side, y + side), False, 0, np.eye(3, 4))
+
+    def _square(
+        self, image: Image, window: tuple[int, int, int, int], flip: bool, quarter_turns: int, color: np.ndarray
+    ) -> Sample:
+        assert self.config.square is not None
+        size = (self.config.square, self.config.square)
+        box = np.array([[*window[:2], window[2] - window[0], window[3] - window[1]]], dtype=np.float64)
+        return self._make_sample(image, View(window, size, size), flip, quarter_turns, 0.0, color, box, image.labels)
 
     def _make_sample(
         self,
@@ -361,6 +392,29 @@ def random_crop(generator: np.random.Generator, image: Image) -> tuple[int, int,
             x1, y1, x2, y2 = windows[good[0]].tolist()
             return x1, y1, x2, y2
     return whole
+
+
+def resized_crop(
+    generator: np.random.Generator, size: tuple[int, int], area: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """A random window (x1, y1, x2, y2; x2, y2 exclusive) of an image of ``size`` (width, height) in pixels.
+
+    Its area is uniform in a range, relative to the image's, and the logarithm of its aspect in CLASSIFIED_ASPECTS
+    (Inception, https://arxiv.org/abs/1409.4842, section 6). Where none of CLASSIFIED_TRIES fits into the image, it is
+    the largest of an allowed aspect, in the center.
+    """
+    width, height = size
+    for _ in range(CLASSIFIED_TRIES):
+        pixels = generator.uniform(*area) * width * height
+        aspect = math.exp(generator.uniform(math.log(CLASSIFIED_ASPECTS[0]), math.log(CLASSIFIED_ASPECTS[1])))
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(generator.integers(width - w + 1)), int(generator.integers(height - h + 1))
+            return x, y, x + w, y + h
+    w = min(width, max(1, round(height * CLASSIFIED_ASPECTS[1])))
+    h = min(height, max(1, round(width / CLASSIFIED_ASPECTS[0])))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
 
 
 def _candidate_windows(generator: np.random.Generator, width: int, height: int) -> np.ndarray:

@@ -11,6 +11,8 @@ from ..config import OdtkError
 from ..files import make_folder
 from .evaluate import STATS
 
+ACCURACIES = ("top-1", "top-5", "precision", "recall", "F1")  # of a classifier
+PER_CLASS = {"AP/": "AP per class", "F1/": "F1 per class"}  # plots of what begins so
 MOST_CLASSES = 12  # whose lines can be told apart
 
 
@@ -31,9 +33,9 @@ def draw_curves(logdir: str, folder: str) -> list[str]:
         raise OdtkError("Training curves require matplotlib: pip install 'odtk[report]'.") from error
     curves = read_curves(Path(logdir) / "metrics.jsonl")
     plots: dict[str, list[str]] = defaultdict(list)
-    many = sum(name.startswith("AP/") for name in curves) > MOST_CLASSES
+    many = sum(name[:3] in PER_CLASS for name in curves) > MOST_CLASSES
     for name in curves:
-        if many and name.startswith("AP/"):
+        if many and name[:3] in PER_CLASS:
             continue
         plots[plot_of(name)].append(name)
     figure, axes = pyplot.subplots(len(plots), 1, sharex=True, squeeze=False, figsize=(9, 2.6 * len(plots)))
@@ -60,10 +62,12 @@ def draw_curves(logdir: str, folder: str) -> list[str]:
 
 def plot_of(name: str) -> str:
     """The title of the plot that a logged value belongs to."""
-    if name.startswith("AP/"):
-        return "AP per class"
+    if name[:3] in PER_CLASS:
+        return PER_CLASS[name[:3]]
     if name in STATS:
         return f"validation {name[:2]}"
+    if name in ACCURACIES:
+        return "validation accuracy"
     return {"lr": "learning rate", "images_per_second": "images per second"}.get(name, "loss")
 
 

@@ -2,7 +2,7 @@
 
 A file of odtk holds plain values and tensors only, so that it loads with ``weights_only`` and runs no code:
 
-    format       "odtk"
+    format       "odtk", or "odtk classifier" (FORMATS)
     version      1
     model        config.to_dict(ModelConfig)
     categories   [[id, name], …] in the order of the class indices, or None
@@ -33,18 +33,18 @@ from ..files import atomic_write
 from .checkpoint_faults import FLOATS, content_fault, mismatch, odtk_02_fault, tensors_of, weights_fault
 from .detector import Detector
 
-FORMAT = "odtk"
+FORMATS = {"detector": "odtk", "classifier": "odtk classifier"}  # by what a file holds
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file says of a detector.
+    """What a file says of a detector, or of a classifier.
 
     Attributes:
-        model: the settings that the detector is built from.
+        model: the settings that it is built from.
         categories: entry c is the category of class index c; None if the file does not say (ODTK 0.2.x).
-        state_dict: the detector's parameters and buffers, float32: the moving average (EMA) if training kept one.
+        state_dict: its parameters and buffers, float32: the moving average (EMA) if training kept one.
         training: optimizer, iteration, loader position and so on, to resume from; None if it cannot be resumed.
         settings: those of its training by name, plain values, with ``input_size``: (H, W) in pixels, multiples of the
             stride, that hold nearly all of its images at the size they were trained at; and with the share of padding
@@ -57,6 +57,7 @@ class Checkpoint:
     training: dict[str, Any] | None = None
     settings: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
+    kind: str = "detector"  # a key of FORMATS
 
     def setting(self, name: str) -> Any:
         """One setting of the training, None if the file does not say."""
@@ -70,7 +71,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         OdtkError: if it cannot be written; a file that was there before is left as it was.
     """
     content = {
-        "format": FORMAT,
+        "format": FORMATS[checkpoint.kind],
         "version": VERSION,
         "model": to_dict(checkpoint.model),
         "categories": to_pairs(checkpoint.categories),
@@ -83,16 +84,25 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         torch.save(content, file)
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
+def load(path: str | os.PathLike[str], kind: str | None = "detector") -> Checkpoint:
     """Reads a checkpoint of odtk or of ODTK 0.2.x onto the CPU.
+
+    Args:
+        kind: what it is to hold, a key of FORMATS; None: any of them.
 
     Raises:
         OdtkError: no such file, a truncated one, not a checkpoint, one of a newer odtk or of another program; one whose
             entries are not what they must be, or whose weights do not fit its model or are not finite.
     """
     content = read_dictionary(path)
-    if isinstance(content.get("format"), str) and content["format"] == FORMAT:
-        return read_own(content, path)
+    found = kind_of(content)
+    if found is not None and kind is not None and found != kind:
+        advice = (
+            "start from its weights by --backbone-weights" if found == "classifier" else "`odtk pretrain` makes those"
+        )
+        raise OdtkError(f"{path} holds a {found}, not a {kind}: {advice}.")
+    if found is not None:
+        return read_own(content, path, found)
     if content.keys() >= {"backbone", "classes", "state_dict"}:
         return convert_odtk_02(content, path)
     if content and all(isinstance(value, Tensor) for value in content.values()):
@@ -102,7 +112,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     raise OdtkError(f"{path} was written by another program: odtk reads its own checkpoints and those of ODTK 0.2.x.")
 
 
-def read_own(content: dict[str, Any], path: str | os.PathLike[str]) -> Checkpoint:
+def kind_of(content: Mapping[str, Any]) -> str | None:
+    """What a file of odtk holds, by its content: a key of FORMATS; None: it is not one of odtk."""
+    return next((kind for kind, name in FORMATS.items() if content.get("format") == name), None)
+
+
+def read_own(content: dict[str, Any], path: str | os.PathLike[str], kind: str) -> Checkpoint:
     """The content of a file of odtk as a Checkpoint, once nothing in it can be wrong."""
     version = content.get("version")
     if type(version) is not int:
@@ -118,8 +133,9 @@ def read_own(content: dict[str, Any], path: str | os.PathLike[str]) -> Checkpoin
         training=content["training"],
         settings=content.get("settings"),
         versions=content.get("versions"),
+        kind=kind,
     )
-    if fault := weights_fault(checkpoint.model, checkpoint.state_dict):
+    if fault := weights_fault(checkpoint.model, checkpoint.state_dict, kind):
         raise OdtkError(f"{path} cannot be used: {fault}.")
     return checkpoint
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import ModelConfig, OdtkError
 from ..text import plural
+from .classifier import Classifier
 from .detector import Detector
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -136,29 +137,29 @@ def versions_fault(versions: Any) -> str | None:
     return "its versions are not a dictionary of texts"
 
 
-def weights_fault(model: ModelConfig, state_dict: Any) -> str | None:
-    """Of the weights of a detector with these settings, without making memory for that detector."""
+def weights_fault(model: ModelConfig, state_dict: Any, kind: str = "detector") -> str | None:
+    """Of the weights of a detector with these settings (or a classifier), without making memory for it."""
     if not is_dictionary(state_dict):
         return "its weights are not a dictionary"
     for name, tensor in state_dict.items():
         if not is_weights(tensor):
             return f"its {shown(name)} is not a tensor of weights"
     try:
-        own = tensors_of(model)
+        own = tensors_of(model, kind)
     except OdtkError as error:
         return f"its model cannot be built: {str(error).rstrip('.')}"
     return mismatch(own, state_dict) or values_fault(state_dict)
 
 
-def tensors_of(model: ModelConfig) -> dict[str, Tensor]:
-    """The parameters and buffers of a detector with these settings by name, on the meta device.
+def tensors_of(model: ModelConfig, kind: str = "detector") -> dict[str, Tensor]:
+    """The parameters and buffers of a detector with these settings (or a classifier) by name, on the meta device.
 
     Raises:
         OdtkError: it cannot be built.
     """
     try:
         with torch.device("meta"):
-            return Detector(model).state_dict()
+            return (Classifier if kind == "classifier" else Detector)(model).state_dict()
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise OdtkError("Its tensors would be of impossible sizes.") from error
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ..config import OdtkError
 from ..text import plural, printable
-from .checkpoint import load, read_dictionary
+from .backbones.feature_extractor import FeatureExtractor
+from .checkpoint import kind_of, load, read_dictionary
 from .checkpoint_faults import is_weights, values_fault
+from .classifier import FEATURES, extractor_name
 from .detector import Detector
 
 # torchvision's ImageNet weights (IMAGENET1K_V1); our feature extractors have torchvision's parameter names
@@ -51,19 +53,30 @@ def initialize_weights(detector: Detector, *, fine_tune: str | None, backbone_we
         print_loaded(fine_tune, loaded, unmatched)
     elif backbone_weights != "none":
         for name, features in detector.feature_extractors().items():
-            path = backbone_weights
-            if path is None and detector.config.resnet_width != 1:
-                width = detector.config.resnet_width
-                raise OdtkError(
-                    f"There are no ImageNet weights for {name} of --resnet-width {width:g}: pass "
-                    "--backbone-weights none to train from scratch, or a file of your own."
-                )
-            weights = imagenet_weights(name) if path is None else read_weights(path)
-            loaded, unmatched = load_matching(features, weights)
-            if not loaded:
-                source = path or "the file of ImageNet weights"
-                raise OdtkError(f"{source} has no tensor that fits {name}: pass a file for it as --backbone-weights.")
-            print_loaded(path or f"ImageNet, for {name}", loaded, unmatched)
+            load_backbone(name, features, backbone_weights, detector.config.resnet_width)
+
+
+def load_backbone(name: str, features: FeatureExtractor, path: str | None, width: float) -> None:
+    """Loads what fits of a file into the feature extractor of a backbone, and prints which weights those are.
+
+    Args:
+        path: as initialize_weights' ``backbone_weights``, but not "none".
+        width: ModelConfig.resnet_width.
+
+    Raises:
+        OdtkError: as initialize_weights.
+    """
+    if path is None and width != 1:
+        raise OdtkError(
+            f"There are no ImageNet weights for {name} of --resnet-width {width:g}: pass --backbone-weights none to "
+            "train from scratch, or a file of your own."
+        )
+    weights = imagenet_weights(name) if path is None else read_weights(path, name)
+    loaded, unmatched = load_matching(features, weights)
+    if not loaded:
+        source = path or "the file of ImageNet weights"
+        raise OdtkError(f"{source} has no tensor that fits {name}: pass a file for it as --backbone-weights.")
+    print_loaded(path or f"ImageNet, for {name}", loaded, unmatched)
 
 
 def print_loaded(source: str, loaded: list[str], unmatched: list[str]) -> None:
@@ -76,15 +89,26 @@ def print_loaded(source: str, loaded: list[str], unmatched: list[str]) -> None:
         print(f"{text} ({plural(len(names), 'tensor')}): {', '.join(modules) or 'nothing'}.", flush=True)
 
 
-def read_weights(path: str) -> dict[str, Tensor]:
+def read_weights(path: str, backbone: str | None = None) -> dict[str, Tensor]:
     """The tensors in a file of weights by name, whether they are its content or under the key "state_dict".
 
-    The prefix ``module.`` of DistributedDataParallel is removed from the names.
+    The prefix ``module.`` of DistributedDataParallel is removed from the names. Of a classifier (`odtk pretrain`) they
+    are those of its feature extractor.
+
+    Args:
+        backbone: that they are for; a classifier with another is refused.
 
     Raises:
         OdtkError: as checkpoint.read_dictionary, or a weight is not finite.
     """
     content = read_dictionary(path)
+    if kind_of(content) == "classifier":
+        found = load(path, "classifier")
+        own = extractor_name(found.model.backbones[0])
+        if backbone is not None and extractor_name(backbone) != own:
+            raise OdtkError(f"{path} holds a classifier with {own}, whose weights do not fit {backbone}.")
+        named = found.state_dict.items()
+        return {name.removeprefix(FEATURES): value for name, value in named if name.startswith(FEATURES)}
     inner = content.get("state_dict", content)
     weights = {
         name.removeprefix("module."): value

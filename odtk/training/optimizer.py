@@ -71,14 +71,16 @@ def learning_rate(iteration: int, config: RunConfig) -> float:
 
     It rises linearly from a tenth of config.lr during warm-up. With the schedule ``milestones`` it is multiplied by
     config.gamma at each of them. With ``flat-cosine`` it stays until half of the run is done, and then falls along half
-    a cosine to LAST_RATE of config.lr (RTMDet, https://arxiv.org/abs/2212.07784 §3.4).
+    a cosine to LAST_RATE of config.lr (RTMDet, https://arxiv.org/abs/2212.07784 §3.4). With ``cosine`` it falls so from
+    the end of the warm-up on (https://arxiv.org/abs/1812.01187 §5.1).
     """
     rate = config.lr
     if iteration < config.warmup:
         rate *= 0.1 + 0.9 * iteration / config.warmup
-    if config.lr_schedule == "flat-cosine":
-        half = 0.5 * round(config.iters * config.schedule)
-        done = max(0.0, (iteration - half) / half)
+    if config.lr_schedule != "milestones":
+        iters = round(config.iters * config.schedule)
+        begin = min(config.warmup, iters - 1) if config.lr_schedule == "cosine" else 0.5 * iters
+        done = max(0.0, (iteration - begin) / (iters - begin))
         return rate * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
     return rate * config.gamma ** sum(iteration >= round(m * config.schedule) for m in config.milestones)
 

@@ -24,20 +24,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..categories import Category
-from ..config import ModelConfig, OdtkError, RunConfig, TrainConfig
+from ..config import ModelConfig, OdtkError, PretrainConfig, RunConfig, TrainConfig
 from ..data.batch import Batch, Loader
 from ..data.dataset import Dataset
 from ..files import check_writable, locked, remove_abandoned
 from ..model.checkpoint import Checkpoint, load, load_weights
 from ..model.checkpoint_faults import is_number, is_weights, weights_fault
 from ..ranks import CpuGroup
-from ..settings import LENGTH, TrainSettings, flag, options
+from ..settings import LENGTH, PretrainSettings, TrainSettings, flag, options
 from ..text import in_words, plural
 from .log import Validated, print_line
 from .optimizer import EMA
@@ -51,6 +51,11 @@ FLAGS = {  # of ModelConfig's fields that have a flag of another name
     "angles": "rotated_bbox",
     "dcn_modulated": "dcn_v1",
 }
+SETTINGS: dict[str, type[TrainSettings] | type[PretrainSettings]] = {
+    "detector": TrainSettings,
+    "classifier": PretrainSettings,
+}  # by RunConfig.KIND
+S = TypeVar("S", TrainSettings, PretrainSettings)
 ANEW = {"model", "annotations", "devices", "override", "override_settings"}  # settings that a resumed run is given anew
 SCHEDULE = ("optimizer", "lr", "iters", "schedule", "warmup", "milestones", "gamma")  # what a step depends on
 
@@ -129,8 +134,8 @@ class Run:
         """The losses of the next batch of unlabeled images as losses() has them, none in burn-in; and its images."""
         return {}, 0
 
-    def opening(self, dtype: torch.dtype, world: int) -> str:
-        """What is about to happen, in one line."""
+    def what(self) -> str:
+        """What is trained, in a few words."""
         raise NotImplementedError
 
     def closing(self) -> str:
@@ -174,6 +179,7 @@ class Run:
                 "loader": self.loader.state(),
             },
             settings=self.settings,
+            kind=self.config.KIND,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -221,9 +227,9 @@ def run_fault(checkpoint: Checkpoint) -> str | None:
     optimizer, scaler, loader, rng = (state.get(name) for name in ("optimizer", "scaler", "loader", "rng"))
     if missing := [name for name in ("iteration", "best", "average") if name not in state]:
         return f"it lacks the run's {missing[0]}"
-    if state["average"] is not None and (fault := weights_fault(checkpoint.model, state["average"])):
+    if state["average"] is not None and (fault := weights_fault(checkpoint.model, state["average"], checkpoint.kind)):
         return f"in the weights that are trained, {fault}"
-    if state.get("ema") is not None and (fault := weights_fault(checkpoint.model, state["ema"])):
+    if state.get("ema") is not None and (fault := weights_fault(checkpoint.model, state["ema"], checkpoint.kind)):
         return f"in the EMA of the weights, {fault}"
     adapters = state.get("adapters")
     if adapters is not None and not (isinstance(adapters, dict) and all(map(is_state, adapters.values()))):
@@ -290,7 +296,7 @@ def trained_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return training_state(checkpoint)["average"] or checkpoint.state_dict
 
 
-def find_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoint | None:
+def find_run(config: RunConfig, categories: tuple[Category, ...]) -> Checkpoint | None:
     """The run in the file config.path, to be resumed; None if there is no file, or if --override replaces it.
 
     Raises:
@@ -299,7 +305,7 @@ def find_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoin
     check_writable(config.path)
     if config.override or not os.path.exists(config.path):
         return None
-    found = load(config.path)
+    found = load(config.path, config.KIND)
     advice = "pass --override to replace it with a new run, or pass another file name"
     if found.training is None:
         raise OdtkError(
@@ -321,23 +327,27 @@ def find_run(config: TrainConfig, categories: tuple[Category, ...]) -> Checkpoin
             f"continue: {advice}."
         )
     if found.categories != categories:
-        raise OdtkError(
-            f"{config.path} was trained on other categories than those of {config.data.annotations}: {advice}."
-        )
+        raise OdtkError(f"{config.path} was trained on other categories than those of {source_of(config)}: {advice}.")
     if (found.training["average"] is None) != (config.ema is None):
         raise OdtkError(f"{config.path} was trained {'with' if config.ema is None else 'without'} --ema: {advice}.")
     return found
 
 
-def refuse_other_settings(config: TrainConfig, found: Checkpoint) -> None:
+def source_of(config: RunConfig) -> str:
+    """The path of what is trained on, for messages."""
+    return str(config.data.annotations or config.data.images)
+
+
+def refuse_other_settings(config: RunConfig, found: Checkpoint) -> None:
     """Raises OdtkError for settings that differ from the run's and change its result, unless they are overridden."""
     if config.settings is None or found.settings is None or config.override_settings:
         return
-    known = options(TrainSettings)
+    cls = SETTINGS[config.KIND]
+    known = options(cls)
     new = config.settings
-    before = TrainSettings.of({k: v for k, v in found.settings.items() if k in known})
+    before = cls.of({k: v for k, v in found.settings.items() if k in known})
     # Settings that are newer than the file are those of its head.
-    old = before.resolved(batch=before.batch or 1, iters=before.iters or 1, classes=before.classes or 1).to_dict()
+    old = before.resolved(batch=before.batch or 1, iters=before.iters or 1, classes=found.model.classes).to_dict()
     given = {*found.settings.get("given", ()), *new.get("given", ())}  # the others follow from these
     names = [n for n, one in known.items() if one.changes_result and n in given and old[n] != new[n]]
     if names:
@@ -360,7 +370,7 @@ def as_given(name: str, value: Any) -> Any:
     return bool(value) if name == "angles" else not value if name == "dcn_modulated" else value
 
 
-def continued(settings: TrainSettings) -> tuple[TrainSettings, Earlier | None]:
+def continued(settings: S) -> tuple[S, Earlier | None]:
     """The settings of a run that is resumed: those that were given or decided when it began, under those given now.
 
     Returns:
@@ -371,12 +381,13 @@ def continued(settings: TrainSettings) -> tuple[TrainSettings, Earlier | None]:
     """
     if settings.override or not os.path.exists(settings.model):
         return settings, None
-    old = load(settings.model).settings
+    cls = type(settings)
+    old = load(settings.model, next(kind for kind, own in SETTINGS.items() if issubclass(cls, own))).settings
     if old is None:
         return settings, Earlier()
     planned: dict[str, str] = old.get("planned", {})
     now = {name: getattr(settings, name) for name in settings.given()}
-    known = [name for name in old.get("given", ()) if name in options(TrainSettings) and name not in ANEW]
+    known: list[str] = [name for name in old.get("given", ()) if name in options(cls) and name not in ANEW]
     kept = {name: old[name] for name in [*planned, *known] if old.get(name) is not None}
     if {"epochs", "time"} & set(known):
         kept["iters"] = old["iters"]  # which they came to
@@ -384,9 +395,9 @@ def continued(settings: TrainSettings) -> tuple[TrainSettings, Earlier | None]:
         for name in LENGTH:
             if name == "iters" or name in planned:
                 kept.pop(name, None)
-    if settings.annotations != old.get("annotations"):
+    if isinstance(settings, TrainSettings) and settings.annotations != old.get("annotations"):
         kept.pop("images", None)
-    return TrainSettings.layered({**kept, **now}), Earlier(planned, tuple(old.get("held_out", ())))
+    return cls.layered({**kept, **now}), Earlier(planned, tuple(old.get("held_out", ())))
 
 
 def dataset_hash(dataset: Dataset) -> str:
@@ -398,17 +409,18 @@ def dataset_hash(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def refuse_other_data(config: TrainConfig, found: Checkpoint, now: str) -> None:
+def refuse_other_data(config: RunConfig, found: Checkpoint, now: str) -> None:
     """Raises OdtkError if a resumed run's images or boxes have changed, unless that is overridden."""
     then = found.setting("data")
     if then is not None and then != now and not config.override_settings:
+        what = "boxes" if config.KIND == "detector" else "classes"
         raise OdtkError(
-            f"{config.path} was trained on other images or boxes than {config.data.annotations} has now: take the "
+            f"{config.path} was trained on other images or {what} than {source_of(config)} has now: take the "
             "former, or pass --override-settings to continue with these."
         )
 
 
-def refuse_other_teacher(config: TrainConfig, found: Checkpoint, now: str | None) -> None:
+def refuse_other_teacher(config: TrainConfig | PretrainConfig, found: Checkpoint, now: str | None) -> None:
     """Raises OdtkError if a resumed run is to be taught by other weights than before.
 
     Args:
@@ -418,10 +430,11 @@ def refuse_other_teacher(config: TrainConfig, found: Checkpoint, now: str | None
     if config.settings is None or found.settings is None or then == now:
         return
     before = "had no teacher" if then is None else "had a teacher" if now is None else "was taught by other weights"
+    start = "--fine-tune" if config.KIND == "detector" else "--backbone-weights"
     given = "without --teacher" if now is None else f"by --teacher {config.teacher}"
     raise OdtkError(
-        f"{config.path} {before}, so it cannot be continued {given}: start a new run from its weights with --fine-tune "
-        f"{config.path} and another file name."
+        f"{config.path} {before}, so it cannot be continued {given}: start a new run from its weights with "
+        f"{start} {config.path} and another file name."
     )
 
 

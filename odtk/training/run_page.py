@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from .. import __version__
 from ..config import OdtkError, RunConfig
 from ..evaluation.charts import Line, line_chart
-from ..evaluation.curves import plot_of, read_curves
+from ..evaluation.curves import PER_CLASS, plot_of, read_curves
 from ..evaluation.page import Markup, Section, image_tag, join, page, paragraph, table, text
 from ..files import atomic_write
 from ..text import in_words
@@ -40,6 +40,8 @@ TITLES = {  # of the charts, in their order, and the values that each shows
     "AP by the area of the object": "validation AP",
     "AP of each class": "AP per class",
     "Recall": "validation AR",
+    "Answers": "validation accuracy",
+    "F1 of each class": "F1 per class",
     "Learning rate": "learning rate",
     "Images per second": "images per second",
 }
@@ -146,9 +148,12 @@ class RunPage:
     def content(self) -> str:
         """The page as it stands."""
         sections = [Section("curves", "Curves", self.charts())]
-        rows = [[name[3:], f"{points[-1][1]:.3f}"] for name, points in self.curves.items() if name.startswith("AP/")]
-        if rows:
-            sections.append(Section("classes", "Classes", table(["class", "AP at the last validation"], rows)))
+        for prefix in PER_CLASS:
+            found = {name[3:]: points[-1][1] for name, points in self.curves.items() if name.startswith(prefix)}
+            if found:
+                rows = [[name, f"{value:.3f}"] for name, value in found.items()]
+                columns = ["class", f"{prefix[:-1]} at the last validation"]
+                sections.append(Section("classes", "Classes", table(columns, rows)))
         if self.pictures:
             sections.append(Section("pictures", "Pictures", self.picture_rows()))
         if self.config.settings:
@@ -193,11 +198,12 @@ class RunPage:
             names = [name for name in self.curves if plot_of(name) == group]
             if group == "validation AP":
                 names = [name for name in names if (" " in name) == (" " in title)]  # AP small … apart
-            if group == "AP per class" and len(names) > CHART_CLASSES:
+            if group in PER_CLASS.values() and len(names) > CHART_CLASSES:
                 continue
             lines = [Line(label(name), self.curves[name]) for name in names]
             if lines:
-                bounds = (0.0, 1.0) if "A" in group else None  # AP and recall
+                bounded = group in PER_CLASS.values() or group.startswith("validation")
+                bounds = (0.0, 1.0) if bounded else None
                 parts.append(line_chart(title, lines, "iteration", y_range=bounds))
         return Markup(f'<div class="charts">{join(parts)}</div>') if parts else paragraph("There are no figures yet.")
 
@@ -213,7 +219,7 @@ class RunPage:
 
 def label(name: str) -> str:
     """The name of a value in a legend."""
-    return name[3:] if name.startswith("AP/") else {"lr": "learning rate"}.get(name, name.replace("_", " "))
+    return name[3:] if name[:3] in PER_CLASS else {"lr": "learning rate"}.get(name, name.replace("_", " "))
 
 
 def settings_table(settings: dict[str, Any]) -> Markup:

@@ -223,8 +223,8 @@ class DetectorRun(Run):
         features = self.teacher(images)
         return [features[other] for _, other in self.student.pairs]
 
-    def opening(self, dtype: torch.dtype, world: int) -> str:
-        return opening_line(self, dtype, world)
+    def what(self) -> str:
+        return "+".join(self.config.model.backbones)
 
     def closing(self) -> str:
         best = best_path(self.config.path)
@@ -278,23 +278,37 @@ def set_up(config: TrainConfig, rank: int, world: int, source: TrainingSet, *, q
         settings=None if config.settings is None else {**config.settings, **facts},
         validation=None if config.val_data is None else Validation(config, source, detector.stride, ranks),
     )
-    if resumed is not None:
-        run.restore(resumed)
-    if ranks.all_max(run.iteration, -run.iteration) != [run.iteration, -run.iteration]:
-        raise OdtkError(
-            f"Not every machine finds the same {config.path}: keep that file on storage that all machines share."
-        )
+    take_up(run, resumed)
     if rank == 0 and not quiet:
-        print_line(run.opening(dtype, world))
-        if (factors := run.loader.sampler.factors) is not None:
-            print_line(
-                f"Images with rare classes come up to {factors.max():.1f} times as often: an epoch has "
-                f"{factors.sum():.0f} images instead of {len(factors)}."
-            )
+        announce(run, dtype, world)
         if unlabeled is not None and not run.ended and run.iteration < run.iters:
             print_line(unlabeled.line(config))
-    run.saved_at, run.save_time = run.iteration, time.monotonic()
     return run
+
+
+def take_up(run: Run, resumed: Checkpoint | None) -> None:
+    """Puts a run where its file has it; all ranks must call this.
+
+    Raises:
+        OdtkError: what the file holds is damaged, or not the same for every rank.
+    """
+    if resumed is not None:
+        run.restore(resumed)
+    if run.ranks.all_max(run.iteration, -run.iteration) != [run.iteration, -run.iteration]:
+        raise OdtkError(
+            f"Not every machine finds the same {run.config.path}: keep that file on storage that all machines share."
+        )
+    run.saved_at, run.save_time = run.iteration, time.monotonic()
+
+
+def announce(run: Run, dtype: torch.dtype, world: int) -> None:
+    """Prints what is about to happen."""
+    print_line(opening_line(run, dtype, world))
+    if (factors := run.loader.sampler.factors) is not None:
+        print_line(
+            f"Images with rare classes come up to {factors.max():.1f} times as often: an epoch has "
+            f"{factors.sum():.0f} images instead of {len(factors)}."
+        )
 
 
 def check_classes(config: TrainConfig, categories: tuple[Category, ...]) -> None:
@@ -320,24 +334,34 @@ def create_model(
     student = None if teacher is None else Student(detector, teacher)
     model: nn.Module = student or detector
     model.to(torch.device(config.data.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # A backbone's batch norms are meant to be frozen with small batches.
+    return detector, student, distributed(model, detector.head, ranks, world)
+
+
+def distributed(model: nn.Module, synchronized: nn.Module, ranks: CpuGroup, world: int) -> nn.Module:
+    """A module as several processes train it, with the weights and buffers of rank 0; itself for a single process.
+
+    Args:
+        synchronized: the part whose batch norms take their statistics over all processes.
+    """
     ranks.barrier()  # rank 0 may have spent minutes on a download
     if world == 1:
-        return detector, student, model
-    synchronize_batch_norms(detector.head)  # a backbone's batch norms are meant to be frozen with small batches
+        return model
+    synchronize_batch_norms(synchronized)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # older versions of torch lack broadcast_buffers' successor
-        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    ranks.broadcast_buffers(detector)  # frozen norms are buffers, and with that setting DDP never copies those
-    return detector, student, model
+        parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    ranks.broadcast_buffers(model)  # frozen norms are buffers, and with that setting DDP never copies those
+    return parallel
 
 
-def opening_line(run: DetectorRun, dtype: torch.dtype, world: int) -> str:
+def opening_line(run: Run, dtype: torch.dtype, world: int) -> str:
     """What is about to happen, in one line."""
     config, iteration, iters = run.config, run.iteration, run.iters
     if run.ended:
         return (
-            f"{config.path} is trained: it ended at iteration {iteration} of {iters}, as AP had stopped rising; raise "
-            "--patience to continue."
+            f"{config.path} is trained: it ended at iteration {iteration} of {iters}, as {config.SCORE} had stopped "
+            "rising; raise --patience to continue."
         )
     if iteration >= iters:
         done = f"{plural(iteration, 'iteration')} {'is' if iteration == 1 else 'are'} done"
@@ -345,7 +369,7 @@ def opening_line(run: DetectorRun, dtype: torch.dtype, world: int) -> str:
     begin = f"Resuming {config.path} at iteration {iteration} of {iters}" if iteration else f"Training {config.path}"
     batch = config.data.batch * world * config.accumulate
     return (
-        f"{begin}: {'+'.join(config.model.backbones)}, {plural(config.model.classes, 'class', 'classes')}, "
+        f"{begin}: {run.what()}, {plural(config.model.classes, 'class', 'classes')}, "
         f"{plural(iters, 'iteration')}, batch {batch} on {world} × {run.device.type}, "
         f"{str(dtype).removeprefix('torch.')}, {OPTIMIZERS[config.optimizer]}, learning rate {config.lr:g}, "
         f"warm-up {config.warmup}."

@@ -1,0 +1,174 @@
+"""Images with one class each: a folder with one subfolder per class (ImageFolder), or a CSV of files and classes.
+
+As a Dataset, an image has one box, which is the whole image, and the label of its class.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..categories import Category
+from ..config import OdtkError
+from ..text import plural
+from .coco import leads_out
+from .dataset import Dataset
+from .headers import read_headers
+from .images import EXTENSIONS, ImageError, MissingImage
+from .records import DAMAGED, Fault, Image
+
+FILE_COLUMNS = ("file", "file_name", "filename", "image", "path")
+CLASS_COLUMNS = ("class", "label", "category")
+LISTED = 5  # names in a message
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a set and their classes, before any file is opened.
+
+    Attributes:
+        source: the folder or the CSV, for messages.
+        files, names: of each image its path and the name of its class.
+        classes: the names of all classes, sorted.
+        faults: those found while listing.
+    """
+
+    source: Path
+    files: list[Path]
+    names: list[str]
+    classes: tuple[str, ...]
+    faults: list[Fault] = field(default_factory=list)
+
+
+def list_labeled(images: str | Path | None, labels: str | Path | None) -> Listing:
+    """The files of a set and their classes.
+
+    Args:
+        images: without ``labels`` the folder of the classes' folders; with it, the folder that its file names are
+            relative to, None for the CSV's own.
+        labels: a CSV of a file name and a class per line; its first line may name the columns (FILE_COLUMNS,
+            CLASS_COLUMNS), in any order and among others.
+
+    Raises:
+        OdtkError: something is missing, or there are no classes or images.
+    """
+    if labels is not None:
+        path = Path(labels).expanduser()
+        return list_csv(path, path.parent if images is None else Path(images).expanduser())
+    assert images is not None
+    return list_folder(Path(images).expanduser())
+
+
+def list_folder(folder: Path) -> Listing:
+    """A folder with one subfolder per class, whose images may lie in subfolders of it."""
+    if not folder.is_dir():
+        raise OdtkError(f"The image folder {folder} does not exist: give the right one with --images.")
+    own = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not own:
+        raise OdtkError(f"{folder} has no subfolders: give it one per class, or name the classes in a CSV (--labels).")
+    files: list[Path] = []
+    names: list[str] = []
+    for part in own:
+        found = sorted(file for file in part.rglob("*") if is_image(file))
+        if not found:
+            raise OdtkError(
+                f"The folder {part} of a class has no images ({', '.join(sorted(EXTENSIONS))}): remove it, or add some."
+            )
+        files += found
+        names += [part.name] * len(found)
+    loose = [str(entry) for entry in sorted(folder.iterdir()) if is_image(entry)]
+    outside = "outside of every class's folder: left out"
+    faults = [Fault(name, "", outside, True, f"image {outside}") for name in loose]
+    return Listing(folder, files, names, tuple(part.name for part in own), faults)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a path is a file with the suffix of an image, and not one that the system hides."""
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+
+
+def list_csv(path: Path, folder: Path) -> Listing:
+    """A CSV of file names, relative to a folder, and classes."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    except OSError as error:
+        raise OdtkError(f"Cannot read --labels {path}: {error.strerror}.") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise OdtkError(f"{path} is no CSV of file names and classes: {error}.") from error
+    if not rows:
+        raise OdtkError(f"{path} has no lines: write a file name and a class in each, such as cats/1.jpg,cat.")
+    file_at, class_at, first = columns_of(rows[0], path)
+    found: dict[str, str] = {}
+    faults: list[Fault] = []
+    for number, row in enumerate(rows[first:], start=first + 1):
+        if len(row) <= max(file_at, class_at) or not row[file_at].strip() or not row[class_at].strip():
+            raise OdtkError(f"{path}, row {number}: it needs a file name and a class, not {','.join(row)!r}.")
+        name, of = row[file_at].strip(), row[class_at].strip()
+        if leads_out(name):
+            raise OdtkError(f"{path}, row {number}: {name} must be a path within {folder}; --images names that folder.")
+        if found.setdefault(name, of) != of:
+            raise OdtkError(f"{path}, row {number}: {name} is {of} here and {found[name]} before: keep one class.")
+    if not found:
+        raise OdtkError(f"{path} has no line below its first: write a file name and a class in each.")
+    repeated = len(rows) - first - len(found)
+    if repeated:
+        rule = "named again: counted once"
+        faults = [Fault(str(path), "", rule, True, f"image {rule}")] * repeated
+    return Listing(path, [folder / name for name in found], [*found.values()], tuple(sorted({*found.values()})), faults)
+
+
+def columns_of(row: Sequence[str], path: Path) -> tuple[int, int, int]:
+    """Which columns of a CSV hold the file and the class, and the first row of values, by its first row."""
+    cells = [cell.strip().lower() for cell in row]
+    files = [cells.index(name) for name in FILE_COLUMNS if name in cells]
+    classes = [cells.index(name) for name in CLASS_COLUMNS if name in cells]
+    if files and classes:
+        return files[0], classes[0], 1
+    if len(row) != 2:
+        raise OdtkError(
+            f"{path}: a CSV of {plural(len(row), 'column')} needs a first line that names the columns, one of them "
+            f"{' or '.join(FILE_COLUMNS)}, another {' or '.join(CLASS_COLUMNS)}."
+        )
+    return 0, 1, 0
+
+
+def read_labeled(listing: Listing, classes: Iterable[str] | None = None) -> Dataset:
+    """A listing as a Dataset; unusable images are refused faults (Dataset.accepted).
+
+    Args:
+        classes: those of the training set, which a validation set may lack some of; None: the listing's own.
+
+    Raises:
+        OdtkError: an image is of a class that is not among ``classes``.
+    """
+    known = {name: label for label, name in enumerate(listing.classes if classes is None else classes)}
+    if strange := sorted({*listing.names} - known.keys()):
+        listed = ", ".join(strange[:LISTED]) + (" …" if len(strange) > LISTED else "")
+        raise OdtkError(f"{listing.source} has classes that are not trained ({listed}): rename or remove them.")
+    categories = tuple(Category(label + 1, name) for name, label in known.items())
+    dataset = Dataset([], categories, list(listing.faults))
+    headers = read_headers(listing.files)
+    for id, (path, name, header) in enumerate(zip(listing.files, listing.names, headers, strict=True), start=1):
+        if isinstance(header, MissingImage):
+            dataset.faults.append(Fault(str(path), f"image {id}", str(header), False, "missing image"))
+        elif isinstance(header, ImageError):
+            dataset.faults.append(Fault(str(path), f"image {id}", str(header), False, DAMAGED))
+        else:
+            if header.rule:
+                dataset.faults.append(Fault(str(path), f"image {id}", header.rule, True, header.rule))
+            image = Image.from_header(id, path, header, header.orientation, rotated=False)
+            image.boxes = np.array([[0.0, 0.0, image.width, image.height]])
+            image.labels = np.array([known[name]])
+            dataset.images.append(image)
+    return dataset
+
+
+def relative(path: Path, source: Path) -> str:
+    """A file's path as a page shows it: relative to the folder of its set."""
+    return os.path.relpath(path, source if source.is_dir() else source.parent)
