@@ -2,10 +2,11 @@
 
     python benchmarks/pretraining.py shared/data/bccd runs/pretraining --iters 512 --seeds 0 1
 
-The folder of the dataset has train.json, train/, val.json and val/. Crops of both sets are cut, a backbone is trained to
-classify those of the training set, and detectors of one variant are trained for the same number of iterations from each
-start; the last weights count, as nothing may be chosen on the validation set. What is there already is not made again,
-so that the script can be stopped and started. It ends with a table; APs are 0 to 1, of `odtk infer --full-precision`.
+The folder of the dataset has train.json, train/, val.json and val/. Crops of both sets are cut, a backbone is trained
+to classify those of the training set, and detectors of one variant are trained for the same number of iterations from
+each start; the last weights count, as nothing may be chosen on the validation set. What is there already is not made
+again, so that the script can be stopped and started. It ends with a table; APs are 0 to 1, of `odtk infer
+--full-precision`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 import odtk
-from benchmarks.crops import cut
+from crops import cut
 from odtk.settings import VARIANTS
 
 ARGUMENTS = {"devices": "cpu", "loader": "torch"}

@@ -6,7 +6,6 @@ As a Dataset, an image has one box, which is the whole image, and the label of i
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,8 +166,3 @@ def read_labeled(listing: Listing, classes: Iterable[str] | None = None) -> Data
             image.labels = np.array([known[name]])
             dataset.images.append(image)
     return dataset
-
-
-def relative(path: Path, source: Path) -> str:
-    """A file's path as a page shows it: relative to the folder of its set."""
-    return os.path.relpath(path, source if source.is_dir() else source.parent)

@@ -238,7 +238,9 @@ class Sampler:
         assert self.config.square is not None
         size = (self.config.square, self.config.square)
         box = np.array([[*window[:2], window[2] - window[0], window[3] - window[1]]], dtype=np.float64)
-        return self._make_sample(image, View(window, size, size), flip, quarter_turns, 0.0, color, box, image.labels)
+        return self._make_sample(
+            image, View(window, size, size), flip, quarter_turns, 0.0, color, box, image.labels[:1]
+        )
 
     def _make_sample(
         self,

@@ -44,6 +44,8 @@ MODES: dict[str, dict[str, Any]] = {
         "padding": "black",
         "augment": replace(STRONG, scale=(0.5, 2.0)),
     },
+    "classified": {"square": 96},
+    "classified, training": {"training": True, "square": 96, "augment": replace(STRONG, free_rotate=(0.0, 0.0))},
     "letterbox, black": {"size": (128, 96), "padding": "black", "mean": (0.5, 0.4, 0.3)},
     "training, black": {"training": True, "jitter": (64, 160), "max_size": 200, "augment": STRONG, "padding": "black"},
 }
