@@ -16,8 +16,9 @@ import json
 import time
 from pathlib import Path
 
-import odtk
 from crops import cut
+
+import odtk
 from odtk.settings import VARIANTS
 
 ARGUMENTS = {"devices": "cpu", "loader": "torch"}
