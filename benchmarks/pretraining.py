@@ -29,7 +29,7 @@ def backbone_weights(data: Path, output: Path, backbone: str, iters: int, seed: 
     for part in ("train", "val"):
         if not (output / "crops" / part).is_dir():
             print(part, cut(str(data / f"{part}.json"), str(data / part), str(output / "crops" / part)))
-    path = output / f"crops{seed}.pth"
+    path = output / f"backbone{seed}.pth"
     odtk.pretrain(
         path,
         images=output / "crops" / "train",

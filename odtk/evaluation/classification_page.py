@@ -146,6 +146,6 @@ def mistake_section(found: Classification, said: Answers) -> Markup:
     meaning = (
         f"{plural(len(wrong), 'answer')} of {len(said.labels)} {'is' if len(wrong) == 1 else 'are'} wrong; first those "
         "with the highest score, up to "
-        f"{PICTURES}. Many of them in one way are mostly wrong labels, or two classes that look the same."
+        f"{PICTURES}. Several of one kind are often wrong labels, or two classes that look alike."
     )
     return join([paragraph(meaning), Markup(f'<div class="pictures">{join(figures)}</div>')])
