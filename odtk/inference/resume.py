@@ -31,6 +31,7 @@ from ..text import in_words, plural
 from .backends import Backend
 from .collect import Collector, Memory, Part, Total
 from .detect import Rows
+from .served import is_address
 from .shards import SUFFIX, ShardWriter, merged, shards_of
 
 RUN = "run.json"
@@ -52,8 +53,13 @@ def describe_run(
     for image in images:
         digest.update(repr((image.id, image.path.name, image.width, image.height, image.orientation)).encode())
     thresholds = {f"--{name.replace('_', '-')}": v for name, v in dataclasses.asdict(backend.thresholds).items()}
+    if is_address(config.path):
+        assert backend.metadata is not None  # a served model has some
+        model = f"{config.path} {backend.metadata.model}"
+    else:
+        model = file_hash(config.path)
     return {
-        "model": file_hash(config.path),
+        "model": model,
         "images": digest.hexdigest(),
         "categories": [[category.id, category.name] for category in categories],
         "version of odtk": __version__,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import odtk
+from odtk.cli import main
 from odtk.config import OdtkError
 from odtk.exporting.metadata import Metadata
 from odtk.inference import served
@@ -96,6 +99,16 @@ def test_a_model_on_a_server_predicts_as_a_file_does(server: Server) -> None:
     assert [one.scores.tolist() for one in found] == [pytest.approx([0.2]), [], pytest.approx([0.8])]
     assert found[0].boxes.tolist() == [[1, 2, 11, 21]] and model.precision == "fp32"
     assert sum(server.batches) == 3 and "(Triton)" in repr(model)
+
+
+def test_the_commands_take_an_address(server: Server, coco: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "found.json"
+    assert main(["infer", server.address, "--images", str(coco), "--output", str(output), "--devices", "cpu"]) == 0
+    assert [entry["image_id"] for entry in json.loads(output.read_text())] == [1, 2]
+    assert main(["info", server.address, "--json"]) == 0
+    assert '"model": "first"' in capsys.readouterr().out
+    assert main(["infer", server.address + "x", "--images", str(coco)]) == 1
+    assert "unknown model" in capsys.readouterr().err
 
 
 def test_no_request_holds_more_images_than_the_server_takes(server: Server) -> None:
