@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,18 @@ def test_what_a_resumed_run_refuses(tmp_path: Path, images: Path, capsys: pytest
     assert f"was trained on other images or classes than {other} has now" in refused("--images", str(other))
     assert main(["train", path, "--annotations", str(images / "none.json"), "--devices", "cpu"]) == 1
     assert "holds a classifier, not a detector" in capsys.readouterr().err
+
+
+def test_damage_that_shows_only_while_decoding_counts_nothing(tmp_path: Path, images: Path, capsys) -> None:
+    damaged = tmp_path / "images"
+    shutil.copytree(images, damaged)
+    content = bytearray((damaged / "red" / "2.png").read_bytes())
+    content[200:400] = bytes(200)  # its header and its end are whole
+    (damaged / "red" / "2.png").write_bytes(content)
+    output = str(tmp_path / "o.json")
+    pretrain(with_validation(settings(tmp_path / "w.pth", damaged, output=output)))
+    assert [c["support"] for c in json.loads(Path(output).read_text())["classes"]] == [6, 5]
+    assert "2.png (image 9) is replaced by padding and counts nothing" in capsys.readouterr().err
 
 
 @pytest.mark.slow
