@@ -580,7 +580,13 @@ class TrainSettings(_Devices, _Loader, _Anchors):
         changes_result=False,  # what is in them is compared, not where they lie
     )
     images: str | None = option(
-        None, "folder of the images", TEXT, "DIR", shown="beside the annotations", section="data", changes_result=False
+        None,
+        "folder of the images, or tar files (PATH or URL, such as s3://bucket/train-{000..146}.tar)",
+        TEXT,
+        "DIR|TAR",
+        shown="beside the annotations",
+        section="data",
+        changes_result=False,
     )
     val_annotations: str | None = option(
         None,
@@ -1353,7 +1359,8 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
     model: str = _model("{pth,onnx,plan,engine}", ANY_MODEL)
     images: tuple[str, ...] | None = option(
         None,
-        "folder of the images; without --annotations also files and patterns such as 'scans/*.jpg', several of them",
+        "folder of the images, or tar files; without --annotations also files and patterns such as 'scans/*.jpg', "
+        "several of them",
         TEXT,
         "PATH",
         count=(1, None),

@@ -22,8 +22,11 @@ from .dataset import Dataset
 from .images import ImageError
 from .render import render
 from .sampler import BatchPlan, Sample, Sampler
+from .tars import read_members
 
 PREFETCH = 2  # batches prepared ahead of the one in use
+READ_AHEAD = 6  # batches whose images are read ahead of those, where they are in tar files
+READERS = 4  # batches that are read at once; the images of each are
 SLOW_SECONDS = 60.0  # that a batch takes only where something is wrong
 
 
@@ -94,12 +97,14 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="odtk-loader")
+        readers = ThreadPoolExecutor(READERS, thread_name_prefix="odtk-reader")  # starts no thread before it is used
         ahead: deque[tuple[int, Future[tuple[BatchPlan, Tensor]]]] = deque()
         numbers = count(self._next) if self.config.training else iter(range(self._next, len(self)))
+        reads = self._read_ahead(numbers, readers)
         try:
             while True:
-                for number in islice(numbers, 1 + PREFETCH - len(ahead)):
-                    ahead.append((number, pool.submit(self._prepare, number)))
+                for number, contents in islice(reads, 1 + PREFETCH - len(ahead)):
+                    ahead.append((number, pool.submit(self._prepare, number, contents)))
                 if not ahead:
                     return
                 number, prepared = ahead.popleft()
@@ -108,6 +113,7 @@ class Loader:
                     self._next = number + 1
                 yield batch
         finally:
+            readers.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(cancel_futures=True)
 
     def batch(self, number: int) -> Batch:
@@ -161,9 +167,38 @@ class Loader:
             )
         return prepared.result()
 
-    def _prepare(self, number: int) -> tuple[BatchPlan, Tensor]:
+    def _read_ahead(
+        self, numbers: Iterator[int], readers: ThreadPoolExecutor
+    ) -> Iterator[tuple[int, Future[list[bytes]] | None]]:
+        """Each number of a batch, and with images in tar files, their contents, which are read ahead."""
+        waiting: deque[tuple[int, Future[list[bytes]] | None]] = deque()
+        for number in numbers:
+            if not self._in_tars:
+                yield number, None
+                continue
+            waiting.append((number, readers.submit(self._read, number)))
+            if len(waiting) > READ_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+    @property
+    def _in_tars(self) -> bool:
+        return any(image.member is not None for image in self.sampler.dataset.images[:1])
+
+    def _read(self, number: int) -> list[bytes]:
+        """The content of the image of each sample of a batch."""
+        members = [sample.image.member for sample in self.sampler.plan(number).samples]
+        return read_members([member for member in members if member is not None])
+
+    def _prepare(self, number: int, contents: Future[list[bytes]] | None = None) -> tuple[BatchPlan, Tensor]:
         plan = self.sampler.plan(number)
-        return plan, self.render_batch(plan)
+        if contents is None:
+            return plan, self.render_batch(plan)
+        samples = [
+            dataclasses.replace(sample, image=dataclasses.replace(sample.image, content=content))
+            for sample, content in zip(plan.samples, contents.result(), strict=True)
+        ]
+        return plan, self.render_batch(dataclasses.replace(plan, samples=samples))  # only here, as contents are large
 
     def render_batch(self, plan: BatchPlan) -> Tensor:
         """The images of a plan, as Batch has them, completely written, on the device or on the CPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import numpy as np
 from ..files import file_hash
 from ..text import plural
 from .dataset import Dataset, read
-from .images import ImageError, decode
+from .images import ImageError
 from .layouts import find_source
 from .records import DAMAGED, OTHER_FORMAT, Fault, Image
 from .yolo import stray_labels
@@ -153,10 +154,10 @@ def _same_files(images: Sequence[Image]) -> list[Fault]:
     """A remark for each image whose file has the same bytes as that of an earlier one."""
     of_size: dict[int, list[Image]] = defaultdict(list)
     for image in images:
-        of_size[image.path.stat().st_size].append(image)
+        of_size[image.path.stat().st_size if image.member is None else image.member.size].append(image)
     suspects = [image for same in of_size.values() if len(same) > 1 for image in same]
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(file_hash, [image.path for image in suspects])
+        digests = pool.map(_hash, suspects)
     first: dict[str, Image] = {}
     remarks = []
     for image, digest in zip(suspects, digests, strict=True):
@@ -166,6 +167,10 @@ def _same_files(images: Sequence[Image]) -> list[Fault]:
             reason = f"its file has the bytes of image {earlier.id}, {earlier.path.name}"
             remarks.append(Fault(str(image.path), f"image {image.id}", reason, True, what))
     return remarks
+
+
+def _hash(image: Image) -> str:
+    return file_hash(image.path) if image.member is None else hashlib.sha256(image.read()).hexdigest()
 
 
 def _identical_annotations(dataset: Dataset) -> list[Fault]:
@@ -205,7 +210,7 @@ def _damage(images: list[Image]) -> list[tuple[Image, str]]:
 
     def reason(image: Image) -> str:
         try:
-            decode(image.path)
+            image.decode()
         except ImageError as error:
             return str(error)
         return ""

@@ -47,6 +47,7 @@ from .images import SWAPS_SIDES, Header, ImageError, MissingImage
 from .missing import NearestFiles, none_found
 from .records import DAMAGED, OTHER_FORMAT, Fault, Image
 from .table import AnnotationTable, Rows, decode, plain_rows, positions
+from .tars import Member, TarSet
 
 CLIP_TOLERANCE = 1.0  # pixels by which a box may leave its image before its clipping is worth a warning
 ID_FAULT = "its id is not a 64-bit integer"
@@ -105,12 +106,14 @@ class CocoReader:
         content: as load_json returns it. Where it was read from another format, an entry may say in ``source`` where
             it comes from (``labels/a.txt, line 3``); its faults then show that as their place.
         path: the file or folder that the content was read from.
-        folder: of the images.
+        folder: of the images, or the tar files that they are in.
         rotated: boxes become (x, y, w, h, theta).
         training: what training needs is checked too.
     """
 
-    def __init__(self, content: dict[str, Any], path: Path, folder: Path, rotated: bool, training: bool) -> None:
+    def __init__(
+        self, content: dict[str, Any], path: Path, folder: Path | TarSet, rotated: bool, training: bool
+    ) -> None:
         self.content, self.path, self.folder = content, path, folder
         self.rotated, self.training = rotated, training
         self.has_sources = path.suffix.lower() != ".json"  # a user's own key "source" means something else
@@ -176,12 +179,12 @@ class CocoReader:
         if not self.content["images"]:
             raise OdtkError(f"{self.path} lists no images.")
         for id, entry in entries.items():
-            if not self.has_sources and leads_out(entry["file_name"]):
+            in_folder = not (self.has_sources or isinstance(self.folder, TarSet))
+            if in_folder and leads_out(entry["file_name"]):
                 self.fix(
                     self.place(f"image {id}", entry), "its file_name leads out of the image folder: taken as it is"
                 )
-        paths = [self.folder / entry["file_name"] for entry in entries.values()]
-        headers = read_headers(paths)
+        paths, headers, members = self.look_up([entry["file_name"] for entry in entries.values()])
         images: dict[int, Image | None] = {}
         for (id, entry), path, header in zip(entries.items(), paths, headers, strict=True):
             if isinstance(header, ImageError):
@@ -190,10 +193,21 @@ class CocoReader:
                     self.refuse((str(path), f"image {id}"), DAMAGED, str(header))
             else:
                 images[id] = self.read_image(id, entry, path, header)
+        for image, member in zip(images.values(), members, strict=True):
+            if image is not None:
+                image.member = member
         missing = [i for i, header in enumerate(headers) if isinstance(header, MissingImage)]
         if missing:
             self.refuse_missing([(id, entries[id]["file_name"]) for id in entries], missing)
         return images
+
+    def look_up(self, names: list[str]) -> tuple[list[Path], list[Header | ImageError], list[Member | None]]:
+        """Path, header and, in a tar file, place of each image."""
+        if isinstance(self.folder, TarSet):
+            found = [self.folder.find(name) for name in names]
+            return [one.member.path for one in found], [one.header for one in found], [one.member for one in found]
+        paths = [self.folder / name for name in names]
+        return paths, read_headers(paths), [None] * len(names)
 
     def refuse_missing(self, names: list[tuple[int, str]], missing: list[int]) -> None:
         """One fault for each image that does not exist, or one for all where none does.
@@ -202,6 +216,11 @@ class CocoReader:
             names: id and file name of every image.
             missing: the positions in it of those that do not exist.
         """
+        if isinstance(self.folder, TarSet):
+            for id, name in (names[i] for i in missing):
+                reason = f"there is no such image in {self.folder}"
+                self.refuse((name, f"image {id}"), "missing image", reason)
+            return
         if len(missing) == len(names) > 1:
             self.refuse(self.place(""), "no image found", none_found(self.folder, [name for _, name in names]))
             return

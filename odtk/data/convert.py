@@ -107,7 +107,9 @@ def read_source(source: str, images: str | None, *, keep_names: bool) -> tuple[d
         raise OdtkError(f"{source} holds several splits, which are converted one by one: give one of {named}.")
     if split is None and None not in found:
         source = f"{source}:{next(iter(found))}"
-    content, folder, path = load_annotations(source, images)
+    content, folder, path, tars = load_annotations(source, images)
+    if tars is not None:
+        raise OdtkError(f"--images {tars}: convert takes a folder of images, not tar files.")
     format = find_source(source).format
     return load_json(path) if keep_names and format == "coco" else content, folder, format
 

@@ -188,6 +188,8 @@ def _encoded(sample: Sample) -> np.ndarray:
         ImageError: the file cannot be read or decoded.
     """
     image = sample.image
+    if image.plain and (image.content is not None or image.member is not None):
+        return np.frombuffer(image.read(), dtype=np.uint8)
     if image.plain:
         try:
             return np.fromfile(image.path, dtype=np.uint8)

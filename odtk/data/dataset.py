@@ -16,10 +16,11 @@ from ..config import OdtkError
 from ..text import plural
 from .coco import CocoReader
 from .headers import read_headers
-from .images import ImageError
+from .images import Header, ImageError
 from .layouts import Annotations, load_annotations
 from .listing import list_images
 from .records import DAMAGED, Fault, Image
+from .tars import TarSet, tar_sources
 
 MAX_LISTED = 10  # damaged images in a message
 
@@ -69,7 +70,8 @@ class Dataset:
     @classmethod
     def of(cls, annotations: Annotations, *, rotated: bool, training: bool, skip_damaged: bool) -> Dataset:
         """As load, of annotations that have been read."""
-        check_folder(annotations.images)
+        if annotations.tars is None:
+            check_folder(annotations.images)
         return read_entries(annotations, rotated=rotated, training=training).accepted(skip_damaged)
 
     def accepted(self, skip_damaged: bool) -> Dataset:
@@ -136,12 +138,13 @@ def read(
     Raises:
         OdtkError: the annotation file or the folder cannot be read at all.
     """
+    tars = tar_sources(images)
     if annotations is None:
-        return read_images(list_images(images), rotated)
-    assert isinstance(images, (str, Path))  # of annotations: one folder
-    folder = Path(images).expanduser()
-    check_folder(folder)
-    entries = load_annotations(annotations, folder, rotated=rotated, boxes_only=True)
+        return read_tars(TarSet(tars), rotated) if tars else read_images(list_images(images), rotated)
+    if not tars:
+        assert isinstance(images, (str, Path))  # of annotations: one folder
+        check_folder(Path(images).expanduser())
+    entries = load_annotations(annotations, images, rotated=rotated, boxes_only=True)
     return read_entries(entries, rotated=rotated, training=training)
 
 
@@ -155,15 +158,30 @@ def check_folder(folder: Path) -> None:
 
 def read_entries(annotations: Annotations, *, rotated: bool, training: bool) -> Dataset:
     """Annotations as a dataset, with every fault."""
-    content, folder, path = annotations
-    found, categories, faults = CocoReader(content, path, folder, rotated, training).read()
+    content, folder, path, tars = annotations
+    found, categories, faults = CocoReader(content, path, tars or folder, rotated, training).read()
     return Dataset(found, categories, faults, rotated)
+
+
+def read_tars(tars: TarSet, rotated: bool) -> Dataset:
+    """The images in tar files, without annotations, numbered from 1 in the order of their names."""
+    images = list(tars.images.values())
+    dataset = of_headers([image.member.path for image in images], [image.header for image in images], rotated)
+    members = {image.member.path: image.member for image in images}
+    for image in dataset.images:
+        image.member = members[image.path]
+    return dataset
 
 
 def read_images(paths: Sequence[Path], rotated: bool) -> Dataset:
     """Image files without annotations, numbered from 1; unusable ones are faults."""
+    return of_headers(paths, read_headers(paths), rotated)
+
+
+def of_headers(paths: Sequence[Path], headers: Sequence[Header | ImageError], rotated: bool) -> Dataset:
+    """Images without annotations, from their paths and headers."""
     dataset = Dataset([], (), rotated=rotated)
-    for number, (path, header) in enumerate(zip(paths, read_headers(paths), strict=True), start=1):
+    for number, (path, header) in enumerate(zip(paths, headers, strict=True), start=1):
         if isinstance(header, ImageError):
             dataset.faults.append(Fault(str(path), f"image {number}", str(header), False, DAMAGED))
             continue

@@ -196,11 +196,7 @@ def _key(dataset: Dataset) -> str:
     digest = hashlib.sha256(repr([(c.id, c.name) for c in dataset.categories]).encode())
     folders: dict[str, str] = {}  # by the name that they go by: to resolve the path of every image takes seconds
     for image in dataset.images:
-        try:
-            status = os.stat(image.path)
-            state = (status.st_size, status.st_mtime_ns)
-        except OSError:
-            state = (0, 0)
+        state = image.state() or (0, 0)
         folder, name = os.path.split(image.path)
         if folder not in folders:
             folders[folder] = os.path.realpath(folder)

@@ -30,7 +30,7 @@ EXTENSIONS = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 LARGE = 25_000_000  # pixels: from here on images are decoded one at a time, as each takes a multiple of 3 bytes a pixel
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}  # what a whole file of a format ends with
-HEAD_BYTES, TAIL_BYTES = 1 << 16, 1 << 12  # of a file that are looked at first
+FIRST_BYTES, HEAD_BYTES, TAIL_BYTES = 1 << 12, 1 << 16, 1 << 12  # of a file that are looked at first
 EXIF_ORIENTATION = 0x0112  # the tag
 PNG_BIT_DEPTH_AT = 24  # offset in the file: signature 8, chunk length 4, "IHDR" 4, width 4, height 4
 
@@ -76,19 +76,21 @@ class Header:
     rule: str
 
 
-def read_header(path: Path) -> Header:
+def read_header(source: Path | BinaryIO) -> Header:
     """The size, orientation and kind of an image, without decoding it.
+
+    Args:
+        source: a path, or an open file.
 
     Raises:
         MissingImage: the file does not exist.
         ImageError: it is empty, truncated (JPEG and PNG) or not an image of a known format.
     """
     try:
-        with open_image(path) as image:
+        with open(source, "rb") if isinstance(source, Path) else nullcontext(source) as file, open_image(file) as image:
             if image.format in END_MARKS:
-                with open(path, "rb") as file:
-                    _check_end_of_file(file, image.format)
-            depth = _bit_depth(path, image)
+                _check_end_of_file(file, image.format)
+            depth = _bit_depth(file, image)
             plain = (
                 image.format in ("JPEG", "MPO", "PNG")
                 and image.mode in ("RGB", "L")
@@ -168,10 +170,10 @@ def _orientation(image: PILImage.Image) -> int:
     return orientation if orientation in UPRIGHT else 1
 
 
-def _bit_depth(path: Path, image: PILImage.Image) -> int:
+def _bit_depth(file: BinaryIO, image: PILImage.Image) -> int:
     if image.format == "PNG":
-        with open(path, "rb") as file:
-            return file.read(PNG_BIT_DEPTH_AT + 1)[PNG_BIT_DEPTH_AT]
+        file.seek(PNG_BIT_DEPTH_AT)
+        return file.read(1)[0]
     return 16 if image.mode.startswith("I") else 8
 
 
@@ -198,14 +200,15 @@ def _check_end_of_file(file: BinaryIO, kind: str) -> None:
     Not by mmap: a file that shrinks while it is mapped ends the process (SIGBUS).
     """
     size = file.seek(0, io.SEEK_END)
+    for amount in (FIRST_BYTES, HEAD_BYTES):  # mostly a little is enough, which matters to a file on another machine
+        file.seek(0)
+        head = file.read(amount)
+        if size > amount + TAIL_BYTES and (kind == "PNG" or _start_of_scan(head) < len(head)):
+            file.seek(size - TAIL_BYTES)
+            if END_MARKS[kind] in file.read(TAIL_BYTES):
+                return
     file.seek(0)
-    head = file.read(HEAD_BYTES)
-    if size > HEAD_BYTES + TAIL_BYTES and (kind == "PNG" or _start_of_scan(head) < len(head)):
-        file.seek(size - TAIL_BYTES)
-        if END_MARKS[kind] in file.read(TAIL_BYTES):
-            return
-        file.seek(HEAD_BYTES)
-    _check_end(head + file.read(), kind)
+    _check_end(file.read(), kind)
 
 
 def _check_end(data: bytes, kind: str) -> None:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from ..config import OdtkError
 from . import voc, yolo
 from .coco import load_boxes, load_json
+from .tars import TarSet, tar_sources
 
 SAMPLE = 100  # image names that are looked up in each place
 ROBOFLOW = "_annotations.coco.json"
@@ -39,11 +40,13 @@ class Annotations(NamedTuple):
         content: as load_json returns it.
         images: the folder that the file names are relative to.
         path: of the file or folder that was read.
+        tars: the tar files that the images are in, if they are; ``images`` is their name then.
     """
 
     content: dict[str, Any]
     images: Path
     path: Path
+    tars: TarSet | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def load_annotations(
 
     Args:
         annotations: PATH or PATH:SPLIT.
-        images: folder of the images, also in a list of one; None looks for it.
+        images: folder of the images, also in a list of one, or tar files (tars.py); None looks for a folder.
         rotated: whether YOLO's four corners are rotated boxes; None: they are if the labels look like it.
         boxes_only: nothing else is needed (coco.load_boxes), which makes large COCO files much quicker to read.
 
@@ -74,6 +77,11 @@ def load_annotations(
         OdtkError: there is nothing that can be read, or several things of which one must be named.
     """
     source = find_source(annotations)
+    if images is not None and (tars := tar_sources(images)):
+        if source.format != "coco":
+            raise OdtkError(f"{annotations}: images in tar files need COCO JSON, which `odtk convert` writes.")
+        content = (load_boxes if boxes_only else load_json)(source.path)
+        return Annotations(content, Path(tars[0]), source.path, TarSet(tars))
     if images is not None and not isinstance(images, (str, Path)):
         (images,) = images
     folder = None if images is None else Path(images).expanduser()

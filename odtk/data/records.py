@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .images import SWAPS_SIDES, Header, decode
+from .images import SWAPS_SIDES, Header, ImageError, decode
+from .tars import Member, read_members
 
 DAMAGED = "damaged image"  # the rule of a Fault that leaves an image out where that is asked for
 OTHER_FORMAT = "boxes in another format"  # the rule of the Fault after which no box is read
@@ -50,6 +53,8 @@ class Image:
         orientation: EXIF orientation (1…8) to apply when decoding; 1 for none.
         plain: an upright 8-bit RGB or grayscale JPEG or PNG, which every decoder reads alike.
         pixels: those of an image that is no file, uint8 [H, W, 3] RGB; ``path`` then is its name, for messages.
+        member: where it is, if it is in a tar file; ``path`` then is its name.
+        content: of its file, where that has been read already.
     """
 
     id: int
@@ -61,14 +66,47 @@ class Image:
     orientation: int = 1
     plain: bool = True
     pixels: np.ndarray | None = None
+    member: Member | None = None
+    content: bytes | None = None
 
     def decode(self) -> np.ndarray:
         """The pixels, uint8 [H, W, 3] RGB.
 
         Raises:
             ImageError: the file cannot be decoded completely.
+            OdtkError: it is on another machine, and the connection is lost.
         """
-        return decode(self.path, self.orientation) if self.pixels is None else self.pixels
+        if self.pixels is not None:
+            return self.pixels
+        in_memory = self.content is not None or self.member is not None
+        return decode(io.BytesIO(self.read()) if in_memory else self.path, self.orientation)
+
+    def read(self) -> bytes:
+        """The content of the image's file.
+
+        Raises:
+            ImageError: the file cannot be read.
+            OdtkError: it is on another machine, and the connection is lost.
+        """
+        if self.content is not None:
+            return self.content
+        if self.member is not None:
+            return read_members([self.member])[0]
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise ImageError(str(error)) from error
+
+    def state(self) -> tuple[object, ...]:
+        """What changes with the content of its file; empty if there is no such file."""
+        if self.member is not None:
+            file = self.member.file
+            return file.size, file.version, self.member.offset, self.member.size
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return ()
+        return status.st_size, status.st_mtime_ns
 
     @classmethod
     def from_header(cls, id: int, path: Path, header: Header, orientation: int, *, rotated: bool) -> Image:

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from ..config import LoaderConfig, ModelConfig, OdtkError
 from ..data.batch import Batch
 from ..data.dataset import Dataset
-from ..data.images import ImageError, decode
+from ..data.images import ImageError
 from ..data.layouts import load_annotations
 from ..data.loader import create_loader
 from ..data.records import Image
@@ -45,7 +45,7 @@ class PictureWriter:
         """
         for image in self.dataset.images[:count]:
             try:
-                yield image, PILImage.fromarray(decode(image.path, image.orientation))
+                yield image, PILImage.fromarray(image.decode())
             except ImageError as error:
                 if self.skip_damaged:
                     continue

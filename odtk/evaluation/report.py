@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from .. import __version__
-from ..data.images import ImageError, decode
+from ..data.images import ImageError
 from ..data.records import Image
 from ..inference.drawing import LEGIBLE, annotate, coco_to_shapes
 from ..text import plural, printable
@@ -220,7 +220,7 @@ def html_figures(reference: Run, run: Run, images: Sequence[Image]) -> list[Mark
     figures = []
     for image in ranked[:PICTURES]:
         try:
-            pixels = PILImage.fromarray(decode(image.path, image.orientation))  # turned as the boxes are
+            pixels = PILImage.fromarray(image.decode())  # turned as the boxes are
         except ImageError:
             continue
         shapes = [coco_to_shapes(shown_detections(side, image.id)) for side in (reference, run)]

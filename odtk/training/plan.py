@@ -106,7 +106,7 @@ def plan(
         OdtkError: annotations that cannot be read, or a batch that cannot be shared out.
     """
     source = source or TrainingSet.of(settings)
-    content, images, _ = source.annotations
+    content, images, _, tars = source.annotations
     classes = settings.classes or count_categories(content, settings.annotations)
     given = tuple(settings.given())
     if tried:
@@ -138,7 +138,7 @@ def plan(
         iters = situation.iterations()
     reasons = {name: d.reason for d in decisions for name in d.values} if earlier is None else earlier.planned
     config = train_config(
-        settings.resolved(batch=batch, iters=iters, classes=classes), machine.processes, str(images), held_out
+        settings.resolved(batch=batch, iters=iters, classes=classes), machine.processes, str(tars or images), held_out
     )
     kept = {**(config.settings or {}), "given": list(given), "planned": reasons, "held_out": list(held_out)}
     config = dataclasses.replace(config, settings=kept)

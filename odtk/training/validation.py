@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import OdtkError, TrainConfig
 from ..data.coco import prepare_ground_truth
 from ..data.dataset import Dataset
-from ..data.images import ImageError, decode
+from ..data.images import ImageError
 from ..data.layouts import load_annotations
 from ..data.loader import create_loader
 from ..evaluation.evaluate import STATS, Metrics, evaluate
@@ -99,7 +99,7 @@ class Validation:
         drawn = []
         for image in self.dataset.images[:PICTURES]:
             try:
-                picture = PILImage.fromarray(decode(image.path, image.orientation))
+                picture = PILImage.fromarray(image.decode())
             except ImageError:
                 continue
             shown = [d for d in detections if d["image_id"] == image.id and d["score"] > PICTURE_SCORE]

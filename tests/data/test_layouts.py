@@ -88,7 +88,7 @@ def test_the_place_with_most_images_wins(tmp_path: Path) -> None:
 )
 def test_a_folder_stands_for_the_one_file_in_it(layout, tmp_path: Path, annotations: str) -> None:
     path = layout(annotations, "images/a.jpg", "a.jpg")
-    content, images, found = load_annotations(tmp_path)
+    content, images, found, _ = load_annotations(tmp_path)
     assert found == path and len(content["images"]) == 1 and images.name == "images"
 
 

@@ -55,7 +55,7 @@ def faults_of(folder: Path) -> list[str]:
 @pytest.mark.parametrize("own", [False, True])
 def test_pixels_are_counted_from_one(voc, own: bool) -> None:
     folder = voc(own=own)
-    content, images, _ = load_annotations(folder)
+    content, images, *_ = load_annotations(folder)
     assert images == (folder / "JPEGImages" if own else folder)
     dataset = Dataset.load(folder, images, training=True)
     assert dataset.categories == (Category(1, "cat"), Category(2, "dog"))
@@ -163,7 +163,7 @@ def test_damaged_files_are_errors_of_ours_or_datasets(voc) -> None:
             data[at : at + int(generator.integers(0, 3))] = bytes(generator.integers(32, 256, generator.integers(0, 3)))
         (folder / "a.xml").write_bytes(data)
         try:
-            content, images, _ = load_annotations(folder)
+            content, images, *_ = load_annotations(folder)
             Dataset.load(folder, images, rotated=bool(generator.integers(2)))
             evaluate([], str(folder))
             outcomes.add("read")

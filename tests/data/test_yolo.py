@@ -90,7 +90,7 @@ def test_labels_beside_the_images_and_images_elsewhere(yolo, tmp_path: Path) -> 
     (path.parent / "images").rename(elsewhere)
     with pytest.raises(OdtkError, match=r"data\.yaml finds no images for train: 'images/train'; give their folder"):
         load_annotations(path)
-    content, folder, _ = load_annotations(path, elsewhere / "train")
+    content, folder, *_ = load_annotations(path, elsewhere / "train")
     assert folder == elsewhere / "train" and len(content["annotations"]) == 2
 
 
@@ -240,7 +240,7 @@ def test_damaged_files_are_errors_of_ours_or_datasets(yolo) -> None:
             data[at : at + int(generator.integers(0, 4))] = bytes(generator.integers(0, 256, generator.integers(0, 3)))
         files[which].write_bytes(data)
         try:
-            content, folder, _ = load_annotations(path)
+            content, folder, *_ = load_annotations(path)
             Dataset.load(path, folder, rotated=bool(generator.integers(2)))
             evaluate([], str(path))
             outcomes.add("read")
