@@ -355,7 +355,7 @@ def infer_config(settings: InferSettings, world: int) -> InferConfig:
     annotations = measured(settings.annotations)
     folder = images_of(given[0] if given else None, annotations)
     data = LoaderConfig(
-        images=given if given and not annotations else folder,
+        images=given if given and (not annotations or len(given) > 1) else folder,
         annotations=annotations,
         skip_damaged=not settings.strict,
         batch=share(settings.batch or 2 * world, world),

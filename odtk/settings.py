@@ -1452,7 +1452,8 @@ class InferSettings(_Devices, _Loader, _Size, _Resize, _Thresholds, _Precision):
         return super().of(values)
 
     def check(self) -> None:
-        if self.annotations and self.images and len(self.images) > 1:
+        tars = all(path.endswith(".tar") for path in self.images or ())  # a shell may have written out {00..99}.tar
+        if self.annotations and self.images and len(self.images) > 1 and not tars:
             raise OdtkError("--images takes one folder where --annotations says which images to use.")
         if self.overlap == 1:
             raise OdtkError("--overlap 1: tiles must share less than all of themselves, at most 0.9 or so.")

@@ -59,7 +59,7 @@ def data(tmp_path_factory) -> Path:
         "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
     }
     (folder / "annotations.json").write_text(json.dumps(content))
-    names = [image["file_name"] for image in images]
+    names = [str(image["file_name"]) for image in images]
     write_tar(folder / "shards" / "train-000.tar", folder / "images", names[:4])
     write_tar(folder / "shards" / "train-001.tar", folder / "images", names[4:], prefix="./")
     return folder
