@@ -57,7 +57,7 @@ RESNET_OPTIONS = {  # of --resnet → fields of ModelConfig
     "zero-init": "zero_init",
     "norm-eval": "norm_eval",
 }
-UNLABELED_LOSSES = {"pseudo-labels": 1.0, "entropy": 0.1}  # and their weights
+UNLABELED_LOSSES = {"pseudo-labels": 1.0, "entropy": 0.01}  # and their weights
 ODTK_RESIZE, ODTK_JITTER = LoaderConfig.resize, LoaderConfig.jitter  # jitter is for this size and scaled to others
 ODTK_ITERS, ODTK_WARMUP, ODTK_MILESTONES = TrainConfig.iters, TrainConfig.warmup, TrainConfig.milestones
 
