@@ -64,8 +64,10 @@ def run(python: Path, arguments: Sequence[str], folder: Path) -> str:
     return done.stdout
 
 
-def attempt(package: Path, *, constraint: Path | None = None, beside: bool = False) -> dict[str, str]:
-    """Installs one package and runs the chain. Returns what each command printed.
+def attempt(
+    package: Path, chain: Sequence[str] = CHAIN, *, constraint: Path | None = None, beside: bool = False
+) -> dict[str, str]:
+    """Installs one package and runs the chain, or the start of it. Returns what each command printed.
 
     Raises:
         SystemExit: a command failed, or odtk was not the installed one.
@@ -79,13 +81,14 @@ def attempt(package: Path, *, constraint: Path | None = None, beside: bool = Fal
         if not Path(found).is_relative_to(Path(temporary) / "environment"):
             raise SystemExit(f"{package.name}: {found} is imported, not the package that was installed.")
         printed = {}
-        for line in CHAIN:
+        for line in chain:
             command = line.partition(" ")[0]
             started = time.monotonic()
             printed[command] = run(python.with_name("odtk"), line.split(), folder)
             print(f"{package.name}: odtk {command}, {time.monotonic() - started:.0f} s", flush=True)
-        if not isinstance(json.loads((folder / "detections.json").read_text()), list):
-            raise SystemExit(f"{package.name}: detections.json is not a list of detections.")
+        results = folder / "detections.json"
+        if "infer" in printed and not isinstance(json.loads(results.read_text()), list):
+            raise SystemExit(f"{package.name}: {results.name} is not a list of detections.")
     return printed
 
 

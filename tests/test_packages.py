@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 import zipfile
 from email.parser import Parser
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from odtk import __version__
+from odtk.training.log import TRACKERS
 from release.build import ROOT, build_sdist, build_wheel
-from release.trial import attempt
+from release.check import NOT_FOR_USERS
+from release.trial import CHAIN, attempt
 from setup import find_nvcc
 
 
@@ -60,13 +63,24 @@ def test_a_compiler_that_fails_leaves_a_pure_wheel_too(sdist: Path, tmp_path: Pa
     assert "odtk._C was NOT built" in capfd.readouterr().err
 
 
+def test_the_error_that_misses_a_package_names_its_extra() -> None:
+    listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
+    extras = set(re.findall(r"^([\w-]+) = \[", listed.partition("\n[")[0], re.M)) - set(NOT_FOR_USERS)
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "odtk").rglob("*.py"))
+    named = set(re.findall(r"odtk\[([\w-]+)\]", text)) | set(re.findall(r"\(or ([\w-]+)\)", text))
+    if "odtk[{name}]" in text:  # --log-to's
+        named |= set(TRACKERS)
+    assert {"cuda13", "tensorrt-cu13", "video", "pretrained", "report", "scale"} <= extras
+    assert extras <= named
+
+
 @pytest.mark.slow
 def test_packages_run_outside_the_clone(sdist: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("ODTK_CUDA", "0")  # also of the sdist, which pip builds
-    for package in (build_wheel(sdist, tmp_path, extension=False), sdist):
-        printed = attempt(package, beside=True)
-        assert "no: not built" in printed["info"] and __version__ in printed["info"]
-        assert "AP50" in printed["infer"]
+    printed = attempt(build_wheel(sdist, tmp_path, extension=False), beside=True)
+    assert "no: not built" in printed["info"] and __version__ in printed["info"]
+    assert "AP50" in printed["infer"]
+    assert "no: not built" in attempt(sdist, CHAIN[:1], beside=True)["info"]
 
 
 @pytest.mark.slow
@@ -78,4 +92,4 @@ def test_the_extension_is_in_a_manylinux_wheel(sdist: Path, tmp_path: Path, monk
     assert pure == "false" and found and all("manylinux" in tag for tag in found)
     with zipfile.ZipFile(wheel) as archive:
         assert any(name.startswith("odtk/_C.") for name in archive.namelist())
-    assert "CUDA of odtk._C" in attempt(wheel, beside=True)["info"]
+    assert "CUDA of odtk._C" in attempt(wheel, CHAIN[:1], beside=True)["info"]
