@@ -7,8 +7,8 @@ of reading images and writing detections; the images are hard links to a few JPE
 is a process of its own; its memory is the peak of its resident set. "memory" is the same run without pyarrow, which
 keeps every detection until the end.
 
-Kills: `odtk infer`'s job on two processes, a shard for each batch; the whole process group gets SIGKILL after a random
-part of the time that an undisturbed run takes. It is started again until it ends, and the file compared.
+Kills: `odtk infer`'s job on two processes, a shard for each batch of eight images; the whole process group gets SIGKILL
+after a random number of further shards and up to 50 ms. It is started again until it ends, and the file compared.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from odtk.postprocess import Detections
 
 FOUND = 20  # boxes in every image
 ORIGINALS = 50  # image files that the others are links to
+BATCH = 8  # per process
 KILLED_IMAGES = 2000  # of the runs that are killed
+PAUSE = 0.05  # seconds that a batch of these takes more, so that the kills come while it works
 
 
 class StandIn(Backend):
@@ -58,8 +60,14 @@ class StandIn(Backend):
         return Detections(shade * self.places, self.boxes.expand(n, -1, -1), (torch.arange(FOUND) % 2).expand(n, -1))
 
 
-def config(folder: str, output: str, batch: int) -> InferConfig:
-    data = LoaderConfig(folder, loader="torch", batch=batch, size=(32, 32), skip_damaged=True)
+class Slow(StandIn):
+    def compute(self, images: torch.Tensor) -> Detections:
+        time.sleep(PAUSE)
+        return super().compute(images)
+
+
+def config(folder: str, output: str) -> InferConfig:
+    data = LoaderConfig(folder, loader="torch", batch=BATCH, size=(32, 32), skip_damaged=True)
     return InferConfig(sys.executable, data, output=(output,), returns=False)  # the hash of any file will do
 
 
@@ -83,7 +91,7 @@ def alone(folder: str, output: str, kind: str) -> None:
     if kind == "memory":
         resume.importlib.util.find_spec = nothing  # type: ignore[assignment,attr-defined]
     started = time.perf_counter()
-    infer.infer(config(folder, output, 8))
+    infer.infer(config(folder, output))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"{peak:.0f} MiB, {time.perf_counter() - started:.0f} s (processor {time.process_time():.0f} s)")
 
@@ -94,7 +102,7 @@ def nothing(*_: object) -> None:
 
 def job(config: InferConfig, rank: int, world: int) -> None:
     shards.SHARD_ROWS = 0
-    infer.open_backend = StandIn  # type: ignore[assignment]
+    infer.open_backend = Slow  # type: ignore[assignment]
     infer.infer(config, rank, world)
 
 
@@ -118,27 +126,29 @@ def kills(folder: Path, number: int, seed: int) -> None:
         argv = [sys.executable, __file__, "--two", str(folder / "killed"), str(folder / output)]
         return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
-    started = time.monotonic()
     assert start("whole.json").wait() == 0
-    whole, seconds = (folder / "whole.json").read_bytes(), time.monotonic() - started
+    whole = (folder / "whole.json").read_bytes()
+    parts = folder / "out.json.parts"
     done = finished = 0
     at: list[int] = []  # images that were done at each kill
     while done < number:
+        before = len(list(parts.glob("*.parquet")))
+        further = generator.randint(1, KILLED_IMAGES // BATCH // 4)  # where fewer are left, the run ends
         run = start("out.json")
-        try:
-            run.wait(generator.uniform(0.2, 1) * seconds)
-        except subprocess.TimeoutExpired:
+        while run.poll() is None and len(list(parts.glob("*.parquet"))) < before + further:
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0, 0.05))
+        if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
             done += 1
-            found = [shards.shards_of(folder / "out.json.parts", rank) for rank in range(2)]
-            at.append(sum(shard.images for of in found for shard in of))
-            continue
-        finished += check(run, folder, whole)
-    if not (folder / "out.json").exists():
-        run = start("out.json")
-        run.wait()
-        finished += check(run, folder, whole)
+            at.append(sum(shard.images for rank in range(2) for shard in shards.shards_of(parts, rank)))
+            print(f"killed at {at[-1]}", file=sys.stderr, flush=True)
+        else:
+            finished += check(run, folder, whole)
+    run = start("out.json")
+    run.wait()
+    finished += check(run, folder, whole)
     print(f"{done} kills with {at} of {KILLED_IMAGES} images done, {finished} runs that ended: all the same bytes")
 
 
@@ -161,7 +171,7 @@ def main() -> None:
     if args.alone:
         return alone(*args.alone)
     if args.two:
-        return launch(job, config(args.two[0], args.two[1], 8), devices="cpu:2")
+        return launch(job, config(args.two[0], args.two[1]), devices="cpu:2")
     with tempfile.TemporaryDirectory() as folder:
         memory(Path(folder), args.images)
         if args.kills:
