@@ -159,7 +159,7 @@ ADDITIONS = {
 @pytest.mark.parametrize("backbone", ADDITIONS)
 def test_one_input_of_each_addition_is_quantized(backbone: str) -> None:
     """As by nvidia-modelopt 0.47: the skip, the shortcut's convolution or the upsampled map, never what feeds it."""
-    detector = Detector(ModelConfig(backbones=(backbone,), classes=2))
+    detector = Detector(ModelConfig(backbones=(backbone,), classes=2, head_convs=1))
     model = trace(detector.fold(), (64, 64))
     scales = dict.fromkeys(precision.quantizable_activations(model.graph), 0.1)
     precision.insert_qdq(model, calibration_table.CalibrationTable("m", (64, 64), "minmax", (), scales))
