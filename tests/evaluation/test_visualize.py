@@ -283,7 +283,7 @@ def test_curves_without_a_log_or_without_matplotlib(tmp_path: Path, monkeypatch)
     with pytest.raises(OdtkError, match="holds no values"):
         curves.read_curves(tmp_path / "metrics.jsonl")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(OdtkError, match=r"odtk\[plot\]"):
+    with pytest.raises(OdtkError, match=r"odtk\[report\]"):
         curves.draw_curves(str(tmp_path), str(tmp_path))
 
 

@@ -448,7 +448,7 @@ def test_padding_of_zero_after_normalization_is_rounded_and_the_difference_is_sa
         ({"output": "model.trt"}, "must end in"),
         ({"output": "model.plan"}, "needs a GPU"),
         ({"output": "model.onnx", "opset": 11}, "--opset 11"),
-        ({"output": "nowhere/model.onnx"}, "could not be written"),
+        ({"output": "nowhere/model.onnx"}, "does not exist; make it"),
     ],
 )
 def test_refusals_are_sentences(tmp_path: Path, changes: dict, sentence: str, caplog) -> None:
