@@ -52,6 +52,7 @@ PRECISIONS = ("mixed", "fp16", "bf16", "fp32")  # in which a .pth can compute
 
 if TYPE_CHECKING:
     from .data.dataset import Dataset
+    from .deploy.as_fed import FedVerdict
     from .evaluation.report import Verdict
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,7 +429,7 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[
     return detections
 
 
-def export(settings: ExportSettings) -> Verdict | None:
+def export(settings: ExportSettings) -> Verdict | FedVerdict | None:
     """Writes the artifact or the bundle; returns what --verify found, or None if that was not asked for."""
     from .exporting.export import export
     from .model.checkpoint import load

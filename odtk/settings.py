@@ -1552,6 +1552,17 @@ class ExportSettings(_Size, _Thresholds):
         NUMBER,
         "POINTS",
     )
+    fed_as: tuple[str, ...] = option(
+        (),
+        "--verify measures the model of a bundle as the client for Triton, and as DeepStream feeds it too; exit code 2 "
+        "names a mistake in that",
+        TEXT,
+        "NAME",
+        count=(0, None),
+        choices=("triton", "deepstream"),
+        flags=("--as",),
+        shown="as odtk feeds it only",
+    )
     verbose: bool = switch("print the log of the conversion")
     devices: str | None = option(
         None,
@@ -1579,6 +1590,8 @@ class ExportSettings(_Size, _Thresholds):
             raise OdtkError("--int8 needs --calibration-images DIR, or a --calibration-table PATH written earlier.")
         if self.verify and not self.annotations:
             raise OdtkError("--verify needs --annotations PATH and --images DIR.")
+        if self.fed_as and not (self.bundle and self.verify):
+            raise OdtkError(f"--as {' '.join(self.fed_as)} needs --bundle and --verify.")
         low, best, high = self.batch
         if not low <= best <= high:
             raise OdtkError(f"--batch {low} {best} {high}: the numbers are MIN, OPT and MAX, in rising order.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import yaml
 import odtk
 
 from ..config import ExportConfig, OdtkError
-from ..evaluation.report import Verdict
+from ..evaluation.report import Run, Verdict
 from ..evaluation.verify import verify
 from ..exporting.engine import require_tensorrt
 from ..exporting.export import export
@@ -23,29 +24,30 @@ from ..model.checkpoint import Checkpoint, load
 from ..ranks import silent
 from ..settings import ExportSettings
 from ..text import plural, say
+from .as_fed import FedVerdict, verify_as_fed
 from .deepstream import write_deepstream
 from .manifest import CALIBRATION, ENGINE, LABELS, ONNX, PLUGINS, discard, finish, label, start, write_text
 from .model_card import model_card, now
-from .triton import write_triton
+from .triton import require_tritonclient, write_triton
 
+Proof = tuple[str, str, float]  # annotations, image folder, and points of AP that may be lost (verify.py)
 SEVERITY = (0, 3, 2)  # exit codes of `odtk export --verify`, the worst last
 
 
 def write_bundle(
     config: ExportConfig,
-    proof: tuple[str, str, float] | None,
+    proof: Proof | None,
     *,
     settings: ExportSettings,
     command: str,
     engine: bool = True,
-) -> Verdict | None:
+) -> Verdict | FedVerdict | None:
     """Writes the folder ``config.output``, which must be new or empty, completely or not at all.
 
     Args:
         config: of the export; its output is a folder.
-        proof: annotations, image folder and points of AP that may be lost, to measure the files on (verify.py); None
-            measures nothing.
-        settings: from which the config was made, for export.yaml.
+        proof: what to measure the files on; None measures nothing.
+        settings: from which the config was made, for export.yaml; its ``fed_as`` says as what a file is fed too.
         command: that was given, for the model card.
         engine: write an engine too, if this machine has a GPU and TensorRT.
 
@@ -55,6 +57,8 @@ def write_bundle(
     Raises:
         OdtkError: as exporting.export.export, or the folder is not empty; nothing is left of it then.
     """
+    if "triton" in settings.fed_as:
+        require_tritonclient()
     folder = config.output
     made = start(folder)
     try:
@@ -65,8 +69,8 @@ def write_bundle(
 
 
 def fill(
-    config: ExportConfig, proof: tuple[str, str, float] | None, settings: ExportSettings, command: str, engine: bool
-) -> Verdict | None:
+    config: ExportConfig, proof: Proof | None, settings: ExportSettings, command: str, engine: bool
+) -> Verdict | FedVerdict | None:
     """Writes every file of a bundle into its empty folder, the manifest last."""
     folder, created = config.output, now()
     checkpoint = load(config.path)
@@ -83,16 +87,42 @@ def fill(
     metadata = metadata_of(os.path.join(folder, ONNX))
     labels = "".join(f"{label(name)}\n" for name in names_of(metadata))
     write_text(folder, LABELS, labels)
-    if not write_deepstream(config, metadata, exported, labels):
+    deepstream = write_deepstream(config, metadata, exported, labels)
+    if not deepstream:
         say(f"The bundle gets no deepstream/: rotated boxes need {ENGINE}, as ONNX has no NMS for them.")
     write_triton(config, metadata, exported, labels)
+    fed = []
+    if settings.fed_as:
+        assert proof is not None  # checked with the settings
+        models = {"triton": ONNX, "deepstream": deepstream[0] if deepstream else None}
+        fed = as_fed(config, {name: models[name] for name in settings.fed_as}, proof, verdicts[ONNX].runs[-1])
     write_settings(folder, checkpoint, settings, metadata)
-    card = model_card(checkpoint, metadata, verdicts, command=command, created=created, images=proof and proof[1])
+    card = model_card(checkpoint, metadata, verdicts, fed, command=command, created=created, images=proof and proof[1])
     write_text(folder, "model_card.md", card)
     manifest = finish(folder, created, metadata.model)
     files = plural(len(manifest["files"]), "file")
     say(f"Bundle: {folder}, {files} and their hashes. `odtk info {folder}` checks them.")
-    return max(verdicts.values(), key=lambda found: SEVERITY.index(found.exit_code), default=None)
+    return max([*verdicts.values(), *fed], key=lambda found: SEVERITY.index(found.exit_code), default=None)
+
+
+def as_fed(config: ExportConfig, models: Mapping[str, str | None], proof: Proof, ours: Run) -> list[FedVerdict]:
+    """What was found of the models of a bundle as they are fed.
+
+    Args:
+        models: file in the bundle by as_fed.NAMES.
+        ours: the bundle's ONNX file as odtk feeds it.
+
+    Raises:
+        OdtkError: the bundle has no model for one of them.
+    """
+    found = []
+    for name, file in models.items():
+        if file is None:
+            raise OdtkError(f"--as {name}: the bundle has no {name}/, as rotated boxes need {ENGINE} there.")
+        one = dataclasses.replace(config, output=os.path.join(config.output, file))
+        given = {"annotations": proof[0], "images": proof[1], "max_ap_drop": proof[2]}
+        found.append(verify_as_fed(one, name, ours, **given))  # type: ignore[arg-type]
+    return found
 
 
 def artifacts(engine: bool) -> list[str]:

@@ -42,6 +42,8 @@ WHAT = {
     "deepstream/labels.txt": "as labels.txt",
     "deepstream/parser/odtk_parser.cpp": "nvinfer's parser of our outputs, to be built where DeepStream is",
     "deepstream/parser/CMakeLists.txt": "builds the parser",
+    "deepstream/as_fed.json": "AP as DeepStream feeds the model",
+    "triton/as_fed.json": "AP as triton/client.py feeds the model",
     "triton/README.md": "how Triton is started and asked",
     "triton/client.py": "asks Triton and draws, without odtk",
     "triton/onnx/detector/config.pbtxt": "the model for Triton's ONNX Runtime backend",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from ..evaluation.report import Verdict
 from ..exporting.metadata import Metadata
 from ..model.checkpoint import Checkpoint
 from ..text import plural, printable
+from .as_fed import FedVerdict
 
 TRAINED_ON = ("annotations", "images", "val_annotations", "val_images")
 TRAINED_HOW = ("iters", "epochs", "batch", "lr", "optimizer", "backbone", "head", "backbone_weights", "seed")
@@ -27,6 +28,7 @@ def model_card(
     checkpoint: Checkpoint,
     metadata: Metadata,
     verdicts: Mapping[str, Verdict],
+    fed: Sequence[FedVerdict] = (),
     *,
     command: str,
     created: str,
@@ -36,6 +38,7 @@ def model_card(
 
     Args:
         verdicts: what was measured, by file.
+        fed: what was measured of models as they are fed.
         command: the export's.
         created: date and time of the export.
         images: folder of the images on which was measured; None if nothing was.
@@ -66,6 +69,7 @@ def model_card(
         "",
         "## Measured",
         *measured_lines(verdicts, created, images),
+        *(f"- {line}" for one in fed for line in one.lines()),
         "",
     ]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..config import ExportConfig
+from ..config import ExportConfig, OdtkError
 from ..exporting.metadata import Metadata
 from ..exporting.session import open_session
 from ..inference.served import PARAMETER
@@ -63,6 +63,16 @@ def write_triton(config: ExportConfig, metadata: Metadata, artifacts: list[str],
     text = (files(__package__) / "triton_client" / CLIENT).read_text(encoding="utf-8")
     write_text(config.output, f"{FOLDER}/{CLIENT}", text)
     return written
+
+
+def require_tritonclient() -> None:
+    """Raises:
+    OdtkError: tritonclient, without which a bundle has no folder for Triton, cannot be imported.
+    """
+    try:
+        import tritonclient.grpc  # noqa: F401
+    except ImportError as error:
+        raise OdtkError(f"--as triton needs tritonclient: `pip install 'odtk[triton]'` ({error}).") from error
 
 
 def outputs_of(folder: str, metadata: Metadata, artifact: str) -> Outputs:
