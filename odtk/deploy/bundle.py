@@ -102,7 +102,8 @@ def fill(
     manifest = finish(folder, created, metadata.model)
     files = plural(len(manifest["files"]), "file")
     say(f"Bundle: {folder}, {files} and their hashes. `odtk info {folder}` checks them.")
-    return max([*verdicts.values(), *fed], key=lambda found: SEVERITY.index(found.exit_code), default=None)
+    found: list[Verdict | FedVerdict] = [*verdicts.values(), *fed]
+    return max(found, key=lambda one: SEVERITY.index(one.exit_code), default=None)
 
 
 def as_fed(config: ExportConfig, models: Mapping[str, str | None], proof: Proof, ours: Run) -> list[FedVerdict]:
