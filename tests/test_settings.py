@@ -65,6 +65,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "teacher_temperature": {"teacher": "t.pth", "teacher_labels": "soft"},
     "teacher_scale": {"teacher": "t.pth"},
     "verify": {"annotations": "v.json"},
+    "fed_as": {"bundle": True, "output": "served", "verify": True, "annotations": "v.json"},
     "int8": {"calibration_images": "c"},
     "features": {"model": "m.pth"},
     "draw_threshold": {"draw": "pictures"},
