@@ -127,7 +127,7 @@ SETS = {
         "1 class, 45 images of 480×640, one or two large objects",
         synth(
             *("--images", "57", "--classes", "1", "--size", "480", "640"),
-            *("--object-size", "0.4", "0.8", "--objects", "1", "2", "--clutter", "10"),
+            *("--object-size", "0.3", "0.6", "--objects", "1", "2", "--clutter", "10"),
         ),
         (("--resize", "192", "--max-size", "256"), ("--resize", "320", "--max-size", "448")),
     ),

@@ -44,6 +44,8 @@ class Batch:
         scales: float32 [N, 2], network pixels per image pixel (sx, sy); on the CPU.
         damaged: bool [N], whether the image could not be decoded, so that it is padding without boxes; on the CPU.
             None: no image is.
+        sizes: float32 [N, 2], (width, height) of each whole image in network pixels, without the padding; on the CPU.
+            None: nothing is padded.
     """
 
     images: Tensor
@@ -52,6 +54,7 @@ class Batch:
     ids: Tensor
     scales: Tensor
     damaged: Tensor | None = None
+    sizes: Tensor | None = None
 
 
 def padding_value(config: LoaderConfig) -> np.ndarray:
@@ -213,13 +216,15 @@ class Loader:
             if sample.image.path not in self.damaged:
                 boxes[i, : len(sample.labels)] = sample.boxes
                 labels[i, : len(sample.labels)] = sample.labels
+        scales = torch.tensor([sample.scale for sample in samples], dtype=torch.float32)
         return Batch(
             self.to_device(images),
             self.to_device(torch.from_numpy(boxes)),
             self.to_device(torch.from_numpy(labels)),
             torch.tensor([sample.image.id for sample in samples], dtype=torch.int64),
-            torch.tensor([sample.scale for sample in samples], dtype=torch.float32),
+            scales,
             torch.tensor([sample.image.path in self.damaged for sample in samples]),
+            scales * torch.tensor([(sample.image.width, sample.image.height) for sample in samples]),
         )
 
     def to_device(self, tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..boxes import coco_to_corners, corners, corners_to_coco
+from ..boxes import circumscribe, coco_to_corners, corners, corners_to_coco
 from ..categories import Category
 from ..data.batch import Batch
 from ..postprocess import Detections
@@ -134,7 +134,7 @@ def start_copy(detections: Detections, batch: Batch) -> Callable[[], Rows]:
 
 
 def detection_rows(detections: Detections, batch: Batch) -> Rows:
-    """The used rows of a batch's detections.
+    """The used rows of a batch's detections; a box that lies in the padding alone is none.
 
     Returns:
         Image ids int64 [n], and float64 [n, 2 + 4|5]: class index, score, and COCO box in pixels of the original image.
@@ -143,10 +143,28 @@ def detection_rows(detections: Detections, batch: Batch) -> Rows:
     used = detections.scores > 0  # [N, D]
     if batch.damaged is not None:  # what is found on the zeros in place of an image is nothing
         used = used & ~batch.damaged[:, None]
+    if batch.sizes is not None:
+        used = used & touches_image(detections.boxes, batch.sizes)
     image = used.nonzero()[:, 0]  # [n], position in the batch
     scores, classes, boxes = (t[used].double() for t in (detections.scores, detections.classes, detections.boxes))
     boxes = corners_to_coco(boxes, batch.scales.double()[image])  # [n, 4|5]
     return batch.ids[image].numpy(), torch.cat([torch.stack([classes, scores], dim=1), boxes], dim=1).numpy()
+
+
+def touches_image(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Whether some of a box lies on its image, and not all of it in the padding right of it or below.
+
+    A network that met little padding in training may see objects in much of it: black is also the color of things.
+
+    Args:
+        boxes: [N, D, 4], or [N, D, 6] of a rotated model, inclusive corners in network pixels.
+        sizes: [N, 2], (width, height) of the images in network pixels.
+
+    Returns:
+        bool [N, D].
+    """
+    start = boxes[..., :2] if boxes.shape[-1] == 4 else circumscribe(boxes)[..., :2]
+    return (start < sizes[:, None]).all(dim=-1)
 
 
 def coco_results(image_ids: np.ndarray, rows: np.ndarray, categories: Sequence[Category]) -> list[dict[str, Any]]:

@@ -73,7 +73,9 @@ def test_boxes_of_the_parser_are_those_of_odtk(bundle: Path, coco: Path, parser:
     scores, boxes, classes = (values[0] for values in open_session(str(path)).run(None, {"images": pixels}))
     found = parse(parser, scores, boxes, classes)
     expected = odtk.load(path, device="cpu").predict(photo)
-    assert found is not None and len(found) == len(expected.scores) > 5
+    assert found is not None
+    found = found[found[:, 2] < 48]  # nvinfer's parser does not know where the image ends
+    assert len(found) == len(expected.scores) > 5
     corners = np.concatenate([found[:, 1:3], found[:, 1:3] + found[:, 3:5]], axis=1)
     np.testing.assert_allclose(found[:, 5], expected.scores, rtol=1e-6)
     np.testing.assert_allclose(corners, expected.boxes, atol=1e-3)

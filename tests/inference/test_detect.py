@@ -88,3 +88,21 @@ def test_nothing_is_found_in_a_damaged_image() -> None:
     assert [d["image_id"] for d in detect.detect(lambda images: answers, [both], CATEGORIES)] == [3, 3, 7]
     both.damaged = torch.tensor([False, True])
     assert [d["image_id"] for d in detect.detect(lambda images: answers, [both], CATEGORIES)] == [7]
+
+
+def test_a_box_in_the_padding_alone_is_none() -> None:
+    seen = batch([1, 2])
+    seen.sizes = torch.tensor([[20.0, 32.0], [32.0, 10.0]])
+    inside, across, beyond, below = (0, 0, 9, 9), (10, 0, 29, 9), (20, 0, 29, 9), (0, 10, 9, 29)
+    rows = [[(0.9, 0, inside), (0.8, 0, across), (0.7, 0, beyond)], [(0.6, 0, below), (0.5, 0, beyond)]]
+    ids, found = detect.detection_rows(detections(rows), seen)
+    assert ids.tolist() == [1, 1, 2]
+    assert found[:, 1].tolist() == pytest.approx([0.9, 0.8, 0.5])
+
+
+def test_a_rotated_box_that_reaches_into_its_image_is_kept() -> None:
+    seen = batch([1])
+    seen.sizes = torch.tensor([[20.0, 32.0]])
+    upright, turned = (22, 0, 25, 23, 0.0, 1.0), (22, 0, 25, 23, 1.0, 0.0)  # … sin θ, cos θ
+    _, found = detect.detection_rows(detections([[(0.9, 0, upright), (0.8, 0, turned)]], values=6), seen)
+    assert found[:, 1].tolist() == pytest.approx([0.8])

