@@ -47,8 +47,8 @@ def install(python: Path, package: Path, *, constraint: Path | None = None, besi
     command: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if constraint:
         command += ["--constraint", constraint]
-    if beside:  # the requirements are there; an sdist is built with the tools of this environment
-        command += ["--no-deps", "--no-build-isolation", "--force-reinstall"]
+    if beside:  # the requirements are there
+        command += ["--no-deps", "--force-reinstall"]
     subprocess.run([*command, package], check=True)
 
 

@@ -261,11 +261,11 @@ def test_an_interrupted_file_is_written_so_far(model: str, tmp_path: Path, capsy
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     argv = ["--output", *outputs, "--batch", 1, "--realtime"]
-    assert infer(model, make_video(tmp_path / "a.mp4", 75), *argv) == 1
+    assert infer(model, make_video(tmp_path / "a.mp4", 400), *argv) == 1
     thread.join()
     count = len(lines_of(outputs[0]))
-    assert 0 < count < 75 and len(decoded(outputs[1])) == count
-    assert f"odtk: Interrupted after {count} of 75 frames" in capsys.readouterr().err
+    assert 0 < count < 400 and len(decoded(outputs[1])) == count
+    assert f"odtk: Interrupted after {count} of 400 frames" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

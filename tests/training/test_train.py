@@ -28,6 +28,7 @@ from odtk.data.batch import Loader
 from odtk.data.dataset import Dataset
 from odtk.data.images import ImageError
 from odtk.data.loader import create_loader
+from odtk.data.records import Image as DatasetImage
 from odtk.launch import launch
 from odtk.model import checkpoint as files
 from odtk.model.detector import Detector
@@ -495,12 +496,15 @@ def test_a_validation_that_fails_loses_no_iteration(
 def test_a_damaged_validation_image_is_not_drawn(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def decode(path: Path, orientation: int) -> np.ndarray:
-        if path.name == "1.png":
-            raise ImageError("broken data stream")
-        return np.zeros((64, 64, 3), np.uint8)
+    decode = DatasetImage.decode
 
-    monkeypatch.setattr("odtk.training.validation.decode", decode)
+    def damaged_where_drawn(image: DatasetImage) -> np.ndarray:
+        drawing = sys._getframe(1).f_globals["__name__"] == "odtk.training.validation"
+        if drawing and image.path.name == "1.png":
+            raise ImageError("broken data stream")
+        return decode(image)
+
+    monkeypatch.setattr(DatasetImage, "decode", damaged_where_drawn)
     train(with_validation(settings(tmp_path / "m.pth", dataset, iters=1)))
     events = b"".join(path.read_bytes() for path in (tmp_path / "log").glob("events.*"))
     assert b"validation/2" in events and b"validation/3" not in events
