@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 import secrets
@@ -32,7 +31,7 @@ from .backends import Backend
 from .collect import Collector, Memory, Part, Total
 from .detect import Rows
 from .served import is_address
-from .shards import SUFFIX, ShardWriter, merged, shards_of
+from .shards import SUFFIX, ShardWriter, has_parquet, merged, shards_of
 
 RUN = "run.json"
 MANY = 1000  # images: a run of so many should be able to go on
@@ -101,8 +100,8 @@ def open_collector(
 ) -> Iterator[Collector]:
     """What the detections of a run are given to; every rank calls this.
 
-    Shards, where an output is a file and pyarrow is installed; otherwise, or where the machines of a run do not share
-    the folder of the output, memory.
+    Shards, where an output is a file and pyarrow can be imported; otherwise, or where the machines of a run do not
+    share the folder of the output, memory.
 
     Args:
         run: describe_run of this run, which rank 0 calls.
@@ -118,10 +117,10 @@ def open_collector(
     if output is None:
         yield Memory(total, ranks.group)
         return
-    if importlib.util.find_spec("pyarrow") is None:
+    if not has_parquet():
         if total >= MANY:
             log(
-                "Detections stay in memory until the end, as pyarrow is not installed (pip install 'odtk[scale]'): "
+                "Detections stay in memory until the end, as pyarrow cannot be imported (pip install 'odtk[scale]'): "
                 "this run cannot go on after it was killed."
             )
         yield Memory(total, ranks.group)

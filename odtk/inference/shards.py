@@ -64,14 +64,23 @@ def parquet(path: str | Path = "") -> Any:
     """The module pyarrow.parquet.
 
     Raises:
-        OdtkError: it is not installed.
+        OdtkError: it is not installed, or not for the NumPy that is.
     """
     try:
         import pyarrow.parquet
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         what = f"{path} is Parquet, which" if path else "Parquet"
         raise OdtkError(f"{what} needs the package pyarrow: pip install 'odtk[scale]'.") from error
     return pyarrow.parquet
+
+
+def has_parquet() -> bool:
+    """Whether pyarrow is there and works: one that was built for another NumPy is found, but cannot be imported."""
+    try:
+        parquet()
+    except OdtkError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
