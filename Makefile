@@ -46,7 +46,7 @@ attack: setup
 
 # The oldest and the newest versions of the requirements, each in a throwaway environment.
 versions: setup
-	$(BIN)/python tests/versions.py
+	$(BIN)/python -m tests.versions
 
 # The documentation site, in build/site. The variable silences an advertisement of its theme.
 docs: setup

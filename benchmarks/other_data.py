@@ -122,6 +122,10 @@ def frames(pictures: Images, rng: random.Random) -> Images:
     return found
 
 
+TUNED_CELLS = (
+    ("--val-share", "0", "--resize", "480", "--max-size", "640"),
+    ("--val-share", "0", "--resize", "384", "--max-size", "512"),
+)
 SETS = {
     "one": Set(
         "1 class, 45 images of 480×640, one or two large objects",
@@ -148,18 +152,12 @@ SETS = {
     "few": Set(
         "20 images of BCCD",
         cells(same, 20),
-        (
-            ("--val-share", "0", "--resize", "480", "--max-size", "640"),
-            ("--val-share", "0", "--resize", "384", "--max-size", "512"),
-        ),
+        TUNED_CELLS,
     ),
     "fifty": Set(
         "50 images of BCCD",
         cells(same, 50),
-        (
-            ("--val-share", "0", "--resize", "480", "--max-size", "640"),
-            ("--val-share", "0", "--resize", "384", "--max-size", "512"),
-        ),
+        TUNED_CELLS,
     ),
     "binary": Set(
         "BCCD in gray, nearly all pixels black or white",

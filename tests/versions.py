@@ -1,6 +1,6 @@
 """Tries the oldest and the newest versions of odtk's requirements that resolve, each in a throwaway environment.
 
-    python tests/versions.py [oldest newest] [--tests PATH …]
+    python -m tests.versions [oldest newest] [--tests PATH …]
 
 uv finds the versions (the lower bounds of pyproject.toml, or the newest releases) for this interpreter; they are
 installed from wheels beside the packages of this environment, which they hide. torch, and pytest with what only tests
@@ -14,12 +14,12 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-import venv
 from importlib.metadata import version
 from pathlib import Path
+
+from release.trial import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}
@@ -39,16 +39,6 @@ for module in pkgutil.walk_packages(odtk.__path__, "odtk."):
     if module.name not in ("odtk.__main__", "odtk._C", "odtk.libodtk_plugins"):
         importlib.import_module(module.name)
 """
-
-
-def python_of(folder: Path, *, beside: bool = False) -> Path:
-    """A new environment, whose packages hide those of this one if it is ``beside`` it."""
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    if beside:
-        (site,) = folder.glob("lib/python*/site-packages")
-        (site / "beside.pth").write_text(sysconfig.get_paths()["purelib"])
-    return python
 
 
 def resolve(uv: Path, resolution: str, folder: Path) -> list[str]:
@@ -83,7 +73,7 @@ def attempt(uv: Path, name: str, folder: Path, tests: list[str]) -> bool:
     wanted = resolve(uv, RESOLUTIONS[name], folder)
     shown = [line for line in wanted if line.partition("==")[0].lower() in direct()]
     print(f"{name}: {', '.join(shown)}; torch=={version('torch')} as it is here", flush=True)
-    python = python_of(folder / name, beside=True)
+    python = environment(folder / name, beside=True)
     # pip leaves what lies outside of its environment, and installs beside it.
     install: list[str | Path] = [
         python,
@@ -97,13 +87,13 @@ def attempt(uv: Path, name: str, folder: Path, tests: list[str]) -> bool:
         "--force-reinstall",
     ]
     subprocess.run([*install, *wanted], check=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     for command in (
         ["-c", IMPORT_ALL],
         ["-m", "pytest", "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider", *tests],
     ):
-        if subprocess.run([python, *command], cwd=ROOT, env=environment).returncode:
+        if subprocess.run([python, *command], cwd=ROOT, env=variables).returncode:
             print(f"{name}: FAILED", flush=True)
             return False
     print(f"{name}: passed in {time.monotonic() - started:.0f} s", flush=True)
@@ -119,7 +109,7 @@ def main() -> int:
         parser.error(f"{', '.join(sorted(unknown))}: it is oldest or newest")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        python = python_of(folder / "uv")
+        python = environment(folder / "uv")
         subprocess.run([python, "-m", "pip", "install", "--quiet", "uv"], check=True)
         passed = [attempt(folder / "uv/bin/uv", name, folder, args.tests) for name in args.which or RESOLUTIONS]
     return int(not all(passed))

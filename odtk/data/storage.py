@@ -75,15 +75,17 @@ class RangedFile:
             raise OdtkError(f"Cannot read {self.url}: {error.strerror}.") from error
 
 
-class BlockFile(io.RawIOBase):
-    """A remote file that is read block by block; where one follows the other, more and more at once."""
+class Seekable(io.RawIOBase):
+    """A file of a known size, read only, that keeps its place; a subclass reads at it.
 
-    def __init__(self, file: RangedFile) -> None:
-        self.file = file
+    Attributes:
+        size: bytes.
+        at: offset of the next byte.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.at = 0
-        self.blocks: OrderedDict[int, bytes] = OrderedDict()
-        self.last = -1  # block that was read last
-        self.ahead = 1
 
     def readable(self) -> bool:
         return True
@@ -95,11 +97,22 @@ class BlockFile(io.RawIOBase):
         return self.at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.file.size}[whence])
+        self.at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence])
         return self.at
 
+
+class BlockFile(Seekable):
+    """A remote file that is read block by block; where one follows the other, more and more at once."""
+
+    def __init__(self, file: RangedFile) -> None:
+        super().__init__(file.size)
+        self.file = file
+        self.blocks: OrderedDict[int, bytes] = OrderedDict()
+        self.last = -1  # block that was read last
+        self.ahead = 1
+
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self.file.size - self.at)
+        wanted = min(len(buffer), self.size - self.at)
         if wanted <= 0:
             return 0
         number, inside = divmod(self.at, BLOCK)
@@ -110,7 +123,7 @@ class BlockFile(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
         """All that was asked for, unless the file ends before."""
-        left = self.file.size - self.at if size is None or size < 0 else size
+        left = self.size - self.at if size is None or size < 0 else size
         parts = []
         while left > 0 and (part := super().read(left)):
             parts.append(part)
@@ -120,7 +133,7 @@ class BlockFile(io.RawIOBase):
     def block(self, number: int) -> bytes:
         if number not in self.blocks:
             self.ahead = min(2 * self.ahead, MAX_BLOCKS) if number == self.last + 1 else 1
-            content = self.file.read(number * BLOCK, min((number + self.ahead) * BLOCK, self.file.size))
+            content = self.file.read(number * BLOCK, min((number + self.ahead) * BLOCK, self.size))
             for i in range(0, len(content), BLOCK):
                 self.last = number + i // BLOCK
                 self.blocks[self.last] = content[i : i + BLOCK]

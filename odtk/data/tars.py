@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import sys
 import tarfile
@@ -30,7 +29,7 @@ from ..files import atomic_write, cache_folder
 from ..text import plural
 from .headers import is_text, remove_unused
 from .images import EXTENSIONS, Header, ImageError, MissingImage, read_header
-from .storage import RangedFile, find_files, read_ranges
+from .storage import RangedFile, Seekable, find_files, read_ranges
 
 VERSION = f"1, Pillow {PIL.__version__}"  # the number rises with the rules of images.py
 SCAN_THREADS = 16  # tar files that are looked through at once
@@ -265,25 +264,12 @@ def row_of(opened: BinaryIO, info: tarfile.TarInfo) -> Row:
     return (name, offset, size, "", width, height, orientation, plain, rule)
 
 
-class Slice(io.RawIOBase):
+class Slice(Seekable):
     """A part of an open file as a file."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
-        self.file, self.offset, self.size = file, offset, size
-        self.at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence])
-        return self.at
+        super().__init__(size)
+        self.file, self.offset = file, offset
 
     def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
         left = max(0, self.size - self.at)

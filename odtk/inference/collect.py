@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -108,9 +108,3 @@ class Memory:
 def select(rows: Rows, chosen: np.ndarray) -> Rows:
     """Some of the rows: positions or bool [n]."""
     return rows[0][chosen], rows[1][chosen]
-
-
-def joined(parts: Sequence[Rows]) -> Rows:
-    """The rows of several parts, at least one, one after another."""
-    image_ids, rows = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return image_ids, rows

@@ -93,9 +93,12 @@ def all_rows(
     if gathered and total not in (None, len(all_ids)):
         raise RuntimeError(f"Only {len(all_ids)} of {total} images went through the model.")
     batches = [part for _, rank_rows in gathered for part in rank_rows if len(part[0])]
-    if not batches:
-        return None
-    image_ids, rows = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return joined(batches) if batches else None
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of several parts, at least one, one after another."""
+    image_ids, rows = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     return image_ids, rows
 
 

@@ -23,8 +23,8 @@ import numpy as np
 from ..categories import Category
 from ..config import OdtkError
 from ..files import atomic_write
-from .collect import Part, joined, select
-from .detect import Rows, coco_results, order_of
+from .collect import Part, select
+from .detect import Rows, coco_results, joined, order_of
 
 SUFFIX = ".parquet"
 SHARD_ROWS = 50_000  # after so many, or

@@ -19,8 +19,8 @@ from odtk.categories import Category
 from odtk.config import InferConfig, LoaderConfig, ModelConfig, OdtkError, PostprocessConfig, TilesConfig
 from odtk.evaluation.evaluate import read_detections
 from odtk.inference import infer, resume, shards
-from odtk.inference.collect import Memory, Part, joined
-from odtk.inference.detect import coco_results
+from odtk.inference.collect import Memory, Part
+from odtk.inference.detect import coco_results, joined
 from odtk.launch import launch
 from tests.random_models import detector_of, save
 

@@ -22,6 +22,7 @@ from tests.training.test_train import (
     pretrained,
     records,
     settings,
+    small_run,
     start_weights,
     stop_at,
     training_of,
@@ -182,20 +183,7 @@ def test_a_stopped_taught_run_is_resumed_exactly(
 
 
 def test_what_a_taught_run_refuses(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture) -> None:
-    given = {
-        "annotations": str(dataset / "data.json"),
-        "images": str(dataset),
-        "backbone": "ResNet18C4",
-        "resnet_width": 0.25,
-        "head": "retinanet",
-        "backbone_weights": "none",
-        "loader": "torch",
-        "devices": "cpu",
-        "resize": 64,
-        "max_size": 64,
-        "iters": 1,
-        "batch": 2,
-    }
+    given = small_run(dataset, iters=1)
     for name, model in (("one", WIDE), ("two", WIDE), ("fpn", dataclasses.replace(WIDE, backbones=("ResNet18FPN",)))):
         pretrained(tmp_path / f"{name}.pth", model)
     path = str(tmp_path / "m.pth")

@@ -68,6 +68,24 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def small_run(dataset: Path, *, iters: int) -> dict[str, Any]:
+    """A run on a small model as keywords of odtk.train."""
+    return {
+        "annotations": str(dataset / "data.json"),
+        "images": str(dataset),
+        "backbone": "ResNet18C4",
+        "resnet_width": 0.25,
+        "head": "retinanet",
+        "backbone_weights": "none",
+        "loader": "torch",
+        "devices": "cpu",
+        "resize": 64,
+        "max_size": 64,
+        "iters": iters,
+        "batch": 2,
+    }
+
+
 def settings(path: Path, dataset: Path, **changes: Any) -> TrainConfig:
     """A run of four iterations on the smallest model, fp32, no validation."""
     data = LoaderConfig(

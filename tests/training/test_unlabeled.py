@@ -30,6 +30,7 @@ from tests.training.test_train import (
     pretrained,
     records,
     settings,
+    small_run,
     start_weights,
     stop_at,
     training_of,
@@ -274,20 +275,7 @@ def test_the_trial_steps_of_a_timed_run_include_them(
 
 
 def test_what_a_run_with_unlabeled_images_refuses(tmp_path: Path, dataset: Path) -> None:
-    given: dict[str, Any] = {
-        "annotations": str(dataset / "data.json"),
-        "images": str(dataset),
-        "backbone": "ResNet18C4",
-        "resnet_width": 0.25,
-        "head": "retinanet",
-        "backbone_weights": "none",
-        "loader": "torch",
-        "devices": "cpu",
-        "resize": 64,
-        "max_size": 64,
-        "iters": 2,
-        "batch": 2,
-    }
+    given = small_run(dataset, iters=2)
     path, more = str(tmp_path / "m.pth"), str(dataset / "more")
     for wrong, said in (
         ({"burn_in": 3}, "--burn-in needs --unlabeled PATH"),
