@@ -27,7 +27,7 @@ from ..model.sizes import gflops_per_megapixel
 from ..model.weights import PACKAGES
 from ..settings import RESNET_OPTIONS, TrainSettings
 from ..text import plural
-from .rules import Decision, Machine, Situation, decide, is_planned
+from .rules import Decision, Machine, Situation, count_evaluations, decide, is_planned
 from .run import Earlier
 from .training_set import TrainingSet
 
@@ -43,6 +43,7 @@ class Plan:
         config: the run; its length under --time is an estimate.
         data: the dataset's fingerprint, where there were decisions to take.
         expectation: what the run takes on this machine, in a sentence; empty without decisions.
+        evaluation: what an evaluation takes, in iterations.
     """
 
     given: tuple[str, ...]
@@ -51,6 +52,7 @@ class Plan:
     config: TrainConfig
     data: Fingerprint | None = None
     expectation: str = ""
+    evaluation: float = 0.0
 
     def lines(self) -> list[str]:
         """What people read: the data, each decision with its reason, and what to expect."""
@@ -117,7 +119,7 @@ def plan(
         settings = TrainSettings.layered(found, stated)
     decisions: list[Decision] = []
     held_out: tuple[int, ...] = ()
-    data, expectation, count = None, "", len(content["images"])
+    data, expectation, evaluation, count = None, "", 0.0, len(content["images"])
     if earlier is not None:
         held_out = earlier.held_out
     elif is_planned(settings) or settings.val_share:
@@ -129,6 +131,7 @@ def plan(
             _, aside = validation_split(dataset, data, share=settings.val_share)
             held_out = tuple(image.id for image in aside.images)
         expectation = expected(situation) if decisions else ""
+        evaluation = situation.evaluation
     count -= len(held_out)
     batch = settings.batch or 2 * machine.processes
     iters = settings.iters or TrainConfig.iters
@@ -142,7 +145,7 @@ def plan(
     )
     kept = {**(config.settings or {}), "given": list(given), "planned": reasons, "held_out": list(held_out)}
     config = dataclasses.replace(config, settings=kept)
-    return Plan(given, settings, tuple(decisions), config, data, expectation)
+    return Plan(given, settings, tuple(decisions), config, data, expectation, evaluation)
 
 
 def gflops_of(settings: TrainSettings) -> float:
@@ -154,7 +157,7 @@ def expected(s: Situation) -> str:
     """What a run takes, in a sentence."""
     settings = s.settings
     iters = s.iterations()
-    seconds = iters * s.iteration_seconds(s.pixels) + s.evaluation_seconds()
+    seconds = (iters + count_evaluations(iters, s.evaluation) * s.evaluation) * s.iteration_seconds(s.pixels)
     time = f"{seconds / 3600:.1f} hours" if seconds >= 2 * 3600 else plural(max(1, round(seconds / 60)), "minute")
     memory = s.bytes(s.batch / settings.accumulate / s.machine.processes) / 2**30
     gpu = "GPU " if s.machine.kind == "cuda" else ""

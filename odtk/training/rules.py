@@ -31,7 +31,9 @@ SEEN, IMAGES, POWER = 4100, 205, 0.8  # images seen = SEEN · (images / IMAGES)^
 MIN_ITERS, MAX_ITERS = 500, 90_000  # of BATCH images; the latter is ODTK's for COCO
 SCRATCH = 3.0  # times as long without pretrained weights, https://arxiv.org/abs/1811.08883
 VAL_SHARE, MAX_VAL, MIN_SPLIT = 0.2, 1000, 20  # share set aside, images of it at most, images to split at least
-EVALUATIONS, PATIENCE = 10, 5  # in a run, and how many without a better AP end it
+EVALUATIONS, PATIENCE = (2, 10), 5  # in a run, at least and at most, and how many without a better AP end it
+EVALUATION_SHARE = 0.08  # of a run's time that they may take, where that leaves the least number
+EVALUATION_COST = 2 / 3  # an image's time in an evaluation of both kinds of weights, in that of training
 EMA = (0.99, 0.9998)  # for short and long runs
 # Bounds of the fingerprint of objects without an upright direction, and the least number of boxes to tell by.
 MAX_LEAN, MAX_DEPTH, MAX_DROP, MAX_LIGHT, MIN_WHOLE = 0.15, 0.25, 0.1, 16.0, 50
@@ -181,15 +183,16 @@ class Situation:
             return count_images(self.settings.val_annotations)
         return self.data.images * (self.settings.val_share or 0)
 
-    def evaluation_seconds(self) -> float:
-        """Seconds of all evaluations: of both kinds of weights, an image takes a third of its time in training."""
+    @property
+    def evaluation(self) -> float:
+        """What an evaluation takes, in iterations."""
         settings = self.settings
         pixels = settings.resize * min(settings.resize * self.aspect, settings.max_size)
-        return EVALUATIONS * self.evaluated * 2 / 3 * pixels / 1e6 * self.cost.seconds
+        return EVALUATION_COST * self.evaluated * pixels / (self.batch * self.pixels)
 
     def affordable(self) -> float:
-        """Iterations that the time allows; infinite without a limit."""
-        return max(1.0, (self.budget_seconds() - self.evaluation_seconds()) / self.iteration_seconds(self.pixels))
+        """Iterations that the time allows beside evaluations; infinite without a limit."""
+        return without_evaluations(self.budget_seconds() / self.iteration_seconds(self.pixels), self.evaluation)
 
     def iterations(self) -> int:
         """Of the run, by the settings; under --time as estimated."""
@@ -204,6 +207,17 @@ class Situation:
     def bytes(self, images: float) -> float:
         """Memory of a process that trains on so many images at a time."""
         return self.cost.fixed + images * self.pixels / 1e6 * self.cost.bytes
+
+
+def count_evaluations(iters: float, cost: float) -> int:
+    """Evaluations, each at the cost of so many iterations, in a run of ``iters``."""
+    least, most = EVALUATIONS
+    return int(min(max(EVALUATION_SHARE * iters / cost, least), most)) if cost else most
+
+
+def without_evaluations(iters: float, cost: float) -> float:
+    """What is left of the time of ``iters`` iterations for training, at least one."""
+    return max(1.0, iters - count_evaluations(iters, cost) * cost)
 
 
 Rule = Callable[[Situation], Iterator[Decision]]
@@ -488,7 +502,10 @@ def evaluations(s: Situation) -> Iterator[Decision]:
     if not s.settings.val_annotations and not s.settings.val_share:
         return
     if s.settings.time is None:
-        yield Decision({"val_iters": max(1, s.iterations() // EVALUATIONS)}, f"{EVALUATIONS} evaluations in a run")
+        iters = s.iterations()
+        count = count_evaluations(iters, s.evaluation)
+        share = count * s.evaluation / (iters + count * s.evaluation)
+        yield Decision({"val_iters": max(1, iters // count)}, f"{count} evaluations, about {share:.0%} of the time")
     yield Decision(
         {"patience": PATIENCE}, f"the run ends early once {PATIENCE} evaluations in a row have brought no better AP"
     )

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,14 +16,14 @@ from ..ranks import CpuGroup
 from ..settings import LENGTH, TrainSettings, seconds_of
 from .log import Meter, print_line
 from .plan import Plan, plan
-from .rules import EVALUATIONS, Decision, Machine, count_images
+from .rules import Decision, Machine, count_evaluations, without_evaluations
 from .run import Earlier
 from .train import set_up, step, train
 from .training_set import TrainingSet
 
 TRIAL_STEPS, UNTIMED_STEPS = 20, 3  # the first steps are slower: memory is taken, kernels are chosen
+TRIAL_SHARE = 0.05  # of the time, after which they end early
 MEMORY_STEPS = 3  # that show whether a batch fits
-VALIDATION_COST = 2 / 3  # an image's time in an evaluation of both kinds of weights, in that of training
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def begin(task: Task, rank: int = 0, world: int = 1) -> None:
     if task.earlier is None:
         made = fit_batch(made, task, source, ranks)
     if made.settings.time is not None:
-        seconds = step_seconds(own(made.config, task), source, ranks, rank, world)
+        limit = TRIAL_SHARE * seconds_of(made.settings.time)
+        seconds = step_seconds(own(made.config, task), source, ranks, rank, world, limit)
         made = ranks.from_first(lambda: with_length(made, task, source, seconds, time.monotonic() - began))
     if rank == 0:
         for line in made.lines():
@@ -99,14 +101,34 @@ def fit_batch(made: Plan, task: Task, source: TrainingSet, ranks: CpuGroup) -> P
     return made
 
 
-def step_seconds(config: TrainConfig, source: TrainingSet, ranks: CpuGroup, rank: int, world: int) -> float:
-    """Seconds of an iteration, of the slowest rank."""
-    seconds = trial(config, source, rank, world, TRIAL_STEPS, untimed=UNTIMED_STEPS)
+def step_seconds(
+    config: TrainConfig, source: TrainingSet, ranks: CpuGroup, rank: int, world: int, limit: float
+) -> float:
+    """Seconds of an iteration, of the slowest rank, by trial steps of ``limit`` seconds or little more."""
+
+    def is_late(seconds: float) -> bool:
+        return bool(ranks.all_max(seconds > limit)[0])
+
+    seconds = trial(config, source, rank, world, TRIAL_STEPS, UNTIMED_STEPS, is_late)
     return ranks.all_max(math.ceil(seconds * 1e6))[0] / 1e6
 
 
-def trial(config: TrainConfig, source: TrainingSet, rank: int, world: int, steps: int, untimed: int = 0) -> float:
+def trial(
+    config: TrainConfig,
+    source: TrainingSet,
+    rank: int,
+    world: int,
+    steps: int,
+    untimed: int = 0,
+    is_late: Callable[[float], bool] = lambda seconds: False,
+) -> float:
     """Seconds of an iteration, from some of a run that is thrown away.
+
+    Args:
+        steps: timed ones.
+        untimed: those before them.
+        is_late: whether to end after a step, by the seconds since the first began; alike on all ranks. Not asked
+            before the second step, which is then the one that is timed.
 
     Raises:
         OdtkError: as train().
@@ -116,19 +138,23 @@ def trial(config: TrainConfig, source: TrainingSet, rank: int, world: int, steps
     run = set_up(apart, rank, world, source, quiet=True)
     meter, batches = Meter(run.device), iter(run.loader)
     run.model.train()
-    started = time.monotonic()
+    began = started = time.monotonic()
+    timed = 0
     try:
         for number in range(untimed + steps):
-            if number == untimed:
+            if number in (1, untimed):
                 wait_for(run.device)
-                started = time.monotonic()
+                started, timed = time.monotonic(), 0
             step(run, batches, meter, world)
+            timed += 1
+            if number > 0 and is_late(time.monotonic() - began):
+                break
         wait_for(run.device)
     finally:
         batches.close()  # type: ignore[attr-defined]  # ends the loader's threads
         if run.unlabeled is not None:
             run.unlabeled.close()
-    return (time.monotonic() - started) / steps
+    return (time.monotonic() - started) / timed
 
 
 def wait_for(device: torch.device) -> None:
@@ -145,15 +171,12 @@ def with_length(made: Plan, task: Task, source: TrainingSet, seconds: float, spe
     """
     given = made.settings.time
     assert given is not None
-    evaluated = len(made.config.held_out)
-    if made.settings.val_annotations:
-        evaluated = count_images(made.settings.val_annotations)
-    images = made.config.data.batch * task.machine.processes * made.config.accumulate
-    evaluations = EVALUATIONS * evaluated * VALIDATION_COST * seconds / images
-    iters = max(1, int((seconds_of(given) - spent - evaluations) / seconds))
+    possible = (seconds_of(given) - spent) / seconds
+    iters = int(without_evaluations(possible, made.evaluation))
+    evaluations = count_evaluations(possible, made.evaluation) * made.evaluation * seconds
     reason = (
-        f"--time {given} allows them, at {seconds:.2f} s for one by {TRIAL_STEPS} trial steps; {spent:.0f} s are gone, "
-        f"evaluations take about {evaluations:.0f} s"
+        f"--time {given} allows them, at {seconds:.2f} s for one by trial steps; {spent:.0f} s are gone, evaluations "
+        f"take about {evaluations:.0f} s"
     )
     return replan(made, task, source, Decision({"iters": iters}, reason))
 
