@@ -116,7 +116,7 @@ def plan(
         found = {name: value for decision in tried for name, value in decision.values.items()}
         if "iters" in found:
             stated.pop("time", None)
-        settings = TrainSettings.layered(found, stated)
+        settings = TrainSettings.layered({**found, **stated})
     decisions: list[Decision] = []
     held_out: tuple[int, ...] = ()
     data, expectation, evaluation, count = None, "", 0.0, len(content["images"])

@@ -240,7 +240,7 @@ def decide(
                 continue
             decisions.append(dataclasses.replace(decision, values=values))
             decided.update(values)
-            situation.settings = TrainSettings.layered(decided, given)
+            situation.settings = TrainSettings.layered({**decided, **given})  # in one layer none replaces another
     return situation, decisions
 
 

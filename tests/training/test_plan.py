@@ -23,11 +23,11 @@ from odtk.data.fingerprint import Fingerprint
 from odtk.launch import launch
 from odtk.model import checkpoint
 from odtk.settings import TrainSettings
-from odtk.training import start
+from odtk.training import rules, start
 from odtk.training.plan import plan
 from odtk.training.rules import Decision, Machine, decide, mirrored, upright
 from odtk.training.run import continued
-from odtk.training.start import Task, begin
+from odtk.training.start import Task, begin, trial
 from odtk.training.training_set import TrainingSet
 
 CPU = Machine("cpu", 1, cores=2, memory=16 << 30, pretrained=frozenset({"EfficientNetLite0FPN"}))
@@ -387,11 +387,47 @@ def test_time_becomes_iterations_once(drawn: Path, tmp_path: Path, monkeypatch, 
     runs: list[Any] = []
     assert main([*command("train", drawn, "--time", "8m"), "m.pth"]) == 0
     (config,) = runs
-    evaluations = 10 * 5 * 2 / 3 * 0.01 / 2
-    assert config.iters == int((0.2 - evaluations) / 0.01) == 3 and config.settings["time"] is None
-    assert config.warmup == 0 and config.val_iters == 1 and "time" in config.settings["given"]
+    evaluations = 2 * 5 * 2 / 3 / 2  # two of five images each, in iterations of two images
+    assert config.iters == int(0.2 / 0.01 - evaluations) == 16 and config.settings["time"] is None
+    assert config.warmup == 1 and config.val_iters == 8 and "time" in config.settings["given"]
     line = next(line for line in capsys.readouterr().out.splitlines() if "--iters" in line)
-    assert line.startswith("plan: --iters 3: --time 8m allows them, at 0.01 s")
+    assert line.startswith("plan: --iters 16: --time 8m allows them, at 0.01 s")
+
+
+def test_evaluations_take_a_small_part_of_a_run() -> None:
+    assert rules.count_evaluations(1000, cost=5) == 10 and rules.count_evaluations(500, cost=5) == 8
+    assert rules.count_evaluations(20, cost=5) == 2, "one half-way, one at the end, whatever they cost"
+    assert rules.count_evaluations(1000, cost=0) == 10
+    assert rules.without_evaluations(500, cost=5) == 500 - 8 * 5 and rules.without_evaluations(5, cost=5) == 1
+    frames = decided(data(shorter=(1440,) * 5, longer=(1920,) * 5, relative_side=(0.008, 0.012, 0.02, 0.03, 0.04)))
+    assert "jitter" in frames, "whole frames are validated, parts of them trained on"
+    (_, said), (_, whole) = frames["val_iters"], decided()["val_iters"]
+    assert int(said.split()[0]) < int(whole.split()[0])
+
+
+def test_trial_steps_end_after_their_part_of_the_time(drawn: Path, tmp_path: Path) -> None:
+    asked: list[float] = []
+
+    def is_late(seconds: float) -> bool:
+        asked.append(seconds)
+        return len(asked) == 2
+
+    made = {"head_channels": 16, "head_convs": 1, "batch": 2, "loader": "torch", "backbone_weights": "none"}
+    made |= {"annotations": str(drawn / "train.json"), "images": str(drawn / "train"), "backbone": "ResNet18C4"}
+    config = plan(TrainSettings.of(made | {"model": str(tmp_path / "m.pth")}), CPU).config
+    assert 0 < trial(config, TrainingSet.of(config), 0, 1, 20, 3, is_late) < asked[-1]
+    assert len(asked) == 2, "three steps"
+
+
+def test_the_run_is_as_the_plan_says_where_some_of_it_is_given(drawn: Path) -> None:
+    for flags in ({"iters": 100}, {"epochs": 7}, {"resize": 96}, {"batch": 4}, {"milestones": (5,)}):
+        asked = {"model": "m.pth", "annotations": str(drawn / "train.json"), "images": str(drawn / "train"), **flags}
+        made = plan(TrainSettings.of(asked), CPU)
+        settings = made.config.settings or {}
+        for decision in made.decisions:
+            for name, value in decision.values.items():
+                kept = settings[name]
+                assert (tuple(kept) if isinstance(kept, list) else kept) == value, (flags, name)
 
 
 @pytest.mark.slow
