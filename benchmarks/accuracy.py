@@ -97,8 +97,9 @@ def train_odtk(name: str, seed: int, folder: Path, args: argparse.Namespace) -> 
     command = [*odtk, "train", model, "--annotations", args.annotations, "--images", args.images, "--override"]
     command += ["--time", f"{args.minutes:g}m", "--seed", str(seed)]
     call(command + (["--backbone-weights", "none"] if "scratch" in name else []), log)
-    call([*odtk, "export", model, folder / "model.onnx", "--full-precision"], log)
-    call([*odtk, "export", model, folder / "int8.onnx", "--int8", "--calibration-images", args.images], log)
+    best = folder / "model.best.pth"  # the file that the run's last line names
+    call([*odtk, "export", best, folder / "model.onnx", "--full-precision"], log)
+    call([*odtk, "export", best, folder / "int8.onnx", "--int8", "--calibration-images", args.images], log)
     val = ["--images", args.val_images, "--annotations", args.val_annotations]
     call([*odtk, "infer", folder / "model.onnx", *val, "--output", folder / "detections.json"], log)
     files = {"fp32": str(folder / "model.onnx"), "int8": str(folder / "int8.onnx")}
