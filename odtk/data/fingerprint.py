@@ -34,7 +34,7 @@ from .dataset import Dataset
 from .images import ImageError
 from .records import Image
 
-VERSION = 3  # of the fields: a cached fingerprint of another version is made anew
+VERSION = 4  # of the fields: a cached fingerprint of another version is made anew
 PERCENTILES = (1, 10, 50, 90, 99)
 MAX_DECODED = 2000  # images that are looked at for color and duplicates: of larger sets a seeded sample
 HASH_DISTANCE = 3
@@ -62,6 +62,7 @@ class Fingerprint:
             of a scene, what is nearer is larger and lower.
         drop: the mean height of the boxes' centers in the image, from −0.5 (all at the top) to 0.5 (at the bottom).
         light: how much brighter the images' upper halves are than the lower ones, in mean gray levels of 255.
+        contrast: standard deviation of the gray levels in an image of 32×32 pixels, mean over images.
         whole: boxes that touch no border of their image; lean, depth and drop are of these, lean and depth of those
             of classes with MIN_WHOLE of them. Of rotated boxes all four are of the upright boxes around them.
         gray: share of the images looked at that have no color.
@@ -87,6 +88,7 @@ class Fingerprint:
     depth: float
     drop: float
     light: float
+    contrast: float
     whole: int
     gray: float
     crowded: float
@@ -123,19 +125,21 @@ class Fingerprint:
                 f"width over height {_spread(self.aspect)}",
                 f"{_spread(self.per_image)} boxes in an image; {self.crowded:.0%} are overlapped by another of their "
                 f"class (IoU above {CROWDED_IOU:g})",
-                plural(len(self.classes), "class", "classes")
-                + (
-                    f", the most frequent with {self.imbalance:.2g} times the boxes of the rarest"
-                    if len(self.classes) > 1
-                    else ""
-                ),
+                plural(len(self.classes), "class", "classes") + self._balance(),
             ]
         kind = "gray" if self.is_gray else "color" if self.gray <= 1 - MIN_GRAY_SHARE else "mixed"
         found.append(
             f"{kind} images ({self.gray:.0%} gray), {self.copies} of {plural(self.decoded, 'image')} looked at "
-            "are near-duplicates of another"
+            f"{'is a near-duplicate' if self.copies == 1 else 'are near-duplicates'} of another"
         )
         return found
+
+    def _balance(self) -> str:
+        if len(self.classes) == 1:
+            return ""
+        if self.imbalance < 1.5:
+            return ", each with about as many boxes"
+        return f", the most frequent with {self.imbalance:.2g} times the boxes of the rarest"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -212,7 +216,7 @@ def _measure(dataset: Dataset) -> Fingerprint:
     shorter = np.concatenate([np.full(len(image.boxes), min(image.width, image.height)) for image in images])
     side = np.sqrt(boxes[:, 2] * boxes[:, 3])
     looked_at = _sample(len(images))
-    hashes, gray, light = _look([images[i] for i in looked_at])
+    hashes, gray, light, contrast = _look([images[i] for i in looked_at])
     groups = near_duplicates(hashes)
     sides = np.array([(image.width, image.height) for image in images])
     return Fingerprint(
@@ -229,8 +233,9 @@ def _measure(dataset: Dataset) -> Fingerprint:
         per_image=_percentiles([len(image.boxes) for image in images if len(image.boxes)]),
         classes=_classes(dataset.categories, images),
         **_posture(images, len(dataset.categories)),
-        light=round(float(np.mean(light)), 2) if light else 0.0,
-        gray=round(float(np.mean(gray)), 4) if gray else 0.0,
+        light=_mean(light, 2),
+        contrast=_mean(contrast, 2),
+        gray=_mean(gray, 4),
         crowded=_crowded(images),
         decoded=len(looked_at),
         copies=len(groups) - len(set(groups)),
@@ -246,7 +251,7 @@ def _percentiles(values: Sequence[float] | np.ndarray) -> tuple[float, ...]:
 
 def _spread(percentiles: tuple[float, ...]) -> str:
     """The 1st, 50th and 99th of PERCENTILES for people."""
-    low, middle, high = (f"{percentiles[i]:.3g}" for i in (0, 2, 4))
+    low, middle, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in (percentiles[i] for i in (0, 2, 4)))
     return low if low == high else f"{low}…{high} (median {middle})"
 
 
@@ -315,13 +320,13 @@ def _sample(count: int) -> list[int]:
     return sorted(np.random.default_rng(0).choice(count, MAX_DECODED, replace=False).tolist())
 
 
-def _look(images: Sequence[Image]) -> tuple[list[tuple[int, ...]], list[bool], list[float]]:
-    """Hashes of each image; whether it is gray, and how much brighter its upper half is than the lower, in gray levels.
+def _look(images: Sequence[Image]) -> tuple[list[tuple[int, ...]], list[bool], list[float], list[float]]:
+    """Hashes of each image; whether it is gray; its part of ``light`` and of ``contrast``.
 
-    A damaged image has no hashes and is left out of the other two.
+    A damaged image has no hashes and is left out of the others.
     """
 
-    def one(image: Image) -> tuple[tuple[int, ...], bool, float] | None:
+    def one(image: Image) -> tuple[tuple[int, ...], bool, float, float] | None:
         try:
             pixels = image.decode()
         except ImageError:
@@ -329,12 +334,22 @@ def _look(images: Sequence[Image]) -> tuple[list[tuple[int, ...]], list[bool], l
         small = PILImage.fromarray(pixels).resize((32, 32), PILImage.Resampling.BOX)
         channels = np.asarray(small, dtype=np.int16)  # [32, 32, 3]
         gray = bool((channels.max(axis=2) - channels.min(axis=2) <= 8).all())  # JPEG leaves a little color
-        return difference_hashes(pixels), gray, float(channels[:16].mean() - channels[16:].mean())
+        light = float(channels[:16].mean() - channels[16:].mean())
+        return difference_hashes(pixels), gray, light, float(channels.mean(axis=2).std())
 
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(one, images))
     seen = [values for values in found if values is not None]
-    return [() if v is None else v[0] for v in found], [gray for _, gray, _ in seen], [light for *_, light in seen]
+    return (
+        [() if values is None else values[0] for values in found],
+        [gray for _, gray, _, _ in seen],
+        [light for _, _, light, _ in seen],
+        [contrast for *_, contrast in seen],
+    )
+
+
+def _mean(values: Sequence[float], digits: int) -> float:
+    return round(float(np.mean(values)), digits) if values else 0.0
 
 
 def difference_hashes(pixels: np.ndarray) -> tuple[int, ...]:

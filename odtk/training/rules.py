@@ -36,7 +36,8 @@ EVALUATION_SHARE = 0.08  # of a run's time that they may take, where that leaves
 EVALUATION_COST = 2 / 3  # an image's time in an evaluation of both kinds of weights, in that of training
 EMA = (0.99, 0.9998)  # for short and long runs
 # Bounds of the fingerprint of objects without an upright direction, and the least number of boxes to tell by.
-MAX_LEAN, MAX_DEPTH, MAX_DROP, MAX_LIGHT, MIN_WHOLE = 0.15, 0.25, 0.1, 16.0, 50
+# The light is measured in gray levels and in parts of the images' contrast; it must be above both bounds.
+MAX_LEAN, MAX_DEPTH, MAX_DROP, MAX_LIGHT, MIN_WHOLE = 0.15, 0.25, 0.1, (16.0, 0.5), 50
 SIDES = {"left", "right", "l", "r", "lh", "rh", "lhs", "rhs"}
 UPRIGHT = {"up", "down", "top", "bottom", "upper", "lower", "north", "south", "east", "west", "standing", "lying"}
 
@@ -308,7 +309,7 @@ def validation(s: Situation) -> Iterator[Decision]:
         )
     else:
         share = min(VAL_SHARE, round(MAX_VAL / s.data.images, 4))
-        copies = f"; {plural(s.data.copies, 'near-duplicate')} stay with their originals" if s.data.copies else ""
+        copies = "; near-duplicates stay with their originals" if s.data.copies else ""
         yield Decision(
             {"val_share": share},
             f"about {round(share * s.data.images)} of {plural(s.data.images, 'image')} are set aside to validate on, "
@@ -380,7 +381,7 @@ def upright(data: Fingerprint) -> str | None:
     if abs(data.drop) > MAX_DROP:
         where = "lower" if data.drop > 0 else "upper"
         return f"most objects are in the {where} half of the image (center at {0.5 + data.drop:.0%} of its height)"
-    if abs(data.light) > MAX_LIGHT:
+    if abs(data.light) > max(MAX_LIGHT[0], MAX_LIGHT[1] * data.contrast):
         return f"one half of the images, upper or lower, is brighter by {abs(data.light):.0f} gray levels of 255"
     return None
 

@@ -142,7 +142,8 @@ def test_posture_is_seen(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(json.dumps(content))
     found = fingerprint(Dataset.load(tmp_path / "t.json", tmp_path), cache=tmp_path / "cache")
     assert found.lean == pytest.approx(np.log(2), abs=1e-3) and found.depth > 0.9 and found.whole == 32
-    assert found.light == pytest.approx(70, abs=3) and found.is_gray and -0.1 < found.drop < 0.1
+    assert found.light == pytest.approx(70, abs=3) and found.contrast == pytest.approx(140 / 12**0.5, abs=2)
+    assert found.is_gray and -0.1 < found.drop < 0.1
     for entry in annotations[::2]:
         entry["bbox"][2:] = entry["bbox"][3:1:-1]
     (tmp_path / "t.json").write_text(json.dumps(content))

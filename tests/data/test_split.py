@@ -23,7 +23,9 @@ def dataset_of(labels: list[list[int]], classes: int) -> Dataset:
 
 def print_of(dataset: Dataset, groups: list[int]) -> Fingerprint:
     none = dict.fromkeys(("width", "height", "shorter", "longer", "side", "relative_side", "aspect", "per_image"), ())
-    zero = dict.fromkeys(("lean", "depth", "drop", "light", "whole", "gray", "crowded", "boxes", "empty"), 0)
+    zero = dict.fromkeys(
+        ("lean", "depth", "drop", "light", "contrast", "whole", "gray", "crowded", "boxes", "empty"), 0
+    )
     own = {"images": len(dataset.images), "decoded": len(groups), "copies": 0, "groups": tuple(enumerate(groups))}
     return Fingerprint(classes=(), **none, **zero, **own)  # type: ignore[arg-type]
 
