@@ -27,6 +27,7 @@ MAX_RESIZE = 4096  # shorter side in pixels, also where small objects ask for mo
 STEP, LEAST = 32, 64  # sides are multiples of the largest stride, and at least two of its cells
 SMALLER, STEPS = 0.8, 2  # a step down in size, where the time would end too early, and how many there may be
 BATCH = 8  # images of one device
+SHORT, SHORT_BATCH = 300, 4  # a run of fewer iterations takes smaller batches, and the least of them
 SEEN, IMAGES, POWER = 4100, 205, 0.8  # images seen = SEEN · (images / IMAGES)^POWER, see docs/plan.md
 MIN_ITERS, MAX_ITERS = 500, 90_000  # of BATCH images; the latter is ODTK's for COCO
 SCRATCH = 3.0  # times as long without pretrained weights, https://arxiv.org/abs/1811.08883
@@ -458,14 +459,21 @@ def cap(side: float) -> int:
 
 
 def batch(s: Situation) -> Iterator[Decision]:
-    each = BATCH
+    each, why = BATCH, "the learning rate is meant for it"
+    devices = s.machine.processes if s.machine.kind == "cuda" else 1
+    images = s.affordable() * s.batch
+    while each > SHORT_BATCH and images / (each * devices) < SHORT:
+        each //= 2
+        why = (
+            f"the time is enough for {images:.0f} images; as {plural(int(images / BATCH / devices), 'step')} of "
+            f"{BATCH * devices} they teach less than as more steps of fewer"
+        )
     while each > 1 and s.bytes(each) > 0.7 * s.machine.memory:
         each //= 2
-    devices = s.machine.processes if s.machine.kind == "cuda" else 1
+        why = f"what {s.machine.memory / 2**30:.0f} GiB hold"
     total = max(each * devices, s.machine.processes)
     total += -total % s.machine.processes
-    why = "the learning rate is meant for it" if each == BATCH else f"what {s.machine.memory / 2**30:.0f} GiB hold"
-    if devices > 1:
+    if devices > 1 and each == BATCH:
         why = f"{each} for each of {plural(devices, 'GPU')}"
     yield Decision({"batch": total}, why)
 

@@ -194,6 +194,9 @@ def test_the_batch() -> None:
     value, reason = decided(machine=little)["batch"]
     assert value == 2 and "3 GiB" in reason and decided(machine=little)["norm"][0] == "frozen"
     assert decided(machine=dataclasses.replace(CPU, processes=3))["batch"][0] == 9
+    one = dataclasses.replace(CPU, cores=1)
+    value, reason = decided(machine=one, time="4m")["batch"]
+    assert value == 4 and "more steps" in reason and decided(machine=one, time="20m")["batch"][0] == 8
 
 
 def test_long_runs_average_for_longer() -> None:
