@@ -25,7 +25,8 @@ MIN_OBJECT = 16.0  # pixels that √area of nearly all objects spans: two cells 
 PIXELS = {"cpu": 512 * 704, "cuda": 800 * 1333}  # of an image in training, at most; ODTK's size on GPUs
 MAX_RESIZE = 4096  # shorter side in pixels, also where small objects ask for more
 STEP, LEAST = 32, 64  # sides are multiples of the largest stride, and at least two of its cells
-SMALLER, STEPS = 0.8, 2  # a step down in size, where the time would end too early, and how many there may be
+SMALLER, STEPS = 0.8, 2  # a step down in size, and how many there may be
+TOO_SHORT = 0.25  # of the iterations wanted: less of them asks for smaller images
 BATCH = 8  # images of one device
 SHORT, SHORT_BATCH = 300, 4  # a run of fewer iterations takes smaller batches, and the least of them
 SEEN, IMAGES, POWER = 4100, 205, 0.8  # images seen = SEEN · (images / IMAGES)^POWER, see docs/plan.md
@@ -415,12 +416,14 @@ def size(s: Situation) -> Iterator[Decision]:
     scale, why = fit, "the images' own size" if fit == 1 else f"as large as training on a {device} can be"
 
     def too_long(scale: float) -> bool:
-        return s.wanted() * s.iteration_seconds(scale**2 * shorter * longer) > 2 * s.budget_seconds()
+        return TOO_SHORT * s.wanted() * s.iteration_seconds(scale**2 * shorter * longer) > s.budget_seconds()
 
     for _ in range(STEPS):
         if scale * SMALLER >= need and too_long(scale):
             scale *= SMALLER
-            why = f"smaller than the images, as the time would end before half of the {s.wanted()} iterations wanted"
+            why = (
+                f"smaller than the images, as the time would end before a quarter of the {s.wanted()} iterations wanted"
+            )
     side = round(shorter) if scale == 1 else rounded(shorter * scale)
     spans = f"; a tenth of the objects spans less than {small * side / shorter:.0f} pixels (√area) there"
     spans = spans if s.data.boxes else ""

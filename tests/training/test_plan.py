@@ -143,8 +143,8 @@ def test_the_size() -> None:
     value, reason = decided(large)["resize"]
     assert value == 512 and "as large as training on a CPU can be" in reason
     assert decided(large, GPU)["resize"][0] == 896
-    short, reason = decided(time="2m")["resize"]
-    assert (short, decided(time="2m")["max_size"][0]) == (320, 448) and "smaller than the images" in reason
+    short, reason = decided(time="1m")["resize"]
+    assert (short, decided(time="1m")["max_size"][0]) == (320, 448) and "smaller than the images" in reason
     need = decided(data(relative_side=(0.01, 0.04, 0.05, 0.1, 0.2)), time="2m")["resize"][0]  # 16 px at 400
     assert need == 480 > short
     tiny = data(shorter=(30,) * 5, longer=(40,) * 5)
