@@ -1,14 +1,15 @@
 """Draws docs/rotated.png: the convention of rotated boxes on the left, an image of `odtk synth --rotated` on the right.
 
-    python docs/rotated.py
-
-The outlines come from odtk's own geometry (boxes.corners), so the picture shows what odtk really does.
+    python docs/rotated.py                              # its outlines come from odtk's own geometry
+    python docs/rotated.py pictures/0000[1-6]_*.jpg     # docs/rotated-found.jpg: pictures of `odtk infer --draw`, joined
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,20 @@ def draw_example() -> Image.Image:
             return picture.convert("RGB").resize((SIDE, SIDE))
 
 
+def join(pictures: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Image:
+    """Pictures of one size in rows, black between them."""
+    width, height = pictures[0].width + gap, pictures[0].height + gap
+    rows = math.ceil(len(pictures) / columns)
+    joined = Image.new("RGB", (columns * width - gap, rows * height - gap), "black")
+    for place, picture in enumerate(pictures):
+        joined.paste(picture, (place % columns * width, place // columns * height))
+    return joined
+
+
 if __name__ == "__main__":
-    both = Image.new("RGB", (2 * SIDE + 8, SIDE), "black")
-    both.paste(draw_convention(ImageFont.load_default(20), ImageFont.load_default(16)), (0, 0))
-    both.paste(draw_example(), (SIDE + 8, 0))
-    both.save(Path(__file__).with_name("rotated.png"), optimize=True)
+    here = Path(__file__)
+    if sys.argv[1:]:
+        join([Image.open(path) for path in sys.argv[1:]], columns=3).save(here.with_name("rotated-found.jpg"), quality=80)
+    else:
+        convention = draw_convention(ImageFont.load_default(20), ImageFont.load_default(16))
+        join([convention, draw_example()], columns=2).save(here.with_name("rotated.png"), optimize=True)
