@@ -1,7 +1,9 @@
 """Draws docs/rotated.png: the convention of rotated boxes on the left, an image of `odtk synth --rotated` on the right.
 
-    python docs/rotated.py                              # its outlines come from odtk's own geometry
-    python docs/rotated.py pictures/0000[1-6]_*.jpg     # docs/rotated-found.jpg: pictures of `odtk infer --draw`, joined
+    python docs/rotated.py
+    python docs/rotated.py pictures/0000[1-6]_*.jpg     # docs/rotated-found.jpg instead: these pictures, joined
+
+The outlines come from odtk's own geometry (boxes.corners), so the picture shows what odtk really does.
 """
 
 from __future__ import annotations
@@ -95,9 +97,9 @@ def join(pictures: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.I
 
 
 if __name__ == "__main__":
-    here = Path(__file__)
-    if sys.argv[1:]:
-        join([Image.open(path) for path in sys.argv[1:]], columns=3).save(here.with_name("rotated-found.jpg"), quality=80)
+    here, paths = Path(__file__), sys.argv[1:]
+    if paths:
+        join([Image.open(path) for path in paths], columns=3).save(here.with_name("rotated-found.jpg"), quality=80)
     else:
         convention = draw_convention(ImageFont.load_default(20), ImageFont.load_default(16))
         join([convention, draw_example()], columns=2).save(here.with_name("rotated.png"), optimize=True)
