@@ -149,7 +149,7 @@ def yolo_data(args: argparse.Namespace) -> Path:
             annotations, images = (
                 (args.annotations, args.images) if split == "train" else (args.val_annotations, args.val_images)
             )
-            command = [sys.executable, "-m", "odtk", "convert", annotations, folder / split, "--to", "yolo"]
+            command = [sys.executable, "-m", "odtk", "convert", annotations, folder / split, "--to", "yolo", "--lossy"]
             call([*command, "--images", images], args.output / "convert.txt")
         names = [category["name"] for category in json.loads(args.val_annotations.read_text())["categories"]]
         lines = ["train: train/train.txt", "val: val/train.txt", "names:"]

@@ -176,8 +176,8 @@ SETS = {
         "BCCD at half its size, 36 images in a frame of 1920×1440: 5 frames to train, 2 to validate",
         cells(frames),
         (
-            ("--jitter", "480", "480", "--augment-scale", "2.2", "4"),
-            ("--variant", "small", "--resize", "960", "--max-size", "1280"),
+            ("--resize", "1440", "--max-size", "1920", "--jitter", "512", "512", "--augment-scale", "2.1", "3.75"),
+            ("--resize", "960", "--max-size", "1280", "--jitter", "512", "512", "--augment-scale", "1.4", "2.5"),
         ),
         1280,
     ),
