@@ -130,14 +130,19 @@ def train_yolo(name: str, seed: int, folder: Path, args: argparse.Namespace) -> 
     call([*command, "plots=False", "batch=1", *common], log, **offline)
     call([yolo, "export", f"model={weights.resolve()}", "format=onnx", "nms=True", size], log, **offline)
     truth = json.loads(args.val_annotations.read_text())
-    ids = {Path(image["file_name"]).stem: image["id"] for image in truth["images"]}
+    ids = {name_of(Path(image["file_name"]).stem): image["id"] for image in truth["images"]}
     categories = [category["id"] for category in truth["categories"]]
     found = json.loads((folder / "val" / "predictions.json").read_text())
     for row in found:
-        row["image_id"] = ids[str(row["image_id"])]
+        row["image_id"] = ids[name_of(row["image_id"])]
         row["category_id"] = categories[row["category_id"] - 1]  # its classes are counted from 1 in this file
     (folder / "detections.json").write_text(json.dumps(found))
     return {"detections": str(folder / "detections.json"), "files": {"fp32": str(weights.with_suffix(".onnx"))}}
+
+
+def name_of(stem: str | int) -> str:
+    """A file's stem as YOLO's predictions have it, where 007 is 7."""
+    return str(int(stem)) if str(stem).isnumeric() else str(stem)
 
 
 def yolo_data(args: argparse.Namespace) -> Path:

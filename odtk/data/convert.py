@@ -360,7 +360,7 @@ def write_yolo(
     content: dict[str, Any], names: dict[int, PurePosixPath], sizes: Sizes, folder: Path, place: Path
 ) -> None:
     """Writes data.yaml, train.txt, labels/ and the link; OBB's four corners for all boxes if one is rotated, else
-    outlines for the masks that are one.
+    outlines for the masks that are one, and for the boxes beside them in their image.
 
     Args:
         names, sizes: of the images, by their ids; the names are relative to the folder.
@@ -379,12 +379,15 @@ def write_yolo(
     for id, entries in objects_of(content, "yolo").items():
         width, height = sizes[id]
         lines = []
-        for entry in entries:
+        outlines = [[] if rotated else outline_of(entry) for entry in entries]
+        for entry, outline in zip(entries, outlines, strict=True):
             x, y, w, h = entry["bbox"][:4]
+            corners = corners_of(entry["bbox"])  # [4, 2]
             if rotated:
-                values = (corners_of(entry["bbox"]) / (width, height)).reshape(-1).tolist()  # [4, 2] → [8]
-            elif outline := outline_of(entry):
-                values = (np.array(outline).reshape(-1, 2) / (width, height)).reshape(-1).tolist()  # [2·k], fractions
+                values = (corners / (width, height)).reshape(-1).tolist()  # [8]
+            elif any(outlines):  # Ultralytics refuses a file that has both: a box is then an outline too, closed
+                points = np.array(outline).reshape(-1, 2) if outline else np.concatenate([corners, corners[:1]])
+                values = (points / (width, height)).reshape(-1).tolist()  # [2·k], fractions
             else:
                 values = [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]
             lines.append(" ".join([str(label[entry["category_id"]]), *(f"{value:.12g}" for value in values)]) + "\n")

@@ -16,7 +16,16 @@ from typing import Any
 import torch
 import yaml
 
-from ..config import ROTATED_ANGLES, AugmentConfig, LoaderConfig, LossConfig, ModelConfig, OdtkError, TrainConfig
+from ..config import (
+    ROTATED_ANGLES,
+    AugmentConfig,
+    LoaderConfig,
+    LossConfig,
+    ModelConfig,
+    OdtkError,
+    PostprocessConfig,
+    TrainConfig,
+)
 from ..data.coco import categories_of
 from ..data.fingerprint import Fingerprint, fingerprint
 from ..data.layouts import image_folder, with_split
@@ -59,7 +68,14 @@ class Plan:
         if not self.decisions:
             return []
         found = [] if self.data is None else [f"data: {line}" for line in self.data.lines()]
-        return [*found, *(f"plan: {decision.line()}" for decision in self.decisions), f"expected: {self.expectation}"]
+        lines = [*found, *(f"plan: {decision.line()}" for decision in self.decisions), f"expected: {self.expectation}"]
+        most = max(self.data.per_image, default=0) if self.data is not None else 0
+        if most > (kept := PostprocessConfig.detections):
+            enough = math.ceil(most / 100) * 100
+            lines.append(
+                f"note: images have up to {most:.0f} boxes: give infer and export --detections {enough}, not {kept}"
+            )
+        return lines
 
     def to_yaml(self) -> str:
         """A file for --settings that makes the same run: first what was given, then what was decided and why, then what

@@ -22,6 +22,7 @@ from ..text import plural
 BACKBONE = "EfficientNetLite0FPN"
 CPU_MINUTES = 30.0  # that a run on a CPU may be expected to take unless --time says otherwise
 MIN_OBJECT = 16.0  # pixels that √area of nearly all objects spans: two cells of P3, whose stride is 8
+ON_CROPS = 2.0  # times as many where training is on crops, which larger scales make no slower
 PIXELS = {"cpu": 512 * 704, "cuda": 800 * 1333}  # of an image in training, at most; ODTK's size on GPUs
 MAX_RESIZE = 4096  # shorter side in pixels, also where small objects ask for more
 STEP, LEAST = 32, 64  # sides are multiples of the largest stride, and at least two of its cells
@@ -431,15 +432,17 @@ def size(s: Situation) -> Iterator[Decision]:
 
 
 def crops(s: Situation, need: float, fit: float, aspect: float) -> Iterator[Decision]:
-    """Inference at the size at which the smaller objects span MIN_OBJECT, training on crops at that scale."""
+    """Inference at the size at which the smaller objects span enough, training on crops at that scale."""
+    need = min(1.0, ON_CROPS * need)
     whole = need == 1 and s.data.shorter[2] <= MAX_RESIZE
     side = round(s.data.shorter[2]) if whole else min(rounded(s.data.shorter[2] * need), MAX_RESIZE)
-    why = f"all but the smallest tenth of the objects span {MIN_OBJECT:.0f} pixels (√area) there"
+    least = ON_CROPS * MIN_OBJECT
+    why = f"all but the smallest tenth of the objects span {least:.0f} pixels (√area) there"
     frame = rounded(s.data.shorter[2] * fit)
     zoom = side / frame
     yield Decision(
         {"resize": side, "max_size": cap(side * aspect)},
-        f"the images' own size: a tenth of the objects is below {MIN_OBJECT:.0f} pixels (√area) in smaller ones"
+        f"the images' own size: a tenth of the objects is below {least:.0f} pixels (√area) in smaller ones"
         if whole
         else why,
     )

@@ -193,6 +193,16 @@ def test_masks_of_one_outline_are_kept_as_outlines_of_yolo(tmp_path: Path) -> No
         ]
 
 
+def test_a_file_of_yolo_has_outlines_or_boxes_never_both(tmp_path: Path) -> None:
+    masked = box(1, 10, 4, [1, 2, 8, 9.5], segmentation=[[1, 2, 9, 4, 5, 11.5]])
+    other = box(3, 20, 4, [5, 5, 10, 4])
+    path = write_coco(tmp_path, annotations=[masked, box(2, 10, 4, [20, 20, 8, 6]), other])
+    convert(str(path), str(tmp_path / "there"), "yolo")
+    rows = [text.read_text().splitlines() for text in sorted((tmp_path / "there" / "labels").rglob("*.txt"))]
+    assert sorted(sorted(len(row.split()) for row in file) for file in rows if file) == [[5], [7, 11]]
+    assert boxes_of(tmp_path / "there") == boxes_of(path, nearly=True)
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -17,14 +17,14 @@ from PIL import Image as PILImage
 
 import odtk
 from odtk.cli import main
-from odtk.config import OdtkError
+from odtk.config import LoaderConfig, ModelConfig, OdtkError, TrainConfig
 from odtk.data import coco
 from odtk.data.fingerprint import Fingerprint
 from odtk.launch import launch
 from odtk.model import checkpoint
 from odtk.settings import TrainSettings
 from odtk.training import rules, start
-from odtk.training.plan import plan
+from odtk.training.plan import Plan, plan
 from odtk.training.rules import Decision, Machine, decide, mirrored, upright
 from odtk.training.run import continued
 from odtk.training.start import Task, begin, trial
@@ -161,6 +161,17 @@ def test_small_objects_in_large_frames_are_learned_on_crops() -> None:
     low, high = found["augment_scale"][0]
     assert frame * frame * 1.764 <= 1.05 * 512 * 704 and low * frame == pytest.approx(0.75 * 1000, rel=0.01)
     assert high / low == pytest.approx(16 / 9, rel=0.01)
+    larger = dataclasses.replace(frames, relative_side=(0.01, 0.025, 0.03, 0.04, 0.05), shorter=(2000,) * 5)
+    assert decided(larger)["resize"] == (1280, "all but the smallest tenth of the objects span 32 pixels (√area) there")
+
+
+def test_crowded_images_ask_for_more_detections() -> None:
+    asked = TrainSettings.of({"model": "m.pth", "annotations": "a.json"})
+    config = TrainConfig(path="", model=ModelConfig(), data=LoaderConfig(images=""))
+    for most, said in ((100, False), (653, True)):
+        found = data(per_image=(2, 8, 14, 19, most))
+        last = Plan((), asked, (Decision({}, ""),), config, found).lines()[-1]
+        assert ("up to 653 boxes: give infer and export --detections 700" in last) == said
 
 
 def test_the_length() -> None:
