@@ -219,6 +219,7 @@ class Owner:
         process: its number.
         started: when it started, in the system's own ticks, as numbers are given again; None where it does not say.
         since: when it took the lock, in UTC.
+        run: the --rdzv-id of torchrun that it belongs to; empty outside torchrun, and where none was given.
     """
 
     host: str
@@ -228,6 +229,7 @@ class Owner:
     process: int
     started: int | None
     since: str
+    run: str = ""
 
     @classmethod
     def here(cls) -> Owner:
@@ -242,6 +244,7 @@ class Owner:
             process=pid,
             started=None if state is None else state[0],
             since=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            run=torchrun_id(),
         )
 
     @classmethod
@@ -251,7 +254,7 @@ class Owner:
             owner = cls(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
             return None
-        texts = (owner.host, owner.machine, owner.boot, owner.namespace, owner.since)
+        texts = (owner.host, owner.machine, owner.boot, owner.namespace, owner.since, owner.run)
         if not all(isinstance(value, str) for value in texts) or type(owner.process) is not int:
             return None
         return owner
@@ -276,15 +279,18 @@ class Owner:
 def locked(path: str | os.PathLike[str], log: Callable[[str], None] = print) -> Iterator[None]:
     """Holds the lock ``path``.lock while the block runs, so that no other run writes ``path``, on any machine.
 
-    The lock of a process of this machine that has died is taken over, which is logged.
+    The lock of a process of this machine that has died is taken over, which is logged. So is one that an earlier start
+    of the same torchrun run left on another machine: torchrun starts the processes of a run anew only where it has
+    ended those before, or cannot reach their machine.
 
     Raises:
         OdtkError: another process holds the lock, or it cannot be written.
     """
     lock = f"{os.path.realpath(path)}.lock"
-    content = json.dumps(asdict(Owner.here())).encode()
+    here = Owner.here()
+    content = json.dumps(asdict(here)).encode()
     try:
-        while not (create_lock(lock, content) or take_over(lock, content, path, log)):
+        while not (create_lock(lock, content) or take_over(lock, here, path, log)):
             pass  # its owner removed it in between
     except OSError as error:
         release(lock, b"")  # what is left of it if the disk was full
@@ -305,8 +311,8 @@ def create_lock(lock: str, content: bytes) -> bool:
     return True
 
 
-def take_over(lock: str, content: bytes, path: str | os.PathLike[str], log: Callable[[str], None]) -> bool:
-    """Writes ``content`` into the lock of a process of this machine that has died; False if there is no lock any more.
+def take_over(lock: str, here: Owner, path: str | os.PathLike[str], log: Callable[[str], None]) -> bool:
+    """Writes this process into the lock of one that has died, or of its own run; False if there is no lock any more.
 
     Raises:
         OdtkError: its owner runs, or that cannot be known.
@@ -324,18 +330,20 @@ def take_over(lock: str, content: bytes, path: str | os.PathLike[str], log: Call
                 f"{path} may be in use: its lock {lock} is damaged. If no run writes that file, remove the lock and "
                 "start again."
             )
-        if not owner.is_visible:
+        of_this_run = here.run != "" and here.run == owner.run
+        if not owner.is_visible and not of_this_run:
             raise OdtkError(
                 f"{path} is in use by {owner}, which cannot be seen from here. If it has ended, remove {lock} and "
                 "start again."
             )
-        if owner.is_running:
+        if owner.is_visible and owner.is_running:
             raise OdtkError(f"{path} is in use by {owner}: wait until it ends, or pass another file name.")
         if not is_same_file(file, lock):  # it ended well, and removed its lock
             return False
         file.truncate(0)
-        append(file, content)
-    log(f"Took over the lock {printable(lock)} of {owner}, which has died.")
+        append(file, json.dumps(asdict(here)).encode())
+    why = "which has died" if owner.is_visible else f"of the same run ({printable(here.run)})"
+    log(f"Took over the lock {printable(lock)} of {owner}, {why}.")
     return True
 
 
@@ -375,6 +383,12 @@ def machine_token() -> str:
 def process_space() -> str:
     """Eight hexadecimal digits that are the same where the same number means the same process."""
     return hashlib.sha256(f"{machine_token()} {pid_namespace()}".encode()).hexdigest()[:8]
+
+
+def torchrun_id() -> str:
+    """The --rdzv-id of the run that torchrun started this process for; empty outside one, and where none was given."""
+    given = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if given == "none" else given  # torchrun's default, which many runs share
 
 
 def boot_id() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import select
 import signal
 import socket
@@ -244,9 +245,42 @@ def join_torchrun(job: Job, config: Any, devices: str | int | None) -> Any:
         )
     device = f"cuda:{local}" if on_gpus else "cpu"
     timeout = COLLECTIVE_TIMEOUT if local_world == world else MULTI_NODE_TIMEOUT
-    store = next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
-    with process_group(device, timeout=timeout, store=store, rank=rank, world=world):
-        return job(config_of_rank(config, rank, world, device), rank, world)
+    with explaining_lost_ranks(rank, world):
+        store = next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
+        with process_group(device, timeout=timeout, store=store, rank=rank, world=world):
+            return job(config_of_rank(config, rank, world, device), rank, world)
+
+
+@contextmanager
+def explaining_lost_ranks(rank: int, world: int) -> Iterator[None]:
+    """Raises an OdtkError in place of the error that another process's end, or a lost connection to it, causes here."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_connection(error):
+            raise
+        # Set by torchrun; another launcher says nothing of what it will do.
+        restart, restarts = (
+            int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS")
+        )
+        if restart < restarts:
+            next_ = f"torchrun now starts all processes again (restart {restart + 1} of {restarts})"
+        else:
+            next_ = "the run ends: start it again with the same line"
+        raise OdtkError(
+            f"Rank {rank} of {world} lost its connection to another process ({reason_of(error)}): that process, its "
+            f"machine or the network failed, and what it printed says why; {next_}, and it goes on from what was saved."
+        ) from error
+
+
+def is_of_connection(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed says that another process does not answer. Gloo has no type of its own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def reason_of(error: RuntimeError) -> str:
+    """The first sentence of an error of torch.distributed, without the place in its sources."""
+    return re.sub(r"^\[\S+:\d+\] ", "", str(error).strip().splitlines()[0]).partition(". ")[0].rstrip(".")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,33 @@ def test_the_lock_of_another_machine_is_refused(tmp_path: Path, change: dict[str
     with pytest.raises(OdtkError, match=message) as error, files.locked(tmp_path / "m.pth"):
         pass
     assert "process 1099511627776 on" in str(error.value) and lock.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "taken"),
+    [("job 7", "job 7", True), ("job 7", "job 8", False), ("none", "none", False), (None, None, False)],
+    ids=["the same run of torchrun", "another one", "runs without an id", "no torchrun"],
+)
+def test_a_run_that_torchrun_starts_anew_takes_its_own_lock(
+    tmp_path: Path, theirs: str | None, ours: str | None, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which another machine holds, that is gone."""
+
+    def be_of(run: str | None) -> None:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        if run is not None:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)
+
+    said: list[str] = []
+    be_of(theirs)
+    lock = tmp_path / "m.pth.lock"
+    lock.write_text(json.dumps(asdict(replace(files.Owner.here(), host="elsewhere"))))
+    be_of(ours)
+    expected = nullcontext() if taken else pytest.raises(OdtkError, match="cannot be seen from here")
+    with expected, files.locked(tmp_path / "m.pth", said.append):
+        assert json.loads(lock.read_text())["host"] == socket.gethostname()
+    assert lock.exists() != taken
+    assert [line.rpartition(" on ")[2].partition(" since")[0] for line in said] == (["elsewhere"] if taken else [])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', "\x00" * 100, "[" * 9000, '{"host": "a"}'])

@@ -376,6 +376,29 @@ def test_a_process_that_hangs_can_be_ended(
     assert process.returncode == 128 + number and ("cleaned" in said) == cleaned
 
 
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [10.77.0.2]:1. Look there."
+
+
+@pytest.mark.parametrize("error", [RuntimeError(GLOO), dist.DistNetworkError(GLOO)])
+@pytest.mark.parametrize(
+    ("restart", "next_"),
+    [("0", r"starts all processes again \(restart 1 of 2\)"), ("2", "start it again with the same")],
+)
+def test_a_lost_rank_is_one_sentence(
+    error: RuntimeError, restart: str, next_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    message = rf"^Rank 0 of 2 lost its connection to another process \(Connection closed by peer \[10\S+\):.* {next_}"
+    with pytest.raises(OdtkError, match=message), launch.explaining_lost_ranks(0, 2):
+        raise error
+
+
+def test_an_error_of_ours_is_not_taken_for_a_lost_rank() -> None:
+    with pytest.raises(RuntimeError, match="^sizes differ$"), launch.explaining_lost_ranks(0, 2):
+        raise RuntimeError("sizes differ")
+
+
 @pytest.mark.slow
 def test_joins_torchrun(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
