@@ -7,11 +7,12 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import odtk
@@ -22,6 +23,7 @@ from odtk.deploy.bundle import metadata_of
 from odtk.deploy.triton import as_text, model_config, outputs_of, write_triton
 from odtk.exporting.metadata import Metadata
 from odtk.exporting.session import open_session
+from odtk.inference.detect import touches_image
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 schema = pytest.importorskip("tritonclient.grpc").model_config_pb2
@@ -115,6 +117,25 @@ def test_the_client_feeds_what_odtk_feeds(
         assert pixels.dtype == input_type
         np.testing.assert_allclose(pixels, batch.images[0].numpy(), atol=0 if input_type == "uint8" else 1e-4)
         np.testing.assert_allclose(scale, batch.scales[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("values", [4, 6])
+def test_the_client_drops_what_lies_in_the_padding_alone_as_odtk_does(client: ModuleType, values: int) -> None:
+    metadata = {"size": [64, 96], "padding": "black", "mean": [0.0] * 3, "input_type": "uint8", "categories": None}
+    generator = np.random.default_rng(values)
+    start, angle = generator.uniform(-10, 95, (400, 2)), generator.uniform(0, 2 * np.pi, (400, 1))
+    boxes = np.hstack([start, start + generator.uniform(0, 40, (400, 2)), np.sin(angle), np.cos(angle)])[:, :values]
+    image = Image.new("RGB", (100, 33))  # scaled to 96 × 32 of 96 × 64
+    kept = touches_image(torch.from_numpy(boxes)[None], torch.tensor([[96, 32]]))[0].numpy()
+    assert 0.1 < kept.mean() < 0.9
+
+    answer = {"scores": np.linspace(1, 0.5, 400), "boxes": boxes, "classes": np.arange(400)}
+    detector = object.__new__(client.Detector)
+    detector.facts, detector.model = metadata, "detector"
+    detector.client = SimpleNamespace(InferInput=lambda *_: SimpleNamespace(set_data_from_numpy=lambda _: None))
+    reply = SimpleNamespace(as_numpy=lambda name: answer[name][None])
+    detector.server = SimpleNamespace(infer=lambda *_: reply)
+    assert [one["name"] for one in detector(image)] == [f"class {index}" for index in np.flatnonzero(kept)]
 
 
 def test_the_client_turns_boxes_into_those_of_the_image(client: ModuleType) -> None:

@@ -61,10 +61,11 @@ class Detector:
         given.set_data_from_numpy(pixels[None])
         answer = self.server.infer(self.model, [given])
         scores, boxes, classes = (answer.as_numpy(name)[0] for name in ("scores", "boxes", "classes"))
+        size = image.width * scale[0], image.height * scale[1]
         return [
             {"name": self.name(int(label)), "score": round(float(score), 4), **place(box, scale)}
             for score, box, label in zip(scores, boxes, classes, strict=True)
-            if score > 0  # rows of score 0 are unused
+            if score > 0 and touches_image(box, size)  # rows of score 0 are unused
         ]
 
     def name(self, label):
@@ -90,6 +91,18 @@ def prepare(image, facts):
     scaled = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
     canvas[:, : size[1], : size[0]] = np.asarray(scaled).transpose(2, 0, 1)
     return canvas, (size[0] / image.width, size[1] / image.height)
+
+
+def touches_image(box, size):
+    """Whether some of a box of the model lies on the image, (width, height) in pixels of the input, not all beside it."""
+    x1, y1, x2, y2 = (float(value) for value in box[:4])
+    if len(box) == 4:
+        return x1 < size[0] and y1 < size[1]
+    sin, cos = abs(float(box[4])), abs(float(box[5]))  # a turned box: from the circumscribed one
+    width, height = x2 - x1 + 1, y2 - y1 + 1
+    left = (x1 + x2 + 1 - width * cos - height * sin) / 2
+    top = (y1 + y2 + 1 - width * sin - height * cos) / 2
+    return left < size[0] and top < size[1]
 
 
 def place(box, scale):
