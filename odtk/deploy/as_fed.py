@@ -299,7 +299,8 @@ def verify_as_fed(
         feeder = triton_feeder(os.path.join(folder, "client.py"), backend.metadata)
     pairs: list[Pair] = []
     say(f"Running the model as {NAMES[target]} feeds it")
-    results = gather_results(fed_rows(backend, evaluator, feeder, pairs), evaluator.categories)
+    rows = fed_rows(backend, evaluator, feeder, pairs, in_padding=target == "deepstream")
+    results = gather_results(rows, evaluator.categories)
     scored = filter_categories(results, evaluator.ground_truth)
     evaluation = run_cocoeval(scored, evaluator.ground_truth, rotated=backend.rotated)
     found = compare(ours.matches, matches_of(evaluation), max_ap_drop)
@@ -312,9 +313,13 @@ def verify_as_fed(
 
 
 def fed_rows(
-    backend: Backend, evaluator: Evaluator, feeder: Feeder, pairs: list[Pair]
+    backend: Backend, evaluator: Evaluator, feeder: Feeder, pairs: list[Pair], *, in_padding: bool
 ) -> Iterator[tuple[list[int], Rows]]:
-    """The detections of each image, fed by ``feeder``; the first FEW inputs are added to ``pairs``."""
+    """The detections of each image, fed by ``feeder``; the first FEW inputs are added to ``pairs``.
+
+    Args:
+        in_padding: keep those that lie in the padding alone, as nvinfer does.
+    """
     data = dataclasses.replace(evaluator.data, loader="torch")  # Pillow's resize; DALI's differs in the last bit
     for image, batch in zip(evaluator.dataset.images, create_loader(evaluator.dataset, data), strict=True):
         try:
@@ -328,5 +333,7 @@ def fed_rows(
         shift = torch.zeros(found.boxes.shape[-1])
         shift[:4] = torch.tensor([x, y, x, y])
         moved = Detections(found.scores, found.boxes - shift.to(found.boxes), found.classes)
-        fed = Batch(batch.images, batch.boxes, batch.labels, torch.tensor([image.id]), torch.tensor([scale]))
+        scales = torch.tensor([scale])
+        sizes = None if in_padding else scales * torch.tensor([pixels.shape[1::-1]])
+        fed = Batch(batch.images, batch.boxes, batch.labels, torch.tensor([image.id]), scales, sizes=sizes)
         yield [image.id], detection_rows(moved, fed)

@@ -99,7 +99,7 @@ def fill(
     write_settings(folder, checkpoint, settings, metadata)
     card = model_card(checkpoint, metadata, verdicts, fed, command=command, created=created, images=proof and proof[1])
     write_text(folder, "model_card.md", card)
-    manifest = finish(folder, created, metadata.model)
+    manifest = finish(folder, created, metadata)
     files = plural(len(manifest["files"]), "file")
     say(f"Bundle: {folder}, {files} and their hashes. `odtk info {folder}` checks them.")
     found: list[Verdict | FedVerdict] = [*verdicts.values(), *fed]

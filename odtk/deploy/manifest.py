@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..config import OdtkError
+from ..exporting.metadata import Metadata
 from ..files import atomic_write, file_hash, parse_json
 from ..text import printable
 
@@ -100,12 +101,12 @@ def label(name: str) -> str:
     return printable(name).replace(";", ",") or "unnamed"
 
 
-def finish(folder: str, created: str, model: str) -> dict[str, Any]:
+def finish(folder: str, created: str, metadata: Metadata) -> dict[str, Any]:
     """Writes the manifest of a folder that is complete, and returns it.
 
     Args:
         created: date and time in UTC.
-        model: hash of the weights.
+        metadata: of the model, which a program then need not read from the ONNX file or the engine.
     """
     files = {}
     for path in sorted(Path(folder).rglob("*")):
@@ -117,7 +118,8 @@ def finish(folder: str, created: str, model: str) -> dict[str, Any]:
         "schema": SCHEMA,
         "odtk": __version__,
         "created": created,
-        "model": model,
+        "model": metadata.model,
+        "metadata": json.loads(metadata.to_json()),
         "files": files,
     }
     write_text(folder, MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -15,6 +15,7 @@ from odtk.cli import build_parser, main, settings_of
 from odtk.commands import command_of
 from odtk.config import ModelConfig, OdtkError
 from odtk.deploy import manifest
+from odtk.deploy.bundle import metadata_of
 from odtk.settings import ExportSettings
 from tests.random_models import detector_of, save
 
@@ -39,6 +40,7 @@ def test_the_folder_is_complete_and_every_file_has_its_hash(bundle: Path) -> Non
     }
     found = manifest.read_manifest(str(bundle))
     assert found["files"].keys() == written - {"manifest.json"} and found["schema"] == 1
+    assert found["metadata"] == json.loads(metadata_of(str(bundle / "model.onnx")).to_json())
     assert [manifest.fault(str(bundle), name, found) for name in found["files"]] == [None] * len(found["files"])
     # One line a class, whatever a name holds: the line is what a server shows for the class index.
     assert (bundle / "labels.txt").read_text().splitlines() == ["red, round cell", "two\\nlines"]
@@ -111,7 +113,7 @@ def test_an_engine_is_used_where_a_gpu_is_and_needs_its_plugins(copy: Path) -> N
     for name in ("model.plan", "libodtk_plugins.so"):
         (copy / name).write_bytes(name.encode())
     (copy / "manifest.json").unlink()
-    manifest.finish(str(copy), "now", "hash")
+    manifest.finish(str(copy), "now", metadata_of(str(copy / "model.onnx")))
     assert manifest.artifact(str(copy), gpu=True).endswith("model.plan")
     assert manifest.artifact(str(copy), gpu=False).endswith("model.onnx")
     (copy / "libodtk_plugins.so").unlink()
