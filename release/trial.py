@@ -1,6 +1,7 @@
 """Tries built packages as a user does: each is installed into a fresh environment, and the whole chain runs there.
 
-    python release/trial.py dist/odtk-*.whl dist/odtk-*.tar.gz [--constraint constraints.txt] [--beside]
+    python release/trial.py dist/odtk-*.whl dist/odtk-*.tar.gz [--extras NAME…]
+      [--constraint constraints.txt] [--beside]
 
 The chain is odtk info, synth, train, export and infer, in a folder outside the clone, on the CPU. Without --beside, pip
 installs the requirements too (torch among them, which takes minutes); with it, this environment's packages are used.
@@ -42,14 +43,16 @@ def environment(folder: Path, *, beside: bool = False) -> Path:
     return python
 
 
-def install(python: Path, package: Path, *, constraint: Path | None = None, beside: bool = False) -> None:
-    """Installs a package and, unless it is ``beside`` them, its requirements."""
+def install(
+    python: Path, package: Path, *, extras: Sequence[str] = (), constraint: Path | None = None, beside: bool = False
+) -> None:
+    """Installs a package with these extras and, unless it is ``beside`` them, its requirements."""
     command: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if constraint:
         command += ["--constraint", constraint]
     if beside:  # the requirements are there
         command += ["--no-deps", "--force-reinstall"]
-    subprocess.run([*command, package], check=True)
+    subprocess.run([*command, f"{package}[{','.join(extras)}]" if extras else package], check=True)
 
 
 def run(python: Path, arguments: Sequence[str], folder: Path) -> str:
@@ -65,16 +68,22 @@ def run(python: Path, arguments: Sequence[str], folder: Path) -> str:
 
 
 def attempt(
-    package: Path, chain: Sequence[str] = CHAIN, *, constraint: Path | None = None, beside: bool = False
+    package: Path,
+    chain: Sequence[str] = CHAIN,
+    *,
+    extras: Sequence[str] = (),
+    constraint: Path | None = None,
+    beside: bool = False,
 ) -> dict[str, str]:
-    """Installs one package and runs the chain, or the start of it. Returns what each command printed.
+    """Installs one package, with extras, and runs the chain, or the start of it. Returns what each command printed.
 
     Raises:
         SystemExit: a command failed, or odtk was not the installed one.
     """
     with tempfile.TemporaryDirectory() as temporary:
         python = environment(Path(temporary) / "environment", beside=beside)
-        install(python, package.resolve(), constraint=constraint and constraint.resolve(), beside=beside)
+        constraint = constraint and constraint.resolve()
+        install(python, package.resolve(), extras=extras, constraint=constraint, beside=beside)
         folder = Path(temporary) / "work"
         folder.mkdir()
         found = run(python, ["-c", WHERE], folder).strip()
@@ -95,11 +104,12 @@ def attempt(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="+", type=Path, help="wheels and sdists")
+    parser.add_argument("--extras", nargs="+", default=(), help="extras to install with each")
     parser.add_argument("--constraint", type=Path, help="versions of the requirements, as pip takes them")
     parser.add_argument("--beside", action="store_true", help="use this environment's packages as the requirements")
     args = parser.parse_args()
     for package in args.packages:
-        printed = attempt(package, constraint=args.constraint, beside=args.beside)
+        printed = attempt(package, extras=args.extras, constraint=args.constraint, beside=args.beside)
         print(f"{package.name}: the whole chain runs. odtk info:\n{printed['info']}")
 
 
