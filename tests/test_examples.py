@@ -60,6 +60,36 @@ def test_prediction(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ray_finds_what_infer_does(folder: Path) -> None:
+    pytest.importorskip("ray.data", reason="ray is not installed")
+    script = EXAMPLES.parent / "ray_infer.py"
+    run(script, "model.pth", "photos", "found", "--cpus", 2, cwd=folder)
+    run(
+        "-m",
+        "odtk",
+        "infer",
+        "model.pth",
+        "--images",
+        "photos",
+        "--batch",
+        1,
+        "--devices",
+        "cpu",
+        "--output",
+        "o.json",
+        cwd=folder,
+    )
+    import pyarrow.parquet
+
+    rows = [row for part in (folder / "found").iterdir() for row in pyarrow.parquet.read_table(part).to_pylist()]
+    keys = ("category_id", "score", "x", "y", "w", "h")
+    found = [(int(Path(row["path"]).stem) + 1, *(row[key] for key in keys)) for row in rows]
+    expected = json.loads((folder / "o.json").read_text())
+    assert expected
+    assert sorted(found) == sorted((r["image_id"], r["category_id"], r["score"], *r["bbox"]) for r in expected)
+
+
+@pytest.mark.slow
 def test_training_and_export(tmp_path: Path) -> None:
     said = run(EXAMPLES / "train_and_export.py", "demo", "--iters", 2, "--images", 10, cwd=tmp_path)
     assert "Next: odtk export" in said and re.search(r"model\.onnx: AP \d\.\d\d\d", said)
