@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import __version__
 from ..data.batch import nearest_pixels
-from ..evaluation.report import Verdict
+from ..evaluation.report import Verdict, interval_of, signed
 from ..exporting.metadata import Metadata
 from ..model.checkpoint import Checkpoint
 from ..text import plural, printable
@@ -68,7 +68,7 @@ def model_card(
         *training_lines(checkpoint),
         "",
         "## Measured",
-        *measured_lines(verdicts, created, images),
+        *measured_lines(metadata, verdicts, created, images),
         *(f"- {line}" for one in fed for line in one.lines()),
         "",
     ]
@@ -102,7 +102,9 @@ def training_lines(checkpoint: Checkpoint) -> list[str]:
     return [*lines, "- every setting: train.yaml"]
 
 
-def measured_lines(verdicts: Mapping[str, Verdict], created: str, images: str | None) -> list[str]:
+def measured_lines(
+    metadata: Metadata, verdicts: Mapping[str, Verdict], created: str, images: str | None
+) -> list[str]:
     """A table of what was measured, or that nothing was."""
     if not verdicts:
         return ["Nothing was measured with this export: `odtk export … --bundle --verify --annotations JSON` does."]
@@ -114,10 +116,12 @@ def measured_lines(verdicts: Mapping[str, Verdict], created: str, images: str | 
     ]
     for name, verdict in verdicts.items():
         for run, found in zip(verdict.runs, verdict.comparisons, strict=True):
-            change = f"{-found.drop:+.2f} ({-found.high:+.2f} to {-found.low:+.2f})"
+            change = f"{signed(-found.drop)} ({interval_of(found)})"
             figures = f"{run.metrics.ap:.4f} | {run.metrics.ap50:.4f} | {change} | {run.latency:.1f}"
             lines.append(f"| {name} | {run.name} | {figures} |")
         passed = "passed" if verdict.passed else "did not pass"
         allowed = verdict.comparison.allowed
+        if metadata.precision == "int8":
+            lines.append(f"\nKept in FP16: {', '.join(verdict.fp16_layers) or 'no convolution'}.")
         lines.append(f"\n{name} {passed}: it may lose {allowed:g} points; {name}.verify.html has the details.\n")
     return lines

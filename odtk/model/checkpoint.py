@@ -152,6 +152,8 @@ def read_dictionary(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         OdtkError: no such file, one that cannot be read, or one that holds no dictionary.
     """
+    if os.path.isdir(path):
+        raise OdtkError(f"{path} is a folder, not a checkpoint: of a bundle, pass the .pth that it was exported from.")
     if not os.path.isfile(path):
         raise OdtkError(f"There is no checkpoint {path}.")
     try:
