@@ -94,7 +94,7 @@ def prepare(image, facts):
 
 
 def touches_image(box, size):
-    """Whether some of a box of the model lies on the image, (width, height) in pixels of the input, not all beside it."""
+    """Whether some of a box of the model lies on the image, (width, height) in pixels of the input."""
     x1, y1, x2, y2 = (float(value) for value in box[:4])
     if len(box) == 4:
         return x1 < size[0] and y1 < size[1]
