@@ -102,9 +102,7 @@ def training_lines(checkpoint: Checkpoint) -> list[str]:
     return [*lines, "- every setting: train.yaml"]
 
 
-def measured_lines(
-    metadata: Metadata, verdicts: Mapping[str, Verdict], created: str, images: str | None
-) -> list[str]:
+def measured_lines(metadata: Metadata, verdicts: Mapping[str, Verdict], created: str, images: str | None) -> list[str]:
     """A table of what was measured, or that nothing was."""
     if not verdicts:
         return ["Nothing was measured with this export: `odtk export … --bundle --verify --annotations JSON` does."]
