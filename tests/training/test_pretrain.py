@@ -195,7 +195,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, images: Path
     assert records(two, "loss") == pytest.approx(records(one, "loss"), rel=1e-4)
     a, b = (files.load(path, "classifier").state_dict for path in (one.path, two.path))
     for name, tensor in a.items():
-        torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=3e-4, msg=name)
     figures = json.loads((tmp_path / "o.json").read_text())
     assert sum(c["support"] for c in figures["classes"]) == 12, "each image once over both processes"
 
