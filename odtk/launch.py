@@ -190,6 +190,7 @@ def heartbeat(store: dist.Store, rank: int, world: int) -> Iterator[None]:
     ended = threading.Event()
     thread = threading.Thread(target=watch_next_rank, args=(store, rank, world, ended), daemon=True)
     if world > 1:
+        give_sign(store, rank, 0)  # before anything can stop this process
         thread.start()
     try:
         yield
@@ -199,15 +200,19 @@ def heartbeat(store: dist.Store, rank: int, world: int) -> Iterator[None]:
             thread.join(1.0)
 
 
+def give_sign(store: dist.Store, rank: int, beats: int) -> None:
+    store.set(f"heartbeat/{rank}", f"{beats} {os.getpid()} {socket.gethostname()}")
+
+
 def watch_next_rank(store: dist.Store, rank: int, world: int, ended: threading.Event) -> None:
     """The thread of heartbeat. A sign of life is a text in the store: a number, the process, its machine."""
-    other, beats = (rank + 1) % world, 0
+    other, beats = (rank + 1) % world, 1
     sign = ""  # the newest of the other rank
     heard = last = time.monotonic()
     silent = False
     with suppress(RuntimeError):  # the store is gone, and the run with it
         while not ended.is_set():
-            store.set(f"heartbeat/{rank}", f"{beats} {os.getpid()} {socket.gethostname()}")
+            give_sign(store, rank, beats)
             ended.wait(BEAT_SECONDS)
             beats += 1
             new = store.get(f"heartbeat/{other}").decode() if store.check([f"heartbeat/{other}"]) else ""
