@@ -10,7 +10,7 @@ from odtk import describe
 
 def test_what_is_said_of_the_machine(capsys) -> None:
     found = describe.environment()
-    assert found["versions"]["torch"] == metadata.version("torch")  # torch.__version__ may name a CUDA that this does not
+    assert found["versions"]["torch"] == metadata.version("torch")  # not torch.__version__: it may name a CUDA
     assert found["abilities"]["train, infer, export to ONNX"] is True
     if not torch.cuda.is_available():
         assert "GPU" in str(found["abilities"]["TensorRT engines (.plan)"])
