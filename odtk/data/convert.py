@@ -380,12 +380,13 @@ def write_yolo(
         width, height = sizes[id]
         lines = []
         outlines = [[] if rotated else outline_of(entry) for entry in entries]
+        outlined = any(outlines)  # Ultralytics refuses a file that has both: a box is then an outline too, closed
         for entry, outline in zip(entries, outlines, strict=True):
             x, y, w, h = entry["bbox"][:4]
-            corners = corners_of(entry["bbox"])  # [4, 2]
             if rotated:
-                values = (corners / (width, height)).reshape(-1).tolist()  # [8]
-            elif any(outlines):  # Ultralytics refuses a file that has both: a box is then an outline too, closed
+                values = (corners_of(entry["bbox"]) / (width, height)).reshape(-1).tolist()  # [4, 2] → [8]
+            elif outlined:
+                corners = corners_of(entry["bbox"])  # [4, 2]
                 points = np.array(outline).reshape(-1, 2) if outline else np.concatenate([corners, corners[:1]])
                 values = (points / (width, height)).reshape(-1).tolist()  # [2·k], fractions
             else:
