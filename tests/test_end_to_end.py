@@ -15,7 +15,6 @@ from odtk.data.synthetic import synthesize
 from odtk.exporting.graph import serialize, trace
 from odtk.exporting.precision import to_fp16
 from odtk.model import checkpoint
-from odtk.model.backbones.catalog import BACKBONES
 from odtk.model.detector import Detector
 from odtk.model.layers import DeformConv2d
 from tests.exporting.test_precision import compile_for
@@ -27,6 +26,11 @@ NEAR_TIES = 0.01  # share of the detections that so small a difference may move 
 QUICK = ("ResNet18C4",)
 WHOLE = ("ResNet18C4", "ResNet18FPN")
 # Of the other backbones, the head's towers have one convolution: tracing them takes most of the time.
+# Deeper and wider members of a family have the layers of these (tests/model/test_backbones.py runs them all).
+BACKBONES = (
+    *("ResNet18C4", "ResNet18FPN", "ResNet50FPN", "ResNeXt50_32x4dFPN", "RepVGGA0FPN", "EfficientNetLite0FPN"),
+    *("MobileNetV2FPN", "GhostNetFPN"),
+)
 CASES = {name: ["--backbone", name, *([] if name in WHOLE else ["--head-convs", "1"])] for name in BACKBONES} | {
     "fcos": ["--backbone", "ResNet18FPN", "--head", "fcos"],
     "dense": ["--backbone", "ResNet18FPN", "--head", "dense"],

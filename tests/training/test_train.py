@@ -454,6 +454,10 @@ def test_a_stopped_run_is_resumed_exactly(
     whole = settings(tmp_path / "whole.pth", dataset, ema=0.9, clip_grad=5.0, accumulate=2, logdir=logdir)
     optimizer, _, repeats = optimizer.partition(", ")
     whole = dataclasses.replace(whole, optimizer=optimizer, precision=precision, lr=0.001)
+    if precision == "fp16":  # some CPUs have no fast convolution in it
+        whole = dataclasses.replace(
+            whole, data=dataclasses.replace(whole.data, resize=32, max_size=32, jitter=(32, 32), batch=1)
+        )
     if repeats:
         augment = dataclasses.replace(whole.data.augment, scale=(0.5, 2.0), rotate=True)
         whole = dataclasses.replace(
