@@ -73,6 +73,9 @@ def abilities() -> dict[str, bool | str]:
         "TensorRT engines (.plan)": tensorrt_ability(),
         "models on Triton": all(map(has_module, ("tritonclient", "geventhttpclient", "grpc")))
         or "pip install 'odtk[triton]'",
+        "videos": has_module("av") or "pip install 'odtk[video]'",
+        "videos decoded by the GPU": has_module("PyNvVideoCodec")
+        or "pip install 'odtk[video-gpu]'; until then the CPU decodes them",
         "training curves": has_module("matplotlib") or "pip install 'odtk[report]'",
     }
 

@@ -34,13 +34,16 @@ def make_video(
     pictures: Sequence[np.ndarray] | None = None,
     options: dict[str, str] | None = None,
     gop: int = 5,
+    encoder: str = "libx264",
+    encoder_options: dict[str, str] | None = None,
 ) -> str:
     """Writes a video of 25 frames a second, or with these timestamps in seconds, and returns its path."""
     import av
 
     container: Any
     with av.open(str(path), "w", options=options or {}) as container:
-        stream: Any = container.add_stream("libx264", rate=25, options={"g": str(gop), "crf": "10"})
+        more = {"crf": "10"} if encoder == "libx264" else {}
+        stream: Any = container.add_stream(encoder, rate=25, options={"g": str(gop), **more, **(encoder_options or {})})
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p" if not (size[0] % 2 or size[1] % 2) else "yuv444p"
         stream.codec_context.time_base = Fraction(1, 1000)

@@ -461,7 +461,7 @@ class Model:
             done += len(group)
 
     def _predict_video(self, config: VideoConfig, batch: int, skip: bool) -> Iterator[Detections]:
-        with Video(config, log=warn) as video:
+        with Video(config, device=self.data.device, log=warn) as video:
             yield from self.predict_frames(video, batch)
         if video.fault and not skip:
             raise OdtkError(f"{video.fault.rstrip('.')}; skip_damaged=True goes on without the rest.")

@@ -58,7 +58,7 @@ def infer_video(config: InferConfig, rank: int = 0, world: int = 1) -> None:
         if path.endswith(".mp4") and os.path.exists(path) and not os.path.isfile(path):
             raise OdtkError(f"Cannot write {path}: an .mp4 needs a regular file, as its index is written last.")
     model = Model.load(config, log=log)
-    with Video(config.video, log=partial(print_line, sys.stderr)) as video:
+    with Video(config.video, device=model.data.device, log=partial(print_line, sys.stderr)) as video:
         length = "live" if video.live else plural(video.total, "frame") if video.total else "a file of unknown length"
         device = config.data.device.partition(":")[0]
         log(

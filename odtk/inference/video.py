@@ -3,7 +3,8 @@
 A file gives every frame. A live source (rtsp://, rtmp://, /dev/video0 …) that is used more slowly than it sends drops
 the oldest frames and counts them; its end, its silence and its errors are disconnects, after which it is opened again.
 
-PyAV (FFmpeg's libraries, package av) decodes; it is imported when a video is opened.
+PyAV (FFmpeg's libraries, package av) decodes; it is imported when a video is opened. Where the model runs on a GPU and
+PyNvVideoCodec is installed, the GPU decodes the files that it can (gpu_video.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 
 from ..config import OdtkError, VideoConfig
 from ..text import plural, say
+from .gpu_video import GpuDecoder, NotOnGpuError, open_decoder
 
 LIVE = ("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "udp", "tcp", "srt", "mms")  # schemes of sources that never end
 SUFFIXES = (
@@ -36,6 +38,7 @@ STALL_SECONDS = 5.0  # without data, after which a live source is opened again; 
 RETRY_SECONDS = (1.0, 30.0)  # between two attempts to open a source again: at first, and at most; doubled in between
 JOIN_SECONDS = 2.0  # for the thread to notice that it is to end; a read that hangs ends with the process
 SLACK_FRAMES = 2.0  # by which a file may be shorter than it says
+SAME_SECONDS = 1e-6  # between two times of the same frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,17 +91,22 @@ class Video:
         fault: one sentence if a file proved damaged or shorter than it says; known at its end.
     """
 
-    def __init__(self, config: VideoConfig, *, log: Callable[[str], None] = say) -> None:
+    def __init__(self, config: VideoConfig, *, device: str = "cpu", log: Callable[[str], None] = say) -> None:
         """Opens the source and starts to decode.
+
+        Args:
+            device: that the model runs on; a GPU may decode too.
+            log: takes what becomes of the source.
 
         Raises:
             OdtkError: PyAV is not installed, or there is no such video, or nothing in it that can be decoded.
         """
-        self.config, self._log = config, log
+        self.config, self._device, self._log = config, device, log
         self.name = shown_name(config.source)
         self.read = self.dropped = self.disconnects = self._damaged = 0
         self.fault: str | None = None
         self._file_end = 0.0  # seconds, of what was read of a file
+        self._after: float | None = None  # the CPU goes on after this time, where the GPU failed
         self._closed = threading.Event()
         container = open_container(config)
         stream = container.streams.video[0]
@@ -155,7 +163,18 @@ class Video:
             self._queue.close(error, keep=True)
 
     def _read_file(self, container: Any) -> None:
-        reason = self._decode(container)
+        gpu = None
+        try:
+            gpu = self._open_gpu(container)
+            reason = self._decode(container, gpu)
+        except NotOnGpuError as error:
+            rest = f" from frame {self.read} on" if self.read else ""
+            self._log(f"{self.name} is decoded on the CPU{rest}: {error}.")
+            container.close()
+            container, gpu = open_container(self.config), None
+            self._damaged, self._after = 0, self._clock.last
+            reason = self._decode(container)
+        self._damaged += gpu.damaged if gpu else 0
         duration = duration_of(container)  # seconds from the file's start
         found = []
         if reason:
@@ -169,6 +188,12 @@ class Video:
             frames = plural(self.read, "frame")
             self.fault = f"{self.name} is damaged: {' and '.join(found)}; {frames} were decoded."
         container.close()
+
+    def _open_gpu(self, container: Any) -> GpuDecoder | None:
+        """What decodes a file in place of PyAV, if anything does; only a regular file can be opened again."""
+        if not os.path.isfile(os.path.expanduser(self.config.source)):
+            return None
+        return open_decoder(container.streams.video[0], lambda: first_frame(self.config), self._device)
 
     def _read_live(self, container: Any) -> None:
         """Decodes a live source until it is closed; opens it again whenever it is lost."""
@@ -193,8 +218,12 @@ class Video:
                     break
             self._clock.restart()
 
-    def _decode(self, container: Any) -> str:
-        """Hands on the frames of an open container; returns why it ended before its end, or an empty string."""
+    def _decode(self, container: Any, gpu: GpuDecoder | None = None) -> str:
+        """Hands on the frames of an open container; returns why it ended before its end, or an empty string.
+
+        Raises:
+            NotOnGpuError: the CPU is to decode what was not handed on.
+        """
         import av
 
         stream = container.streams.video[0]
@@ -206,29 +235,34 @@ class Video:
                 return reason_of(error)
             if packet is None:
                 return ""
+            end = None  # of the packet, before it is decoded and perhaps emptied
+            if packet.pts is not None and not self.live:
+                end = float((packet.pts - (stream.start_time or 0) + packet.duration) * stream.time_base)
             try:
-                decoded = packet.decode()
+                decoded = gpu.decode(packet) if gpu else packet.decode()
             except av.error.FFmpegError:
                 self._damaged += 1  # a part of the file, or a packet that the network lost
                 continue
-            if packet.pts is not None and not self.live:
-                start = stream.start_time or 0
-                self._file_end = max(self._file_end, float((packet.pts - start + packet.duration) * stream.time_base))
+            self._file_end = max(self._file_end, end or 0.0)
             for frame in decoded:
                 self._hand_on(frame)
         return ""
 
     def _hand_on(self, frame: Any) -> None:
-        index, at = self.read, self._clock.time(frame.time)
+        if self._after is not None and frame.time is not None and frame.time < self._after + SAME_SECONDS:
+            return
+        index = self.read
+        pixels = None if index % self.config.every else pixels_of(frame)  # before it counts: it may fail on a GPU
+        at = self._clock.time(frame.time)
         self.read += 1
         if self._clock.lost is not None and self.live:
             self._log(f"{self.name} is back after {time.monotonic() - self._clock.lost:.0f} s.")
             self._clock.lost = None
-        if index % self.config.every:
+        if pixels is None:
             return
         if self.config.realtime and not self.live and self._closed.wait(self._clock.early(at)):
             return
-        self._queue.put(Frame(index, at, pixels_of(frame)))
+        self._queue.put(Frame(index, at, pixels))
 
 
 class Clock:
@@ -236,6 +270,7 @@ class Clock:
 
     Attributes:
         lost: when a live source was lost (time.monotonic()); None while it sends.
+        last: the time of the last frame; None before the first.
     """
 
     def __init__(self, live: bool, rate: Fraction | None) -> None:
@@ -243,7 +278,7 @@ class Clock:
         self._step = float(1 / rate) if rate else 0.04
         self._start: float | None = None  # of the wall clock, at the first frame
         self._first = 0.0
-        self._last: float | None = None
+        self.last: float | None = None
         self._offset: float | None = None  # from the stream's own timestamps to ours
 
     def restart(self) -> None:
@@ -256,17 +291,17 @@ class Clock:
         if self._start is None:
             self._start = now
         if not self.live:
-            found = stamp if stamp is not None else 0.0 if self._last is None else self._last + self._step
+            found = stamp if stamp is not None else 0.0 if self.last is None else self.last + self._step
         elif stamp is None:
             found = now - self._start
         else:
             if self._offset is None:
                 self._offset = now - self._start - stamp
             found = stamp + self._offset
-        if self._last is None:
+        if self.last is None:
             self._first = found
-        self._last = found if self._last is None else max(found, self._last)
-        return self._last
+        self.last = found if self.last is None else max(found, self.last)
+        return self.last
 
     def early(self, at: float) -> float:
         """Seconds until a frame of a file is due, if the file is played at its own speed from its first frame."""
@@ -355,6 +390,12 @@ def open_container(config: VideoConfig) -> Any:
     # Threads over frames decode a file fastest, but hold back as many frames as there are threads.
     container.streams.video[0].thread_type = "SLICE" if is_live(source, container) else "AUTO"
     return container
+
+
+def first_frame(config: VideoConfig) -> Any:
+    """The first frame of a file (av.VideoFrame); None if it cannot be decoded."""
+    with open_container(config) as container, contextlib.suppress(import_av().error.FFmpegError):
+        return next(container.decode(video=0), None)
 
 
 def import_av() -> Any:

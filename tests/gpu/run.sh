@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, the most telling steps first: build, kernels, sanitizers, engines,
 # training, benchmarks. Each step has its own time limit, and one that fails stops none of the others.
-#   tests/gpu/run.sh [STEP…]     default: all of build kernels memcheck racecheck synccheck loader engine training benchmark dali
+#   tests/gpu/run.sh [STEP…]     default: all of build kernels memcheck racecheck synccheck loader engine training benchmark dali video
 # Writes report.txt and one log for each step to $OUT, default build/gpu/report. Exit status 1 if a step failed.
 #
 # It needs nvcc, cmake, a C++ compiler, and a Python ($PYTHON, default python3) with torch for this GPU, pybind11, pytest
@@ -123,6 +123,12 @@ if "$python" -c 'import nvidia.dali' 2>/dev/null; then
   step dali 120 "$python" -m pytest -q -rs tests/gpu/test_gpu_dali.py
 else
   leave_out dali "DALI is not installed"
+fi
+
+if "$python" -c 'import av, PyNvVideoCodec' 2>/dev/null; then
+  step video 90 "$python" -m pytest -q -rs tests/gpu/test_gpu_video.py
+else
+  leave_out video "PyAV or PyNvVideoCodec is not installed, or the driver has no video libraries"
 fi
 
 say "$([ $failed = 0 ] && echo 'no step failed' || echo 'SOME STEPS FAILED'); logs in $out"
