@@ -113,6 +113,8 @@ def measured(annotations: str | None) -> str | None:
 
 
 def need_file(path: str, what: str) -> None:
+    if os.path.isdir(path):
+        raise OdtkError(f"{path} is a folder, not a {what}: of a bundle, pass the .pth that it was exported from.")
     if not os.path.isfile(path):
         raise OdtkError(f"There is no {what} {path}.")
 

@@ -504,6 +504,7 @@ def test_files_that_are_not_models(coco: Path, tmp_path: Path, capsys) -> None:
         argv = ["infer", tmp_path / name, "--images", coco, "--devices", "cpu", "--output", tmp_path / "o.json"]
         assert sentence in fails(capsys, *argv)
     assert not (tmp_path / "o.json").exists()
+    assert "is a folder, not a model: of a bundle, pass" in fails(capsys, "export", coco, tmp_path / "o.onnx")
 
 
 @pytest.mark.parametrize("devices", ["cpu", pytest.param("cpu:2", marks=pytest.mark.slow)])

@@ -21,6 +21,13 @@ FOLDER = "deepstream"
 CONFIG = f"{FOLDER}/config_infer.txt"
 PARSER = ("odtk_parser.cpp", "CMakeLists.txt")
 
+# nvinfer sets the builder's INT8 flag only beside a calibrator (its nvdsinfer_model_builder.cpp, line 1031).
+TENSORRT8 = {
+    "fp32": "delete the line strongly-typed.",
+    "fp16": "delete the line strongly-typed, and set network-mode to 2.",
+    "int8": "name an engine as model-engine-file (odtk export --int8 --input-type float32): nvinfer builds no Q/DQ.",
+}
+
 
 def write_deepstream(config: ExportConfig, metadata: Metadata, artifacts: list[str], labels: str) -> list[str]:
     """Writes the folder ``deepstream`` of the bundle ``config.output``.
@@ -85,8 +92,9 @@ def nvinfer_config(metadata: Metadata, artifacts: list[str]) -> str:
     lines = [
         "# nvinfer's configuration of a model that odtk exported. First build the parser:",
         "#   cmake -S parser -B build && cmake --build build",
-        "# The precision is in the types of the graph (strongly-typed, TensorRT 10 and later). With TensorRT 8.6",
-        "# delete that line, and set network-mode to 2 for fp16.",
+        "# The precision is in the types of the graph (strongly-typed, TensorRT 10 and later); network-mode stays 0,",
+        "# as its other values set flags that such a build refuses.",
+        f"# With TensorRT 8.6 {TENSORRT8[metadata.precision]}",
     ]
     if ENGINE in artifacts:
         lines += ["# The engine needs its plugins: start with LD_PRELOAD=PATH/libodtk_plugins.so"]

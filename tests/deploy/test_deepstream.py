@@ -116,6 +116,17 @@ def test_padding_that_nvinfer_cannot_give_is_said(bundle: Path) -> None:
     assert "pads with black" in nvinfer_config(dataclasses.replace(metadata, padding="mean"), ["model.onnx"])
 
 
+def test_each_precision_says_what_tensorrt_8_needs(bundle: Path) -> None:
+    metadata = metadata_of(str(bundle / "model.onnx"))
+    said = {
+        precision: nvinfer_config(dataclasses.replace(metadata, precision=precision), ["model.onnx"])
+        for precision in ("fp32", "fp16", "int8")
+    }
+    assert [kind for kind, text in said.items() if "set network-mode to 2" in text] == ["fp16"]
+    assert [kind for kind, text in said.items() if "name an engine as model-engine-file" in text] == ["int8"]
+    assert all("\nnetwork-mode=0\nstrongly-typed=1\n" in text for text in said.values())
+
+
 def test_rotated_boxes_without_an_engine_have_no_nms(bundle: Path, tmp_path: Path) -> None:
     metadata = dataclasses.replace(metadata_of(str(bundle / "model.onnx")), box_values=6)
     config = odtk.config.ExportConfig("none.pth", str(tmp_path))
