@@ -213,7 +213,7 @@ class Sampler:
         if augment.rotate and width != height:  # of the four turns two remain, as likely
             quarter_turns += (quarter_turns % 2 == 1) != (stands != (height > width))
         frame = _scaled_size(width, height, _resize_scale(width, height, target, self.config.max_size))
-        view = random_view(generator, window, frame, augment.scale)
+        view = random_view(generator, window, frame, augment.scale, image.boxes)
         inside = _centers_inside(image.boxes, view.crop)
         boxes, labels = _clip(image.boxes[inside], view.crop), image.labels[inside]
         return self._make_sample(image, view, flip, quarter_turns % 4, math.radians(degrees), color, boxes, labels)
@@ -340,21 +340,31 @@ def random_view(
     window: tuple[int, int, int, int],
     frame: tuple[int, int],
     factors: tuple[float, float],
+    boxes: np.ndarray,
 ) -> View:
     """A window of an image in a frame (width, height) of its aspect, enlarged by a random factor from a range.
 
     The logarithm of the factor is uniform. From 1 on, a part of the window fills the frame; below 1, the whole window
-    is shrunk and padded to it. Part and place are random.
+    is shrunk and padded to it. Part and place are random; a part without the center of any of the boxes
+    [n, 4|5] (x, y, w, h, …), if there are some, is drawn again around one of them.
     """
     if factors == (1.0, 1.0):
         return View(window, frame, frame)
     factor = math.exp(generator.uniform(math.log(factors[0]), math.log(factors[1])))
     width, height = window[2] - window[0], window[3] - window[1]
     part = _scaled_size(width, height, min(1.0, 1 / factor))
-    x, y = window[0] + generator.integers(width - part[0] + 1), window[1] + generator.integers(height - part[1] + 1)
+    x = window[0] + int(generator.integers(width - part[0] + 1))
+    y = window[1] + int(generator.integers(height - part[1] + 1))
+    if factor > 1 and len(boxes) and not _centers_inside(boxes, (x, y, x + part[0], y + part[1])).any():
+        box = boxes[generator.integers(len(boxes))]
+        least = np.array(window[:2])
+        most = np.array(window[2:]) - part
+        center = np.floor(box[:2] + box[2:4] / 2)
+        first = np.clip(center - part + 1, least, most).astype(int)
+        x, y = generator.integers(first, np.clip(center, first, most).astype(int) + 1).tolist()
     size = _scaled_size(*frame, min(1.0, factor))
     place = generator.integers(frame[0] - size[0] + 1), generator.integers(frame[1] - size[1] + 1)
-    return View((int(x), int(y), int(x) + part[0], int(y) + part[1]), size, frame, (int(place[0]), int(place[1])))
+    return View((x, y, x + part[0], y + part[1]), size, frame, (int(place[0]), int(place[1])))
 
 
 def _enclosing_boxes(boxes: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ SEEN, IMAGES, POWER = 4100, 205, 0.8  # images seen = SEEN · (images / IMAGES)^
 MIN_ITERS, MAX_ITERS = 500, 90_000  # of BATCH images; the latter is ODTK's for COCO
 SCRATCH = 3.0  # times as long without pretrained weights, https://arxiv.org/abs/1811.08883
 VAL_SHARE, MAX_VAL, MIN_SPLIT = 0.2, 1000, 20  # share set aside, images of it at most, images to split at least
-EVALUATIONS, PATIENCE = (2, 10), 5  # in a run, at least and at most, and how many without a better AP end it
+EVALUATIONS, PATIENCE = (1, 10), 5  # in a run, at least and at most, and how many without a better AP end it
 EVALUATION_SHARE = 0.08  # of a run's time that they may take, where that leaves the least number
 EVALUATION_COST = 2 / 3  # an image's time in an evaluation of both kinds of weights, in that of training
 EMA = (0.99, 0.9998)  # for short and long runs
@@ -464,16 +464,21 @@ def cap(side: float) -> int:
     return math.ceil(side / STEP - 1e-6) * STEP
 
 
+def too_few_steps(images: float, batch: int) -> str:
+    """Why a batch was halved, of a run that sees so many images."""
+    return (
+        f"the time is enough for {images:.0f} images; as {plural(int(images / batch), 'step')} of {batch} they teach "
+        "less than as more steps of fewer"
+    )
+
+
 def batch(s: Situation) -> Iterator[Decision]:
     each, why = BATCH, "the learning rate is meant for it"
     devices = s.machine.processes if s.machine.kind == "cuda" else 1
     images = s.affordable() * s.batch
     while each > SHORT_BATCH and images / (each * devices) < SHORT:
         each //= 2
-        why = (
-            f"the time is enough for {images:.0f} images; as {plural(int(images / BATCH / devices), 'step')} of "
-            f"{BATCH * devices} they teach less than as more steps of fewer"
-        )
+        why = too_few_steps(images, BATCH * devices)
     while each > 1 and s.bytes(each) > 0.7 * s.machine.memory:
         each //= 2
         why = f"what {s.machine.memory / 2**30:.0f} GiB hold"
@@ -520,7 +525,8 @@ def evaluations(s: Situation) -> Iterator[Decision]:
         iters = s.iterations()
         count = count_evaluations(iters, s.evaluation)
         share = count * s.evaluation / (iters + count * s.evaluation)
-        yield Decision({"val_iters": max(1, iters // count)}, f"{count} evaluations, about {share:.0%} of the time")
+        why = f"{plural(count, 'evaluation')}, about {share:.0%} of the time"
+        yield Decision({"val_iters": math.ceil(iters / count)}, why)
     yield Decision(
         {"patience": PATIENCE}, f"the run ends early once {PATIENCE} evaluations in a row have brought no better AP"
     )

@@ -16,7 +16,7 @@ from ..ranks import CpuGroup
 from ..settings import LENGTH, TrainSettings, seconds_of
 from .log import Meter, print_line
 from .plan import Plan, plan
-from .rules import Decision, Machine, count_evaluations, without_evaluations
+from .rules import SHORT, SHORT_BATCH, Decision, Machine, count_evaluations, too_few_steps, without_evaluations
 from .run import Earlier
 from .train import set_up, step, train
 from .training_set import TrainingSet
@@ -169,24 +169,31 @@ def with_length(made: Plan, task: Task, source: TrainingSet, seconds: float, spe
         seconds: of an iteration.
         spent: seconds of the time that are gone.
     """
-    given = made.settings.time
-    assert given is not None
+    given, batch, evaluation = made.settings.time, made.settings.batch, made.evaluation
+    assert given is not None and batch is not None
     possible = (seconds_of(given) - spent) / seconds
-    iters = int(without_evaluations(possible, made.evaluation))
-    evaluations = count_evaluations(possible, made.evaluation) * made.evaluation * seconds
+    images = possible * batch
+    found = []
+    processes = task.machine.processes
+    least = SHORT_BATCH * (processes if task.machine.kind == "cuda" else 1)
+    while possible < SHORT and "batch" not in made.given and batch // 2 >= least and batch % (2 * processes) == 0:
+        batch, possible, seconds, evaluation = batch // 2, 2 * possible, seconds / 2, 2 * evaluation
+        found = [Decision({"batch": batch}, too_few_steps(images, 2 * batch))]
+    iters = int(without_evaluations(possible, evaluation))
+    evaluations = count_evaluations(possible, evaluation) * evaluation * seconds
     reason = (
         f"--time {given} allows them, at {seconds:.2f} s for one by trial steps; {spent:.0f} s are gone, evaluations "
         f"take about {evaluations:.0f} s"
     )
-    return replan(made, task, source, Decision({"iters": iters}, reason))
+    return replan(made, task, source, *found, Decision({"iters": iters}, reason))
 
 
-def replan(made: Plan, task: Task, source: TrainingSet, new: Decision) -> Plan:
-    """The plan with a decision that stands over it, and what follows from that decision anew."""
-    later = {*LENGTH, "ema", *new.values} - set(made.given)
+def replan(made: Plan, task: Task, source: TrainingSet, *new: Decision) -> Plan:
+    """The plan with decisions that stand over it, and what follows from them anew."""
+    later = {*LENGTH, "ema", *(name for decision in new for name in decision.values)} - set(made.given)
     kept = [
         dataclasses.replace(old, values=values)
         for old in made.decisions
         if (values := {name: value for name, value in old.values.items() if name not in later})
     ]
-    return plan(task.settings, task.machine, tried=(*kept, new), source=source)
+    return plan(task.settings, task.machine, tried=(*kept, *new), source=source)

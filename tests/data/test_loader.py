@@ -309,7 +309,7 @@ def test_the_crop_keeps_a_box() -> None:
 def test_a_view_keeps_its_frame(factor) -> None:
     generator = np.random.default_rng(0)
     window, frame = (10, 20, 74, 68), (128, 96)
-    views = [random_view(generator, window, frame, (factor, factor * 1.0000001)) for _ in range(60)]
+    views = [random_view(generator, window, frame, (factor, factor * 1.0000001), np.zeros((0, 4))) for _ in range(60)]
     for view in views:
         (x1, y1, x2, y2), (width, height), (x, y) = view.crop, view.size, view.place
         assert view.frame == frame
@@ -320,6 +320,21 @@ def test_a_view_keeps_its_frame(factor) -> None:
         assert (x2 - x1, y2 - y1) == (max(1, round(64 / enlarged)), max(1, round(48 / enlarged)))
     assert (len({view.crop for view in views}) > 20) == (factor > 1)
     assert (len({view.place for view in views}) > 20) == (factor < 1)
+
+
+def test_a_part_of_an_image_shows_an_object_wherever_it_lies() -> None:
+    generator = np.random.default_rng(0)
+    window, frame, boxes = (0, 0, 4000, 3000), (64, 48), np.array([[3990.0, 5.0, 9.0, 9.0], [30.0, 2988.0, 9.0, 11.0]])
+    seen = [0, 0]
+    places = set()
+    for _ in range(200):
+        x1, y1, x2, y2 = random_view(generator, window, frame, (20.0, 40.0), boxes).crop
+        assert 0 <= x1 < x2 <= 4000 and 0 <= y1 < y2 <= 3000
+        inside = [x1 <= x + w / 2 < x2 and y1 <= y + h / 2 < y2 for x, y, w, h in boxes]
+        assert any(inside)
+        seen = [count + one for count, one in zip(seen, inside, strict=True)]
+        places.add((x1, y1))
+    assert min(seen) > 60 and len(places) > 150, "either box as often, anywhere in the part"
 
 
 def test_scale_jitter_is_uniform_in_its_logarithm() -> None:

@@ -403,22 +403,41 @@ def test_time_becomes_iterations_once(drawn: Path, tmp_path: Path, monkeypatch, 
     runs: list[Any] = []
     assert main([*command("train", drawn, "--time", "8m"), "m.pth"]) == 0
     (config,) = runs
-    evaluations = 2 * 5 * 2 / 3 / 2  # two of five images each, in iterations of two images
-    assert config.iters == int(0.2 / 0.01 - evaluations) == 16 and config.settings["time"] is None
-    assert config.warmup == 1 and config.val_iters == 8 and "time" in config.settings["given"]
+    evaluations = 5 * 2 / 3 / 2  # one of five images, in iterations of two images
+    assert config.iters == int(0.2 / 0.01 - evaluations) == 18 and config.settings["time"] is None
+    assert config.warmup == 1 and config.val_iters == 18 and "time" in config.settings["given"]
     line = next(line for line in capsys.readouterr().out.splitlines() if "--iters" in line)
-    assert line.startswith("plan: --iters 16: --time 8m allows them, at 0.01 s")
+    assert line.startswith("plan: --iters 18: --time 8m allows them, at 0.01 s")
 
 
 def test_evaluations_take_a_small_part_of_a_run() -> None:
     assert rules.count_evaluations(1000, cost=5) == 10 and rules.count_evaluations(500, cost=5) == 8
-    assert rules.count_evaluations(20, cost=5) == 2, "one half-way, one at the end, whatever they cost"
+    assert rules.count_evaluations(20, cost=5) == 1, "one at the end, whatever it costs"
     assert rules.count_evaluations(1000, cost=0) == 10
     assert rules.without_evaluations(500, cost=5) == 500 - 8 * 5 and rules.without_evaluations(5, cost=5) == 1
     frames = decided(data(shorter=(1440,) * 5, longer=(1920,) * 5, relative_side=(0.008, 0.012, 0.02, 0.03, 0.04)))
     assert "jitter" in frames, "whole frames are validated, parts of them trained on"
     (_, said), (_, whole) = frames["val_iters"], decided()["val_iters"]
     assert int(said.split()[0]) < int(whole.split()[0])
+    every, said = decided(iters=45)["val_iters"]
+    assert (every, said[:14]) == (45, "1 evaluation, ") and decided(iters=999)["val_iters"][0] == 100, "none is wasted"
+
+
+def test_a_batch_is_halved_where_trial_steps_are_slower_than_estimated(drawn: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(start, "trial", lambda *_, **__: 0.5)
+    monkeypatch.setattr(start.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(start, "train", lambda config, rank, world, source: runs.append(config))
+    runs: list[Any] = []
+    words = [str(word) for word in command("train", drawn, "--time", "2m")]
+    at = words.index("--batch")
+    for flags, batch, iters in (([], 4, 480), (["--batch", "8"], 8, 240), (["--time", "3m"], 8, 360)):
+        model = drawn / f"{batch}.pth"
+        assert main([*words[:at], *words[at + 2 :], *flags, str(model), "--override"]) == 0
+        config = runs.pop()
+        spent = rules.count_evaluations(iters, cost := 24 * 0.2 * 2 / 3 / batch) * cost
+        assert (config.data.batch, config.iters) == (batch, int(iters - spent)), flags
+        line = "--batch 4: the time is enough for 1920 images; as 240 steps of 8 they teach less than as more steps"
+        assert (line in capsys.readouterr().out) == (batch == 4)
 
 
 def test_trial_steps_end_after_their_part_of_the_time(drawn: Path, tmp_path: Path) -> None:
