@@ -128,7 +128,7 @@ def frames(pictures: Images, rng: random.Random) -> Images:
 
 TUNED_CELLS = (
     ("--val-share", "0", "--resize", "480", "--max-size", "640"),
-    ("--val-share", "0", "--resize", "384", "--max-size", "512"),
+    ("--val-share", "0", "--variant", "small"),
 )
 SETS = {
     "one": Set(
@@ -166,15 +166,12 @@ SETS = {
     "binary": Set(
         "BCCD in gray, nearly all pixels black or white",
         cells(almost_binary),
-        (("--val-share", "0", "--resize", "384", "--max-size", "512"), ("--val-share", "0", "--lr", "0.002")),
+        (("--val-share", "0", "--variant", "small"), ("--val-share", "0", "--lr", "0.002")),
     ),
     "sizes": Set(
         "BCCD, each image of a size of its own, 192×144 to 1024×768",
         cells(many_sizes),
-        (
-            ("--val-share", "0", "--resize", "384", "--max-size", "512"),
-            ("--val-share", "0", "--resize", "480", "--max-size", "640"),
-        ),
+        TUNED_CELLS,
     ),
     "frames": Set(
         "BCCD's white cells and platelets at half their size, 36 images in a frame of 1920×1440: 5 frames to train",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import time
 from collections import defaultdict
@@ -35,7 +36,7 @@ args = parser.parse_args()
 
 torch.manual_seed(args.seed)
 random.seed(args.seed)
-torch.set_num_threads(2)
+torch.set_num_threads(len(os.sched_getaffinity(0)))  # two threads on one core wait for each other
 coco = json.loads(Path(args.annotations).read_text())
 boxes, labels = defaultdict(list), defaultdict(list)
 for annotation in coco["annotations"]:
