@@ -23,6 +23,7 @@ BACKBONE = "EfficientNetLite0FPN"
 CPU_MINUTES = 30.0  # that a run on a CPU may be expected to take unless --time says otherwise
 MIN_OBJECT = 16.0  # pixels that √area of nearly all objects spans: two cells of P3, whose stride is 8
 ON_CROPS = 2.0  # times as many where training is on crops, which larger scales make no slower
+PART, LEAST_PART = 4.0, {"cpu": 256, "cuda": 512}  # a part's shorter side over the larger objects, and in pixels
 PIXELS = {"cpu": 512 * 704, "cuda": 800 * 1333}  # of an image in training, at most; ODTK's size on GPUs
 MAX_RESIZE = 4096  # shorter side in pixels, also where small objects ask for more
 STEP, LEAST = 32, 64  # sides are multiples of the largest stride, and at least two of its cells
@@ -438,7 +439,8 @@ def crops(s: Situation, need: float, fit: float, aspect: float) -> Iterator[Deci
     side = round(s.data.shorter[2]) if whole else min(rounded(s.data.shorter[2] * need), MAX_RESIZE)
     least = ON_CROPS * MIN_OBJECT
     why = f"all but the smallest tenth of the objects span {least:.0f} pixels (√area) there"
-    frame = rounded(s.data.shorter[2] * fit)
+    large = s.data.relative_side[3] * side  # √area of the larger objects
+    frame = min(rounded(s.data.shorter[2] * fit), max(LEAST_PART[s.machine.kind], rounded(PART * large)))
     zoom = side / frame
     yield Decision(
         {"resize": side, "max_size": cap(side * aspect)},
@@ -449,8 +451,8 @@ def crops(s: Situation, need: float, fit: float, aspect: float) -> Iterator[Deci
     if s.settings.head == "dense":
         yield Decision(
             {"jitter": (frame, frame), "augment_scale": (round(0.75 * zoom, 3), round(4 / 3 * zoom, 3))},
-            "training sees parts of the images at about that scale, as whole ones are too large for it; a convolution "
-            "does not mind",
+            "training sees parts of the images at about that scale, each with an object, as whole ones are too large "
+            f"for it; nine objects in ten span less than {large:.0f} pixels",
         )
 
 

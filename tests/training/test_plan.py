@@ -159,8 +159,15 @@ def test_small_objects_in_large_frames_are_learned_on_crops() -> None:
     assert found["resize"][0] == 1000 and found["max_size"][0] == 1792
     frame = found["jitter"][0][0]
     low, high = found["augment_scale"][0]
-    assert frame * frame * 1.764 <= 1.05 * 512 * 704 and low * frame == pytest.approx(0.75 * 1000, rel=0.01)
+    assert frame == 256 and "span less than 20 pixels" in found["jitter"][1]
+    assert low * frame == pytest.approx(0.75 * 1000, rel=0.01)
     assert high / low == pytest.approx(16 / 9, rel=0.01)
+    assert decided(frames, GPU)["jitter"][0] == (512, 512), "a part of a GPU is large enough to be worth the decoding"
+    mixed = dataclasses.replace(frames, relative_side=(0.008, 0.011, 0.05, 0.09, 0.2))
+    assert decided(mixed)["jitter"][0] == (352, 352), "which holds the larger objects four times"
+    giant = dataclasses.replace(frames, relative_side=(0.008, 0.011, 0.05, 0.5, 0.9))
+    frame = decided(giant)["jitter"][0][0]
+    assert 0.9 * 512 * 704 <= frame * frame * 1.764 <= 1.05 * 512 * 704, "no larger than a whole image in training"
     larger = dataclasses.replace(frames, relative_side=(0.01, 0.025, 0.03, 0.04, 0.05), shorter=(2000,) * 5)
     assert decided(larger)["resize"] == (1280, "all but the smallest tenth of the objects span 32 pixels (√area) there")
 
