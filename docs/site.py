@@ -36,8 +36,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def settings_page() -> str:
-    """Every command with its settings, from odtk/settings.py."""
-    parts = ["# Every setting\n\nFrom `odtk/settings.py`, as `odtk COMMAND --help` prints them."]
+    """Every command with its settings, from odtk/settings/."""
+    parts = ["# Every setting\n\nFrom `odtk/settings/`, as `odtk COMMAND --help` prints them."]
     parts += [f"How they are given, and what follows from what: [Settings](settings.md). {contents()}"]
     for name, (cls, _, says) in COMMANDS.items():
         parts.append(f"## odtk {name}\n\n{says[0].upper()}{says[1:]}.")

@@ -1,6 +1,6 @@
 """`odtk COMMAND …`: flags → settings → one call. No tensors here, and no heavy import on top.
 
-The flags of a command are made from the fields of its settings (settings.py) by one loop over argparse, so a default,
+The flags of a command are made from the fields of its settings (settings/) by one loop over argparse, so a default,
 a help text and a check stand in one place. argparse itself only splits the line: every value, also a settings file's,
 is checked by the settings.
 """

@@ -112,8 +112,49 @@ def test_no_circle_between_files() -> None:
 
 
 def test_a_name_has_one_home() -> None:
-    """Folders keep an empty __init__.py, so no name can be imported from two places."""
-    assert [path for path in PACKAGE.glob("*/**/__init__.py") if path.read_text().strip()] == []
+    """Folders keep an empty __init__.py, so no name can be imported from two places; settings is the exception."""
+    front = PACKAGE / "settings" / "__init__.py"
+    assert [path for path in PACKAGE.glob("*/**/__init__.py") if path.read_text().strip()] == [front]
+
+
+def past_the_front(files: list[Path]) -> list[str]:
+    """One sentence for each import of a file in settings/ from outside, or of its __init__.py from inside."""
+    found = []
+    for module, others in sorted(graph_of(files).items()):
+        for other in sorted(others):
+            if module.startswith("settings.") and other == "settings":
+                found.append(f"{module} imports settings, which imports it")
+            if not module.startswith("settings.") and other.startswith("settings."):
+                found.append(f"{module} imports {other}: the name must come from settings itself")
+    return found
+
+
+def test_settings_are_imported_from_its_front() -> None:
+    """Its __init__.py only hands names on: then each has one home inside, and one place to import it from outside."""
+    assert past_the_front(sorted(PACKAGE.rglob("*.py"))) == []
+    docstring, *body = ast.parse((PACKAGE / "settings" / "__init__.py").read_text()).body
+    *imports, listed = body
+    assert all(isinstance(node, ast.ImportFrom) and node.level == 1 for node in imports)
+    assert isinstance(docstring, ast.Expr) and isinstance(listed, ast.Assign)
+
+
+def test_imports_past_the_front_are_seen(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
+    for name, text in {
+        "settings/__init__.py": "from .train import TrainSettings\n",
+        "settings/train.py": "from .fields import flag\n",
+        "settings/fields.py": "def late():\n    from odtk.settings import TrainSettings\n",
+        "api.py": "from .settings import TrainSettings\n",
+        "cli.py": "from .settings.fields import flag\n",
+        "training/plan.py": "from ..settings import train\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert past_the_front(sorted(tmp_path.rglob("*.py"))) == [
+        "cli imports settings.fields: the name must come from settings itself",
+        "settings.fields imports settings, which imports it",
+        "training.plan imports settings.train: the name must come from settings itself",
+    ]
 
 
 def test_wrong_imports_are_seen_in_folders_too(tmp_path: Path, monkeypatch) -> None:
@@ -144,10 +185,10 @@ def test_wrong_imports_are_seen_in_folders_too(tmp_path: Path, monkeypatch) -> N
 
 
 def test_the_command_line_starts_light() -> None:
-    """Top-level imports of config, cli and __init__ stay in the standard library: `odtk --help` answers at once."""
-    for name in ("__init__", "config", "settings", "commands", "api", "cli"):
-        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-        for node in tree.body:
+    """Top-level imports of these files stay in the standard library: `odtk --help` answers at once."""
+    files = [PACKAGE / f"{name}.py" for name in ("__init__", "config", "commands", "api", "cli")]
+    for path in files + sorted((PACKAGE / "settings").glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not HEAVY & {m.split(".")[0] for m in modules}, f"{name}.py imports {modules} at the top"
+            assert not HEAVY & {m.split(".")[0] for m in modules}, f"{path} imports {modules} at the top"

@@ -1,6 +1,6 @@
 """From the settings that were given to those of one run: what follows from the data and the machine.
 
-The rules are in rules.py. What follows from other settings alone is worked out in settings.py.
+The rules are in rules.py. What follows from other settings alone is worked out in settings/train.py.
 """
 
 from __future__ import annotations
