@@ -27,6 +27,6 @@ def test_the_example_file_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (
         kept["jitter"] == [64, 64]
         and kept["planned"]["head"]
-        and kept["val_iters"] == 4
+        and kept["val_iters"] == 8  # one evaluation, at the end
         and Path("model.best.pth").is_file()
     )
