@@ -110,6 +110,7 @@ def plan(
     earlier: Earlier | None = None,
     tried: Sequence[Decision] = (),
     source: TrainingSet | None = None,
+    measured: float | None = None,
 ) -> Plan:
     """The run that settings, data and machine give.
 
@@ -119,6 +120,7 @@ def plan(
         tried: decisions that trial steps led to, and those that they left as they were. They stand over the rules, and
             a length among them over --time.
         source: the images to train on, which may have been read; None reads them.
+        measured: seconds of an iteration by trial steps; None: they are estimated.
 
     Raises:
         OdtkError: annotations that cannot be read, or a batch that cannot be shared out.
@@ -146,7 +148,7 @@ def plan(
         if settings.val_share:
             _, aside = validation_split(dataset, data, share=settings.val_share)
             held_out = tuple(image.id for image in aside.images)
-        expectation = expected(situation) if decisions else ""
+        expectation = expected(situation, measured) if decisions else ""
         evaluation = situation.evaluation
     count -= len(held_out)
     batch = settings.batch or 2 * machine.processes
@@ -169,11 +171,12 @@ def gflops_of(settings: TrainSettings) -> float:
     return gflops_per_megapixel(model_config(settings.resolved(batch=1, iters=1, classes=settings.classes or 1)))
 
 
-def expected(s: Situation) -> str:
-    """What a run takes, in a sentence."""
+def expected(s: Situation, measured: float | None) -> str:
+    """What a run takes, in a sentence; ``measured`` as in plan."""
     settings = s.settings
     iters = s.iterations()
-    seconds = (iters + count_evaluations(iters, s.evaluation) * s.evaluation) * s.iteration_seconds(s.pixels)
+    seconds = measured or s.iteration_seconds(s.pixels)
+    seconds *= iters + count_evaluations(iters, s.evaluation) * s.evaluation
     time = f"{seconds / 3600:.1f} hours" if seconds >= 2 * 3600 else plural(max(1, round(seconds / 60)), "minute")
     memory = s.bytes(s.batch / settings.accumulate / s.machine.processes) / 2**30
     gpu = "GPU " if s.machine.kind == "cuda" else ""

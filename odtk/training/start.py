@@ -185,15 +185,15 @@ def with_length(made: Plan, task: Task, source: TrainingSet, seconds: float, spe
         f"--time {given} allows them, at {seconds:.2f} s for one by trial steps; {spent:.0f} s are gone, evaluations "
         f"take about {evaluations:.0f} s"
     )
-    return replan(made, task, source, *found, Decision({"iters": iters}, reason))
+    return replan(made, task, source, *found, Decision({"iters": iters}, reason), measured=seconds)
 
 
-def replan(made: Plan, task: Task, source: TrainingSet, *new: Decision) -> Plan:
-    """The plan with decisions that stand over it, and what follows from them anew."""
+def replan(made: Plan, task: Task, source: TrainingSet, *new: Decision, measured: float | None = None) -> Plan:
+    """The plan with decisions that stand over it, and what follows from them anew; ``measured`` as in plan."""
     later = {*LENGTH, "ema", *(name for decision in new for name in decision.values)} - set(made.given)
     kept = [
         dataclasses.replace(old, values=values)
         for old in made.decisions
         if (values := {name: value for name, value in old.values.items() if name not in later})
     ]
-    return plan(task.settings, task.machine, tried=(*kept, *new), source=source)
+    return plan(task.settings, task.machine, tried=(*kept, *new), source=source, measured=measured)
