@@ -36,8 +36,13 @@ def make_video(
     gop: int = 5,
     encoder: str = "libx264",
     encoder_options: dict[str, str] | None = None,
+    aspect: Fraction | None = None,
 ) -> str:
-    """Writes a video of 25 frames a second, or with these timestamps in seconds, and returns its path."""
+    """Writes a video of 25 frames a second, or with these timestamps in seconds, and returns its path.
+
+    Args:
+        aspect: width of a pixel / its height.
+    """
     import av
 
     container: Any
@@ -47,6 +52,8 @@ def make_video(
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p" if not (size[0] % 2 or size[1] % 2) else "yuv444p"
         stream.codec_context.time_base = Fraction(1, 1000)
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
         for i in range(frames if pictures is None else len(pictures)):
             pixels = picture(i, size) if pictures is None else pictures[i]
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")

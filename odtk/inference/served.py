@@ -25,6 +25,8 @@ PORTS = {"http": 8000, "https": 8000, "grpc": 8001, "grpcs": 8001}
 PATIENCE_SECONDS = 60.0  # for a server that does not answer, or is starting again
 PAUSES_SECONDS = (0.2, 2.0)  # between two attempts: at first, and at most; doubled in between
 ADDRESS = re.compile(r"(?P<scheme>https?|grpcs?)://(?P<host>\[[^\]/]+\]|[^:/\s]+)(:(?P<port>\d+))?/(?P<name>[^/\s]+)/?")
+# What a client says of a port where something answers, but in another protocol (or ends the connection).
+OTHER_PROTOCOL = re.compile(r"(?i)expected HTTP|parse error|parsing HTTP|socket closed|connection closed|reset by peer")
 T = TypeVar("T")
 
 
@@ -68,7 +70,7 @@ class Served:
         self.client = client
         self.local = threading.local()  # a client is for one thread
         self.lock, self.told = threading.Lock(), False
-        self.metadata, self.max_batch = self.describe(self.patiently(self.config, seconds=0))
+        self.metadata, self.max_batch = self.describe(self.first_config())
 
     def connection(self) -> Any:
         """This thread's client."""
@@ -78,6 +80,19 @@ class Served:
             )
             self.local.client = self.client.InferenceServerClient(self.url, ssl=self.encrypted, **timeouts)
         return self.local.client
+
+    def first_config(self) -> dict[str, Any]:
+        """The model's configuration; asks nothing twice, and knows the server's other port by its answer."""
+        try:
+            return self.patiently(self.config, seconds=0)
+        except OdtkError as error:
+            if not isinstance(error.__cause__, Exception) or not OTHER_PROTOCOL.search(self.words(error.__cause__)):
+                raise
+            kind = "gRPC" if self.grpc else "HTTP"
+            raise OdtkError(
+                f"{self.address} does not answer in {kind} ({self.words(error.__cause__)}): is that the port for "
+                f"{kind} (Triton: 8000 HTTP, 8001 gRPC), and does the server run?"
+            ) from error.__cause__
 
     def config(self) -> dict[str, Any]:
         """The model's configuration, as the server has it."""
@@ -194,4 +209,6 @@ class Served:
     def words(self, error: Exception) -> str:
         """An error's message in one line."""
         text = getattr(error, "message", lambda: "")() or str(error) or type(error).__name__
+        if type(error).__name__ == "HTTPParseError":  # whose string is a tuple
+            text = error.args[0]
         return printable(str(text).strip().splitlines()[0][:200])

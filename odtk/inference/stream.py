@@ -246,7 +246,12 @@ def mp4_writer(path: str, rate: Fraction, threshold: float) -> Iterator[Sink]:
     with atomic_write(path) as file:
         writer = Mp4(av, file, rate)
         try:
-            yield lambda found: writer.write(np.asarray(draw_frame(found, threshold)), found.frame.time)  # type: ignore
+
+            def write(found: Detections) -> None:
+                assert found.frame is not None
+                writer.write(np.asarray(draw_frame(found, threshold)), found.frame.time, found.frame.aspect)
+
+            yield write
             writer.close()
         except av.error.FFmpegError as error:
             if isinstance(error, OSError):  # atomic_write says it
@@ -259,7 +264,8 @@ def mp4_writer(path: str, rate: Fraction, threshold: float) -> Iterator[Sink]:
 class Mp4:
     """Frames → H.264 (MPEG-4 where PyAV has no encoder of it) in an .mp4, with their own timestamps, without sound.
 
-    All frames get the size of the first one, whose odd sides are extended by their last pixels, as 4:2:0 needs.
+    All frames get the size and the pixel aspect ratio of the first one, whose odd sides are extended by their last
+    pixels, as 4:2:0 needs.
     """
 
     def __init__(self, av: Any, file: IO[bytes], rate: Fraction) -> None:
@@ -269,11 +275,11 @@ class Mp4:
         self._first = 0.0
         self._last = -1
 
-    def write(self, pixels: np.ndarray, at: float) -> None:
-        """Adds a frame uint8 [H, W, 3] RGB at its time in seconds."""
+    def write(self, pixels: np.ndarray, at: float, aspect: Fraction = Fraction(1)) -> None:
+        """Adds a frame uint8 [H, W, 3] RGB at its time in seconds; ``aspect`` is a pixel's width / its height."""
         pixels = np.pad(pixels, ((0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)), mode="edge")
         if self._stream is None:
-            self._open(pixels.shape[1], pixels.shape[0])
+            self._open(pixels.shape[1], pixels.shape[0], aspect)
             self._first = at
         frame = self._av.VideoFrame.from_ndarray(pixels, format="rgb24")
         stream = self._stream
@@ -296,13 +302,14 @@ class Mp4:
             with contextlib.suppress(Exception):  # whatever failed was raised already
                 container.close()
 
-    def _open(self, width: int, height: int) -> None:
+    def _open(self, width: int, height: int, aspect: Fraction) -> None:
         name = next(name for name in ENCODERS if name in self._av.codecs_available)
         options = {"libx264": {"crf": "20", "preset": "veryfast"}}.get(name, {})
         stream = self._container.add_stream(name, rate=self._rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = TIME_BASE if name != "mpeg4" else Fraction(1, 60000)  # whose field has 16 bits
+        context.sample_aspect_ratio = aspect
         context.colorspace = context.color_primaries = context.color_trc = BT709
         if name != "libx264":
             stream.bit_rate = max(500_000, round(0.2 * width * height * float(self._rate)))  # bits per second

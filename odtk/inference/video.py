@@ -1,7 +1,8 @@
 """Video files and cameras as frames, decoded ahead of their use in a thread.
 
-A file gives every frame. A live source (rtsp://, rtmp://, /dev/video0 …) that is used more slowly than it sends drops
-the oldest frames and counts them; its end, its silence and its errors are disconnects, after which it is opened again.
+A file or pipe gives every frame. A live source (rtsp://, rtmp://, /dev/video0 …) that is used more slowly than it
+sends drops the oldest frames and counts them; its end, its silence and its errors are disconnects, after which it is
+opened again.
 
 PyAV (FFmpeg's libraries, package av) decodes; it is imported when a video is opened. Where the model runs on a GPU and
 PyNvVideoCodec is installed, the GPU decodes the files that it can (gpu_video.py).
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import threading
 import time
 from collections import deque
@@ -50,11 +52,13 @@ class Frame:
         time: its timestamp in seconds. Of a file, as it is in the file; of a live source, since its first frame, and
             going on over disconnects.
         pixels: uint8 [H, W, 3] RGB, turned by the rotation that the video says.
+        aspect: width of a pixel / its height, as players show it; > 0.
     """
 
     index: int
     time: float
     pixels: np.ndarray
+    aspect: Fraction = Fraction(1)
 
 
 def is_video(source: str | os.PathLike[str]) -> bool:
@@ -113,6 +117,12 @@ class Video:
         self.live = is_live(config.source, container)
         self.rate: Fraction | None = stream.average_rate or stream.guessed_rate
         self.has_audio = bool(container.streams.audio)
+        self._aspect = Fraction(stream.sample_aspect_ratio or 1)
+        if self._aspect != 1:
+            self._log(
+                f"{self.name} has non-square pixels ({self._aspect.numerator}:{self._aspect.denominator}): the model "
+                "sees its frames as they are stored, not stretched as players show them."
+            )
         self.total = None if self.live else expected_frames(container, config.every)
         self._clock = Clock(self.live, self.rate)
         dropping = self.live or config.realtime
@@ -262,7 +272,7 @@ class Video:
             return
         if self.config.realtime and not self.live and self._closed.wait(self._clock.early(at)):
             return
-        self._queue.put(Frame(index, at, pixels))
+        self._queue.put(Frame(index, at, pixels, 1 / self._aspect if quarter_turns(frame) % 2 else self._aspect))
 
 
 class Clock:
@@ -373,8 +383,9 @@ def open_container(config: VideoConfig) -> Any:
     path = os.path.expanduser(source)
     if not scheme and os.path.isdir(path):
         raise OdtkError(f"{name} is a folder: --video takes a video file, an address or a camera.")
+    waits = bool(scheme) or is_camera(path)
     options = {"rtsp_transport": config.transport} if scheme.startswith("rtsp") else {}
-    more: dict[str, Any] = {"timeout": (OPEN_SECONDS, STALL_SECONDS)} if scheme or path.startswith("/dev/") else {}
+    more: dict[str, Any] = {"timeout": (OPEN_SECONDS, STALL_SECONDS)} if waits else {}
     if path.startswith("/dev/video"):
         more["format"] = "v4l2"
     try:
@@ -382,7 +393,7 @@ def open_container(config: VideoConfig) -> Any:
     except FileNotFoundError as error:
         raise OdtkError(f"There is no video {name}.") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        what = "cannot be opened" if scheme or path.startswith("/dev/") else "is not a whole video file"
+        what = "cannot be opened" if waits else "is not a whole video file"
         raise OdtkError(f"The video {name} {what} ({reason_of(error)}).") from error
     if not container.streams.video:
         container.close()
@@ -414,7 +425,22 @@ def import_av() -> Any:
 def is_live(source: str, container: Any) -> bool:
     """Whether a source is live: a camera, or an address that says of no length."""
     scheme = scheme_of(source)
-    return scheme in LIVE or source.startswith("/dev/") or (scheme not in ("", "file") and container.duration is None)
+    if not scheme:
+        return is_camera(os.path.expanduser(source))
+    return scheme in LIVE or (scheme != "file" and container.duration is None)
+
+
+def is_camera(path: str) -> bool:
+    """Whether a path is a camera: a device, or /dev/video0 and so on, also while it is unplugged.
+
+    Regular files in /dev/shm and pipes such as /dev/stdin are none: they end, and no frame of them is dropped.
+    """
+    if path.startswith("/dev/video"):
+        return True
+    try:
+        return stat.S_ISCHR(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def duration_of(container: Any) -> float | None:
@@ -439,8 +465,13 @@ def expected_frames(container: Any, every: int) -> int | None:
 def pixels_of(frame: Any) -> np.ndarray:
     """The pixels of a decoded frame, uint8 [H, W, 3] RGB, turned as the video says."""
     pixels = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4  # counterclockwise
+    turns = quarter_turns(frame)
     return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+
+
+def quarter_turns(frame: Any) -> int:
+    """By how many quarters a decoded frame is to be turned, counterclockwise, 0 to 3."""
+    return round(frame.rotation / 90) % 4
 
 
 def reason_of(error: BaseException) -> str:

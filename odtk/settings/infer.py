@@ -146,11 +146,16 @@ class InferSettings(WithDevices, WithLoader, WithSize, WithResize, WithThreshold
         for name in ("images", "annotations"):
             if getattr(self, name):
                 raise OdtkError(f"--video takes the place of {flag(name)}: omit one of them.")
+        seen: set[str] = set()
         for path in self.outputs:
             if path != "-" and os.path.splitext(path)[1] not in (".jsonl", ".mp4"):
                 raise OdtkError(f"--output {path}: of a video it must end in .jsonl or .mp4, or be - (lines of JSON).")
             if path != "-" and os.path.realpath(path) == os.path.realpath(source):
                 raise OdtkError(f"--output {path} is the video itself: name another file.")
+            place = path if path == "-" else os.path.realpath(path)
+            if place in seen:
+                raise OdtkError(f"--output {path} is there twice, perhaps under another name: name each file once.")
+            seen.add(place)
 
 
 @dataclass(frozen=True, kw_only=True)

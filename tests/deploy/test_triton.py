@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,6 +25,7 @@ from odtk.deploy.triton import as_text, model_config, outputs_of, write_triton
 from odtk.exporting.metadata import Metadata
 from odtk.exporting.session import open_session
 from odtk.inference.detect import touches_image
+from tests.inference.test_served import Server
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 schema = pytest.importorskip("tritonclient.grpc").model_config_pb2
@@ -144,3 +146,55 @@ def test_the_client_turns_boxes_into_those_of_the_image(client: ModuleType) -> N
     assert turned["radians"] == pytest.approx(np.pi / 2, abs=1e-4)
     picture = np.asarray(client.draw(Image.new("RGB", (40, 30)), [{"name": "cell", "score": 0.5, **turned}]))
     assert picture[20, 12].tolist() == [255, 0, 0]  # 16 by 8 around (16, 12), on end: from (12, 4) to (20, 20)
+
+
+def run_client(*words: object) -> subprocess.CompletedProcess[str]:
+    """Runs the client as its users do; whatever happens, it prints no traceback."""
+    found = subprocess.run([sys.executable, CLIENT, *map(str, words)], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in found.stderr
+    return found
+
+
+def test_the_client_goes_on_after_a_photo_that_it_cannot_read(tmp_path: Path) -> None:
+    photos = [tmp_path / folder / "a.png" for folder in ("1", "2", "3")]
+    for i, photo in enumerate(photos):
+        photo.parent.mkdir()
+        Image.new("RGB", (32, 32), (100 + 50 * i,) * 3).save(photo)
+    photos[1].write_bytes(b"no image")
+    server, out = Server(), tmp_path / "out"
+    url = server.address.removesuffix("/cells")  # grpc://HOST:PORT
+    words = ["--grpc", "--model", "cells", "--output", out]
+    found = run_client(tmp_path / "none.png", *photos, "--url", url, *words)
+    assert found.returncode == 1 and len(found.stderr.splitlines()) == 2
+    assert f"{tmp_path}/none.png cannot be read: No such file" in found.stderr and str(photos[1]) in found.stderr
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [(line["image"], line["score"]) for line in lines] == [(str(photos[0]), 0.3922), (str(photos[2]), 0.7843)]
+    assert sorted(path.name for path in out.iterdir()) == ["a-3.png", "a.png"], "that of the damaged one is left out"
+    assert run_client(photos[0], "--url", url, "--grpc", "--model", "cells").returncode == 0
+
+    found = run_client(photos[0], "--url", url, "--grpc", "--model", "plates")
+    assert found.returncode == 1 and "no model plates: " in found.stderr and "unknown model" in found.stderr
+    found = run_client(photos[0], "--url", url.replace("grpc:", "http:"), "--model", "cells")
+    assert found.returncode == 1 and "is no Triton server for HTTP, or has no model cells: " in found.stderr
+    for more in ([], ["--grpc"]):
+        found = run_client(photos[0], "--url", "http://127.0.0.1:1", *more)
+        assert found.returncode == 1 and found.stderr.startswith("127.0.0.1:1 is no Triton server for ")
+        assert len(found.stderr.splitlines()) == 1
+    server.model = None
+    assert "is not of a bundle" in run_client(photos[0], "--url", url, "--grpc", "--model", "cells").stderr
+    server.server.stop(None)
+
+
+@pytest.mark.parametrize(("more", "url"), [([], "localhost:8000"), (["--grpc"], "localhost:8001")])
+def test_the_client_asks_the_port_of_the_protocol(client: ModuleType, more: list, url: str, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def detector(url: str, model: str, grpc: bool) -> None:
+        asked.append(url)
+        raise SystemExit
+
+    monkeypatch.setattr(client, "Detector", detector)
+    monkeypatch.setattr(sys, "argv", ["client.py", "a.png", *more])
+    with pytest.raises(SystemExit):
+        client.main()
+    assert asked == [url]

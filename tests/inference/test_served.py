@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import sys
 import threading
@@ -161,6 +162,11 @@ def test_what_goes_wrong_is_one_sentence(server: Server, monkeypatch: pytest.Mon
     for address in ("grpc://127.0.0.1:1/cells", "http://127.0.0.1:1/cells"):
         with pytest.raises(OdtkError, match=r"does not answer .*refused"):
             Served(address)
+    wrong = server.address.replace("grpc:", "http:")
+    with pytest.raises(
+        OdtkError, match=r"not answer in HTTP \(Expected HTTP.*\): is that the port for HTTP .*8001 gRPC"
+    ):
+        Served(wrong)
     model = Served(server.address, lambda text: None)
     server.faults = [grpc.StatusCode.INVALID_ARGUMENT]
     with pytest.raises(OdtkError, match="refuses: as planned"):
@@ -175,3 +181,20 @@ def test_what_goes_wrong_is_one_sentence(server: Server, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
     with pytest.raises(OdtkError, match=r"pip install 'odtk\[triton\]'"):
         Served(server.address)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_grpc_on_another_port_asks_for_the_port(ends: bool) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            if not ends:  # "Failed parsing HTTP/2"; else "Socket closed", or a reset
+                super().handle()
+
+        def log_message(self, *words: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        with pytest.raises(OdtkError, match=r"does not answer in gRPC .*is that the port for gRPC \(Triton: 8000 HTTP"):
+            Served(f"grpc://127.0.0.1:{other.server_port}/cells")
+        other.shutdown()

@@ -114,6 +114,16 @@ def test_a_turned_video_is_written_upright(model: str, tmp_path: Path) -> None:
     assert (boxes[:, 0] + boxes[:, 2]).max() <= 48 < (boxes[:, 1] + boxes[:, 3]).max() <= 64
 
 
+def test_non_square_pixels_stay_so_in_the_drawn_video(model: str, tmp_path: Path, capsys) -> None:
+    source, out = make_video(tmp_path / "a.mp4", 2, aspect=video.Fraction(64, 45)), tmp_path / "o.mp4"
+    for aspect in (video.Fraction(64, 45), video.Fraction(45, 64)):
+        assert infer(model, source, "--output", out) == 0
+        with av.open(str(out)) as container:
+            assert container.streams.video[0].sample_aspect_ratio == aspect
+        assert capsys.readouterr().err.count("non-square pixels") == 1
+        turn_video(source)
+
+
 def test_colors_are_those_of_the_frames(tmp_path: Path) -> None:
     pixels = np.zeros((64, 96, 3), dtype=np.uint8)
     colors = [(200, 30, 40), (30, 180, 50), (40, 50, 220)]
@@ -286,6 +296,8 @@ def test_settings_that_contradict_a_video(model: str) -> None:
         ({"annotations": "a.json"}, "takes the place of --annotations"),
         ({"output": "o.json"}, "must end in .jsonl or .mp4"),
         ({"output": "./v.mp4"}, "is the video itself"),
+        ({"output": ("a.jsonl", "./a.jsonl")}, "--output ./a.jsonl is there twice"),
+        ({"output": ("-", "a.jsonl", "-")}, "--output - is there twice"),
         ({"draw_threshold": 0.5}, "--draw-threshold needs"),
     ):
         with pytest.raises(OdtkError, match=words):

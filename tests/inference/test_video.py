@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from fractions import Fraction
@@ -59,6 +64,53 @@ def test_frames_are_turned_as_the_video_says(tmp_path: Path) -> None:
 
 def test_odd_sizes(tmp_path: Path) -> None:
     assert frames_of(make_video(tmp_path / "a.mp4", 2, size=(63, 47)))[1].pixels.shape == (47, 63, 3)
+
+
+def slow_frames(source: str) -> list[int]:
+    """The numbers of a video's frames, taken more slowly than they are decoded."""
+    with Video(VideoConfig(source)) as opened:
+        assert not opened.live
+        time.sleep(0.3)
+        numbers = [frame.index for frame in opened]
+    assert opened.dropped == opened.disconnects == 0
+    return numbers
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no /dev/shm")
+def test_a_file_under_dev_is_no_camera() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        assert slow_frames(make_video(Path(folder, "a.ts"), 30)) == list(range(30))
+        Path(folder, "b.ts").write_bytes(b"no video" * 100)
+        with pytest.raises(OdtkError, match="is not a whole video file"):
+            Video(VideoConfig(f"{folder}/b.ts"))
+    for path, camera in (("/dev/null", True), ("/dev/video99", True), ("/dev/shm", False), ("/dev/none", False)):
+        assert video.is_camera(path) is camera
+
+
+def test_a_pipe_gives_every_frame_and_ends(tmp_path: Path) -> None:
+    content, pipe = Path(make_video(tmp_path / "a.ts", 30)).read_bytes(), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(content,))
+    writer.start()
+    assert slow_frames(str(pipe)) == list(range(30))
+    writer.join()
+    code = (
+        "import json; from tests.inference.test_video import slow_frames; print(json.dumps(slow_frames('/dev/stdin')))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], input=content, stdout=subprocess.PIPE, check=True, timeout=120)
+    assert json.loads(out.stdout) == list(range(30))
+
+
+def test_non_square_pixels_are_said_once_and_turn_with_the_frames(tmp_path: Path) -> None:
+    path, said = make_video(tmp_path / "a.mp4", 3, aspect=Fraction(64, 45)), []  # type: str, list[str]
+    with Video(VideoConfig(path), log=said.append) as opened:
+        assert [(frame.aspect, frame.pixels.shape) for frame in opened] == [(Fraction(64, 45), (48, 64, 3))] * 3
+    assert len(said) == 1 and f"{path} has non-square pixels (64:45)" in said[0]
+    turn_video(path)
+    assert {frame.aspect for frame in frames_of(path)} == {Fraction(45, 64)}
+    said.clear()
+    with Video(VideoConfig(make_video(tmp_path / "b.mp4", 3)), log=said.append) as opened:
+        assert {frame.aspect for frame in opened} == {1} and not said
 
 
 def test_a_slow_reader_of_a_file_gets_every_frame(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 It needs no odtk: pip install 'tritonclient[http,grpc]' pillow
 
     python client.py photo.jpg --output pictures/
-    python client.py photo.jpg --url localhost:8001 --grpc
+    python client.py photo.jpg --url server:8001 --grpc
+
+A picture that cannot be read is named and left out; the exit code is then 1.
 """
 
 import argparse
@@ -19,23 +21,47 @@ from PIL import Image, ImageDraw, ImageOps
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--url", default="localhost:8000", metavar="HOST:PORT", help="of the server (%(default)s)")
-    parser.add_argument("--grpc", action="store_true", help="ask by gRPC (port 8001 by default), not HTTP")
+    parser.add_argument("--url", metavar="HOST:PORT", help="of the server (localhost:8000, with --grpc localhost:8001)")
+    parser.add_argument("--grpc", action="store_true", help="ask by gRPC, not HTTP")
     parser.add_argument("--model", default="detector", metavar="NAME", help="on the server (%(default)s)")
     parser.add_argument("--threshold", type=float, default=0.3, metavar="SCORE", help="(%(default)s)")
     parser.add_argument("--output", metavar="DIR", help="folder for the pictures with boxes")
     options = parser.parse_args()
     if options.output:
         os.makedirs(options.output, exist_ok=True)
-    detector = Detector(options.url, options.model, options.grpc)
-    for path in options.images:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    protocol, url = ("gRPC", "localhost:8001") if options.grpc else ("HTTP", "localhost:8000")
+    url = (options.url or url).split("://")[-1].rstrip("/")
+    try:
+        detector = Detector(url, options.model, options.grpc)
+    except Exception as error:
+        sys.exit(f"{url} is no Triton server for {protocol}, or has no model {options.model}: {error}")
+    exit_code = 0
+    for path, picture in zip(options.images, picture_names(options.images), strict=True):
+        try:
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        except Exception as error:  # it is missing, damaged or no image
+            print(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            exit_code = 1
+            continue
         found = [one for one in detector(image) if one["score"] > options.threshold]
         for one in found:
             print(json.dumps({"image": path, **one}))
         if options.output:
-            picture = os.path.join(options.output, os.path.splitext(os.path.basename(path))[0] + ".png")
-            draw(image, found).save(picture)
+            draw(image, found).save(os.path.join(options.output, picture))
+    return exit_code
+
+
+def picture_names(paths):
+    """The file name of each image's picture: its own, with a number where an earlier image has that."""
+    names = []
+    for path in paths:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        name, number = f"{stem}.png", 1
+        while name in names:
+            number += 1
+            name = f"{stem}-{number}.png"
+        names.append(name)
+    return names
 
 
 class Detector:
@@ -50,6 +76,8 @@ class Detector:
         self.server = client.InferenceServerClient(url)
         config = self.server.get_model_config(model, **({"as_json": True} if grpc else {}))
         config = config["config"] if grpc else config
+        if "odtk" not in config.get("parameters", {}):
+            raise SystemExit(f"{model} is not of a bundle of odtk: its config.pbtxt has no parameter odtk.")
         self.facts = json.loads(config["parameters"]["odtk"]["string_value"])
         if self.facts["postprocessing"] == "candidates":
             raise SystemExit(f"{model} gives rotated boxes before NMS: ask it by `odtk infer`, which applies it.")
@@ -59,7 +87,10 @@ class Detector:
         pixels, scale = prepare(image, self.facts)
         given = self.client.InferInput("images", [1, *pixels.shape], "UINT8" if pixels.dtype == np.uint8 else "FP32")
         given.set_data_from_numpy(pixels[None])
-        answer = self.server.infer(self.model, [given])
+        try:
+            answer = self.server.infer(self.model, [given])
+        except Exception as error:
+            raise SystemExit(f"{self.model} on the server does not answer: {error}") from None
         scores, boxes, classes = (answer.as_numpy(name)[0] for name in ("scores", "boxes", "classes"))
         size = image.width * scale[0], image.height * scale[1]
         return [
