@@ -8,16 +8,21 @@ cluster (RAY_ADDRESS) leave --cpus out. A worker that is killed is replaced, and
 
 **More CPUs than actors**: each actor holds one, and Ray reads and writes files with those that are left. With none left
 it would wait for ever, without a word; so this is refused.
+
+**An empty output folder**: Ray adds to what is there, so a second run would double every detection; a folder that is
+not empty is refused. Rotated boxes have a column theta.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
 
 import numpy as np
 import ray
+from pyarrow.fs import FileSelector, FileSystem
 from ray.data import ActorPoolStrategy
 
 import odtk
@@ -31,9 +36,10 @@ class Detector:
 
     def __init__(self, model: str, batch: int, **settings: Any) -> None:
         self.model, self.batch = odtk.load(model, **settings), batch
+        self.columns = (*COLUMNS, "theta") if self.model.rotated else COLUMNS
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
-        found: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        found: dict[str, list[Any]] = {name: [] for name in self.columns}
         names = {category.id: category.name for category in self.model.categories}
         images = self.model.predict(list(rows["bytes"]), batch=self.batch, skip_damaged=True)
         for path, one in zip(rows["path"], images, strict=True):
@@ -41,9 +47,15 @@ class Detector:
                 print(f"{path} gets no detections: {one.error}", file=sys.stderr)
             for result in one.to_coco():
                 values = (path, result["category_id"], names[result["category_id"]], result["score"], *result["bbox"])
-                for name, value in zip(COLUMNS, values, strict=True):
+                for name, value in zip(self.columns, values, strict=True):
                     found[name].append(value)
         return found
+
+
+def is_empty(folder: str) -> bool:
+    """Whether nothing lies in a folder, or it is not there."""
+    system, path = FileSystem.from_uri(folder if "://" in folder else os.path.abspath(folder))
+    return not system.get_file_info(FileSelector(path, allow_not_found=True))
 
 
 def main() -> None:
@@ -65,6 +77,8 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    if not is_empty(args.output):
+        sys.exit(f"{args.output} is not empty, and Ray would add to it: give another folder, or remove this one.")
     ray.init(num_cpus=args.cpus)
     cpus = int(ray.cluster_resources().get("CPU", 0))
     if cpus <= args.actors:

@@ -512,6 +512,9 @@ def evaluate(settings: EvaluateSettings) -> Any:
         segmentation=settings.segmentation,
         evaluator=settings.evaluator,
     )
+    for ids, what in ((evaluation.params.imgIds, "images"), (evaluation.params.catIds, "categories")):
+        if not len(ids):
+            raise OdtkError(f"{annotations} has no {what}, so there is nothing to evaluate.")
     metrics = metrics_of(evaluation)
     print_metrics(metrics)
     if settings.output:

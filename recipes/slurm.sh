@@ -14,6 +14,7 @@
 set -euo pipefail
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  # of the 120 seconds above, until torchrun kills odtk; else 30
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export FIRST_NODE=${nodes[0]} RDZV_PORT=$((20000 + SLURM_JOB_ID % 20000))
 

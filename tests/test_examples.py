@@ -9,7 +9,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -87,6 +90,42 @@ def test_ray_finds_what_infer_does(folder: Path) -> None:
     expected = json.loads((folder / "o.json").read_text())
     assert expected
     assert sorted(found) == sorted((r["image_id"], r["category_id"], r["score"], *r["bbox"]) for r in expected)
+
+
+@pytest.fixture
+def ray_infer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example as a module; Ray itself is not needed for its detector and its checks."""
+    pytest.importorskip("pyarrow")
+    for name in ("ray", "ray.data"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    spec = importlib.util.spec_from_file_location("ray_infer", EXAMPLES.parent / "ray_infer.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ray_adds_to_no_folder(ray_infer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would: a second run would double every detection."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b").mkdir()
+    assert ray_infer.is_empty("a b") and ray_infer.is_empty("none") and ray_infer.is_empty(f"file://{tmp_path}/none")
+    (tmp_path / "a b" / "1.parquet").touch()
+    monkeypatch.setattr(sys, "argv", ["ray_infer.py", "model.pth", "photos", "a b"])
+    with pytest.raises(SystemExit, match="^a b is not empty, and Ray would add to it: give another folder"):
+        ray_infer.main()
+    assert not ray_infer.ray.init.called
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_ray_has_columns_of_boxes_and_angles(rotated: bool, ray_infer: ModuleType, tmp_path: Path) -> None:
+    config = ModelConfig(backbones=("ResNet18C4",), classes=2, angles=(0.0,) if rotated else ())
+    detector = ray_infer.Detector(save(detector_of(config, bias=0.0), tmp_path), 1, device="cpu")
+    photo = tmp_path / "1.png"
+    Image.effect_noise((64, 48), 60).convert("RGB").save(photo)
+    found = detector({"path": np.array([str(photo)]), "bytes": np.array([photo.read_bytes()], dtype=object)})
+    assert list(found) == ["path", "category_id", "category", "score", "x", "y", "w", "h"] + ["theta"] * rotated
+    assert found["score"] and len({len(column) for column in found.values()}) == 1
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import get_args_parser
 
 from odtk.cli import build_parser, settings_of
@@ -23,7 +24,8 @@ STANDINS = {  # of Slurm's commands, which note how they were called
     "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "scontrol $*" >> calls; fi',
     "scancel": 'echo "scancel $*" >> calls; kill -TERM "$(cat pid)"',
     "srun": 'echo $$ > pid; exec "$@"',
-    "torchrun": 'trap \'echo saved >> calls; exit 143\' TERM; printf "%s\\n" "$@" > line; sleep $SECONDS_OF_RUN & wait',
+    "torchrun": "trap 'echo saved >> calls; exit 143' TERM; echo \"$TORCH_ELASTIC_SHUTDOWN_TIMEOUT\" > timeout; "
+    'printf "%s\\n" "$@" > line; sleep $SECONDS_OF_RUN & wait',
 }
 
 
@@ -51,6 +53,8 @@ def test_slurm_starts_torchrun_on_each_node(tmp_path: Path) -> None:
     assert (run.nnodes, run.nproc_per_node, run.rdzv_id, run.max_restarts) == ("2", "4", "41", 3)
     assert run.rdzv_endpoint == "n1:20041" and settings.annotations == "a b.json" and settings.batch == 8
     assert not (tmp_path / "calls").exists(), "what has ended is not queued again"
+    signaled = re.search(r"#SBATCH --signal=B:USR1@(\d+)", (RECIPES / "slurm.sh").read_text())
+    assert signaled and 100 <= int((tmp_path / "timeout").read_text()) < int(signaled[1]), "torchrun's own is 30"
 
 
 def test_slurm_saves_and_queues_again_before_the_time_is_over(tmp_path: Path) -> None:
@@ -88,9 +92,16 @@ def test_kubernetes() -> None:
     name, subdomain = job["metadata"]["name"], pod["subdomain"]
     assert run.rdzv_endpoint == f"{name}-0.{subdomain}:29400" and service["metadata"]["name"] == subdomain
     assert service["spec"]["selector"] == {"job-name": name} and service["spec"]["publishNotReadyAddresses"]
-    given = {one["name"] for one in container["env"]}
-    assert set(re.findall(r"\$\((\w+)\)", " ".join(line))) <= given
+    given = {one["name"]: one.get("value") for one in container["env"]}
+    assert 100 <= int(given["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    assert set(re.findall(r"\$\((\w+)\)", " ".join(line))) <= set(given)
     volumes = {volume["name"] for volume in pod["volumes"]}
     places = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert set(places.values()) <= volumes and "/dev/shm" in places
     assert all(value.startswith("/data/") for value in (settings.model, settings.annotations, settings.images or ""))
+
+
+def test_torchrun_knows_the_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "110")
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == 110
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110\n" in (RECIPES.parent / "docs" / "machines.md").read_text()

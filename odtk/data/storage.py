@@ -7,6 +7,7 @@ file, no permission) is refused at once.
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import os
 import random
@@ -163,6 +164,9 @@ def file_system(protocol: str) -> Any:
         waits = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
         more["config_kwargs"] = {**waits, "retries": {"max_attempts": 1}}
     try:
+        needed = list(inspect.signature(fsspec.get_filesystem_class(protocol).__init__).parameters.values())[1:]
+        if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in needed):  # ftp's host, for one
+            raise OdtkError(f"{protocol}:// cannot be read: tar files are read from http, https, s3 and file.")
         system = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **more)
     except (ImportError, ValueError) as error:
         raise OdtkError(f"{protocol}:// cannot be read: {error}; try pip install 'odtk[scale]'.") from error

@@ -31,7 +31,7 @@ from .headers import is_text, remove_unused
 from .images import EXTENSIONS, Header, ImageError, MissingImage, read_header
 from .storage import RangedFile, Seekable, find_files, read_ranges
 
-VERSION = f"1, Pillow {PIL.__version__}"  # the number rises with the rules of images.py
+VERSION = f"2, Pillow {PIL.__version__}"  # the number rises with the rules of images.py and of scan()
 SCAN_THREADS = 16  # tar files that are looked through at once
 SAID_AFTER = 10.0  # seconds of reading
 SHOWN = 3  # names in a message
@@ -234,15 +234,17 @@ def scan(file: RangedFile) -> list[Row]:
         OdtkError: it cannot be read, or is not a whole, uncompressed tar.
     """
     rows: list[Row] = []
+    places: dict[str, Row] = {}  # by name, for hard links
     with file.open() as opened:
         try:
             with tarfile.open(fileobj=opened, mode="r:") as tar:
                 while (info := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                    if info.isreg() and os.path.splitext(info.name)[1].lower() in EXTENSIONS:
+                    if (info.isreg() or info.islnk()) and is_image(info.name):
                         if info.issparse():
                             raise OdtkError(f"{file.url} holds {info.name} as a sparse file: write it as a plain one.")
-                        rows.append(row_of(opened, info))
+                        rows.append(link_of(file, info, places) if info.islnk() else row_of(opened, info))
+                        places[rows[-1][0]] = rows[-1]
                 end = tar.offset  # after the last member; tarfile stops at a damaged one without a word
         except tarfile.TarError as error:
             raise OdtkError(f"{file.url} is not a whole, uncompressed tar file ({error}).") from None
@@ -253,9 +255,29 @@ def scan(file: RangedFile) -> list[Row]:
     return rows
 
 
+def is_image(name: str) -> bool:
+    """Whether a member is an image by its name; macOS writes ._NAME.jpg beside each file, which is none."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not os.path.basename(name).startswith("._")
+
+
+def plain_name(name: str) -> str:
+    return name.removeprefix("./")
+
+
+def link_of(file: RangedFile, info: tarfile.TarInfo, places: dict[str, Row]) -> Row:
+    """A hard link to an earlier image of the same tar."""
+    row = places.get(plain_name(info.linkname))
+    if row is None:
+        raise OdtkError(
+            f"{file.url} holds {info.name} as a hard link to {info.linkname}, which is no image before it: "
+            "write it as a plain file (tar --hard-dereference)."
+        )
+    return (plain_name(info.name), *row[1:])
+
+
 def row_of(opened: BinaryIO, info: tarfile.TarInfo) -> Row:
     """A member of a tar that is an image."""
-    name, offset, size = info.name.removeprefix("./"), info.offset_data, info.size
+    name, offset, size = plain_name(info.name), info.offset_data, info.size
     try:
         header = read_header(Slice(opened, offset, size))  # type: ignore[arg-type]
     except ImageError as error:

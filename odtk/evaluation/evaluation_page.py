@@ -269,6 +269,8 @@ def calibration_section(found: Findings) -> Markup:
     judged = found.judged
     if not len(judged.score):
         return paragraph("There are no detections.")
+    if judged.ignored.all():
+        return paragraph("There are no detections that count.")
     if judged.score.min() < 0 or judged.score.max() > 1:
         return paragraph("The scores are not between 0 and 1, so they are no probabilities.")
     known = [b for b in found.bins if b.count]

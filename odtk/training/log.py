@@ -379,7 +379,8 @@ def open_writers(config: RunConfig, start: int, iters: int) -> list[Background]:
     if config.post_metrics:
         found.append(Background(MetricsPoster(config.post_metrics), f"--post-metrics {config.post_metrics}"))
     for name in config.log_to:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # without an origin it is a mere folder of this name, such as ./wandb
             raise OdtkError(f"--log-to {name} needs its package: pip install 'odtk[{name}]'.")
     if config.logdir:
         found.append(Background(LogFiles(config.logdir, new=not start), f"--logdir {config.logdir}"))

@@ -261,6 +261,25 @@ def test_damage_in_a_tar_is_found_as_in_a_folder(data: Path, tmp_path: Path) -> 
     assert refused["image 16"] == f"there is no such image in {tmp_path / 'a.tar'}"
 
 
+def test_hard_links_are_images(data: Path, tmp_path: Path) -> None:
+    """As tar writes the same file twice; what macOS adds is none, and a link to nothing is refused."""
+    content = (data / "images" / "000.jpg").read_bytes()
+    members = (("./a.jpg", ""), ("./._a.jpg", ""), ("./b.jpg", "./a.jpg"), ("./c/d.jpg", "b.jpg"), ("a.cls", "no.cls"))
+    for more in ((), (("e.jpg", "no.jpg"),)):
+        path = tmp_path / f"{len(more)}.tar"
+        with tarfile.open(path, "w") as tar:
+            for name, target in (*members, *more):
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = (tarfile.LNKTYPE, target) if target else (tarfile.REGTYPE, "")
+                info.size = 0 if target else len(content)
+                tar.addfile(info, io.BytesIO(content))
+    images = Dataset.load(None, str(tmp_path / "0.tar")).images
+    assert [image.path.relative_to(tmp_path / "0.tar").as_posix() for image in images] == ["a.jpg", "b.jpg", "c/d.jpg"]
+    assert all(image.read() == content for image in images)
+    with pytest.raises(OdtkError, match=r"1.tar holds e.jpg as a hard link to no.jpg, which is no image before it"):
+        Dataset.load(None, str(tmp_path / "1.tar"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 
@@ -294,6 +313,7 @@ def test_sources_that_make_no_sense_are_refused(data: Path, tmp_path: Path) -> N
         (f"{shards}/no.tar", "Cannot read .*no.tar: No such file"),
         ("s3://bucket/folder", "is not the address of a .tar"),
         ("none://bucket/a.tar", "none:// cannot be read"),
+        ("ftp://localhost/a.tar", "^ftp:// cannot be read: tar files are read from http, https, s3 and file.$"),
         ([f"{shards}/*.tar", str(data / "images")], "either tar files or folders"),
         ([f"{shards}/*.tar", str(tmp_path / "again.tar")], "000.jpg is in .*train-000.tar and again in .*again.tar"),
         (str(tmp_path / "none.tar"), "There are no images"),

@@ -148,6 +148,29 @@ def test_scores_that_are_no_probabilities(tmp_path: Path) -> None:
     assert "they are no probabilities" in shown
 
 
+def test_detections_that_do_not_count(tmp_path: Path) -> None:
+    """One inside a crowd alone."""
+    truth, _ = write_set(tmp_path, files=False)
+    content = json.loads(truth.read_text())
+    crowd = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 60, 60], "iscrowd": 1}
+    found = [{"image_id": 1, "category_id": 1, "bbox": [20, 20, 20, 20], "score": 0.9}]
+    for objects in ([crowd], [*content["annotations"], {**crowd, "id": 1000}]):
+        shown = evaluation_page(run_cocoeval(found, {**content, "annotations": objects}), "x", {}, lambda _: None)
+        assert "There are no detections that count." in shown and "nan" not in shown
+
+
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_nothing_to_evaluate_is_refused(key: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    truth, detections = write_set(tmp_path, files=False)
+    truth.write_text(json.dumps({**json.loads(truth.read_text()), "annotations": [], key: []}))
+    detections.write_text("[]")
+    report = tmp_path / "out.html"
+    assert main(["evaluate", str(detections), "--annotations", str(truth), "--report", str(report)]) == 1
+    said = capsys.readouterr()
+    assert said.err == f"odtk: {truth} has no {key}, so there is nothing to evaluate.\n" and not said.out
+    assert not report.exists()
+
+
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
     truth, detections = write_set(tmp_path, files=False)
     with pytest.raises(OdtkError, match=r"--report .*json: the name of the page must end in .html"):

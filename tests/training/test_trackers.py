@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,10 @@ def test_a_tracker_that_fails_stops_no_run(
 def test_a_package_that_is_missing_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OdtkError, match=r"--log-to wandb needs its package: pip install 'odtk\[wandb\]'"):
+        RunLog(config(tmp_path, "wandb"), 0, 10)
+    folder = ModuleSpec("wandb", None, is_package=True)  # what find_spec gives for an empty ./wandb
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: folder)
+    with pytest.raises(OdtkError, match="--log-to wandb needs its package"):
         RunLog(config(tmp_path, "wandb"), 0, 10)
     with pytest.raises(OdtkError, match="--log-to mlflow needs --logdir DIR"):
         TrainSettings(model="m.pth", annotations="a.json", log_to=("mlflow",))
