@@ -25,9 +25,9 @@ from ..config import OdtkError
 from ..data.coco import categories_of, entry_fault, is_mask_side, is_number, prepare_ground_truth
 from ..data.layouts import load_annotations
 from ..files import parse_json
-from ..inference.shards import SUFFIX, read_results
+from ..inference.shards import SUFFIX, images_done, read_results
 from ..ops import rotated_iou
-from ..text import printable
+from ..text import plural, printable, say
 
 STATS = (
     "AP",
@@ -133,6 +133,9 @@ def run_cocoeval(
     file, results_file = (given if isinstance(given, str) else "" for given in (annotations, detections))
     truth = prepare_ground_truth(truth, file, segmentation=segmentation)
     check_detections(results, truth, results_file, segmentation=segmentation)
+    done, total = images_done(results_file) if results_file else None, len(truth["images"])
+    if done is not None and done < total:
+        say(f"{done} of {plural(total, 'image')} are done; the others count as without detections.")
     if rotated is None:
         rotated = any(len(entry["bbox"]) == 5 for entry in (*truth["annotations"], *results))
     index, evaluation = evaluator_classes(evaluator, rotated=rotated and not segmentation)

@@ -1,9 +1,9 @@
 """A run that goes on where an earlier one was killed: OUTPUT.parts/, beside the output.
 
-It holds the shards of every rank (shards.py) and run.json, which says what the run was: the model's hash, its images,
-and every setting that detections depend on. A run that is not the same is refused with the difference. As the images
-of a batch depend on the number of processes and on --batch, these belong to it. The folder is removed when the outputs
-are written.
+It holds the shards of every rank (shards.py) and run.json, which says what the run was: the model's hash, its images
+with the sizes and times of their files, and every setting that detections depend on. A run that is not the same is
+refused with the difference. As the images of a batch depend on the number of processes and on --batch, these belong to
+it. The folder is removed when the outputs are written.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,26 @@ from .shards import SUFFIX, ShardWriter, has_parquet, merged, shards_of
 
 RUN = "run.json"
 MANY = 1000  # images: a run of so many should be able to go on
+STREAMS = re.compile(r"/dev/(?!shm/)|/proc/")  # paths that may lead to a file which is open elsewhere
 SHARED_SECONDS = 5.0  # after which a file that one machine wrote is seen on the others, where they share the folder
 Run = dict[str, Any]  # what a run is: a flag or a word → its value
 
 
 def describe_run(
-    config: InferConfig, data: LoaderConfig, backend: Backend, categories: Sequence[Category], images: Sequence[Image]
+    config: InferConfig,
+    data: LoaderConfig,
+    backend: Backend,
+    categories: Sequence[Category],
+    images: Sequence[Image],
+    mended: Collection[int] = (),
 ) -> Run:
     """All that the detections of a run depend on, by the flag that sets it, or by a word.
 
     Args:
         data: as the loader gets it.
         categories: in the order of the class indices.
+        mended: ids of images whose files may have changed.
     """
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(repr((image.id, image.path.name, image.width, image.height, image.orientation)).encode())
     thresholds = {f"--{name.replace('_', '-')}": v for name, v in dataclasses.asdict(backend.thresholds).items()}
     if is_address(config.path):
         assert backend.metadata is not None  # a served model has some
@@ -59,7 +64,7 @@ def describe_run(
         model = file_hash(config.path)
     return {
         "model": model,
-        "images": digest.hexdigest(),
+        "images": digest_of(images, set(mended)),
         "categories": [[category.id, category.name] for category in categories],
         "version of odtk": __version__,
         "device": data.device.partition(":")[0],
@@ -76,6 +81,21 @@ def describe_run(
     }
 
 
+def digest_of(images: Sequence[Image], mended: Collection[int]) -> str:
+    """Changes with the images or their files, those of ``mended`` apart. It does not with the folder that all local
+    files are in: that may have moved, if it has kept their times."""
+    local = [str(image.path) for image in images if image.member is None or image.member.file.is_local]
+    root = os.path.commonprefix(local).rpartition("/")[0]
+    digest = hashlib.sha256()
+    for image in images:
+        path = str(image.path)
+        if image.member is None or image.member.file.is_local:
+            path = path[len(root) :]
+        about = (image.id, path, image.width, image.height, image.orientation)
+        digest.update(repr((*about, *(() if image.id in mended else image.state()))).encode())
+    return digest.hexdigest()
+
+
 def difference(earlier: Run, now: Run) -> str:
     """In which two runs differ, for a message; empty if they do not."""
     found = []
@@ -90,7 +110,7 @@ def difference(earlier: Run, now: Run) -> str:
 @contextlib.contextmanager
 def open_collector(
     config: InferConfig,
-    run: Callable[[], Run],
+    run: Callable[[Collection[int]], Run],
     categories: Sequence[Category],
     *,
     width: int,
@@ -104,7 +124,7 @@ def open_collector(
     share the folder of the output, memory.
 
     Args:
-        run: describe_run of this run, which rank 0 calls.
+        run: describe_run of this run, of ``mended``, which rank 0 calls.
         width: numbers of a box, 4 or 5.
         total: images of all ranks.
         log: takes what the user should know.
@@ -113,7 +133,8 @@ def open_collector(
         OdtkError: there are detections of a run that was another one, another process writes this output, or the
             folder cannot be written.
     """
-    output = next((path for path in config.output if os.path.isfile(path) or not os.path.exists(path)), None)
+    files = [path for path in config.output if os.path.isfile(path) or not os.path.exists(path)]
+    output = next((path for path in files if not STREAMS.match(os.path.abspath(path))), None)
     if output is None:
         yield Memory(total, ranks.group)
         return
@@ -125,40 +146,46 @@ def open_collector(
             )
         yield Memory(total, ranks.group)
         return
-    folder = Path(f"{output}.parts")
+    folder = Path(f"{os.path.realpath(output) if os.path.islink(output) else output}.parts")  # beside the file
     with locked(folder, log) if ranks.rank == 0 else contextlib.nullcontext():
-        token = ranks.from_first(lambda: prepare(folder, run(), override=config.override))
+        token = ranks.from_first(lambda: prepare(folder, run, override=config.override))
         if ranks.all_max(int(not is_seen(folder, token)))[0]:
             log(f"The machines do not share the folder of {output}: detections stay in memory until the end.")
             if ranks.rank == 0 and not any(folder.glob(f"*{SUFFIX}")):
                 shutil.rmtree(folder, ignore_errors=True)
             yield Memory(total, ranks.group)
             return
-        collector = Shards(folder, categories, width, total, ranks, strict=not config.data.skip_damaged)
+        collector = Shards(folder, run, categories, width, total, ranks, strict=not config.data.skip_damaged)
         done = sum(gather(collector.images, ranks.group))
         if done:
             log(f"Going on with {folder}: {done} of {plural(total, 'image')} are done.")
         yield collector
 
 
-def prepare(folder: Path, run: Run, *, override: bool) -> str:
+def prepare(folder: Path, run: Callable[[Collection[int]], Run], *, override: bool) -> str:
     """Makes the folder, or checks that what is in it is of the same run; returns a text that is new in its run.json.
 
     Args:
+        run: as open_collector has it.
         override: detections of another run are removed.
 
     Raises:
         OdtkError: they are of another run, or the folder is not ours.
     """
-    about = folder / RUN
+    now: Run | None = None
+    mended: list[int] = []
     if folder.exists():
         try:
-            earlier = json.loads(about.read_text())["run"]
-        except (OSError, ValueError, KeyError, TypeError):
+            about = json.loads((folder / RUN).read_text())
+            earlier = about["run"]
+            if not override:
+                mended = list(about.get("mended", ()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             if not folder.is_dir() or any(folder.iterdir()):
                 raise OdtkError(f"{folder} is not of `odtk infer`: move it, or give another --output.") from None
-            earlier = run  # it was killed before it wrote anything
-        differs = difference(earlier, run)
+            earlier = None  # it was killed before it wrote anything
+        now = run(mended)
+        differs = "" if earlier is None else difference(earlier, now)
         if differs and not override:
             raise OdtkError(
                 f"{folder} holds the detections of a run that did not end, with {differs}: start that run again to go "
@@ -168,9 +195,13 @@ def prepare(folder: Path, run: Run, *, override: bool) -> str:
             clear(folder)
     make_folder(str(folder))
     token = secrets.token_hex(8)
-    with atomic_write(about) as file:
-        file.write(json.dumps({"token": token, "run": run}).encode())
+    write_run(folder, token=token, run=now or run(mended), mended=mended)
     return token
+
+
+def write_run(folder: Path, **content: Any) -> None:
+    with atomic_write(folder / RUN) as file:
+        file.write(json.dumps(content).encode())
 
 
 def is_seen(folder: Path, token: str) -> bool:
@@ -204,12 +235,14 @@ class Shards:
     """A Collector that writes shards into a folder, after those that an earlier run has written.
 
     Args:
+        run: as open_collector has it.
         strict: damaged images are not accepted, so the work from the first of them on is done again.
     """
 
     def __init__(
         self,
         folder: Path,
+        run: Callable[[Collection[int]], Run],
         categories: Sequence[Category],
         width: int,
         total: int,
@@ -217,7 +250,7 @@ class Shards:
         *,
         strict: bool,
     ) -> None:
-        self.folder, self.total, self.ranks = folder, total, ranks
+        self.folder, self.run, self.total, self.ranks, self.strict = folder, run, total, ranks, strict
         self.earlier = shards_of(folder, ranks.rank)
         if strict:
             clean = [not shard.damaged for shard in self.earlier]
@@ -241,7 +274,16 @@ class Shards:
             raise RuntimeError(f"{images} instead of {self.total} images went through the model.")
         self.paths = [shard.path for shard in shards]
         damaged = sorted(id for shard in shards for id in shard.damaged)
+        if damaged and self.strict:
+            self.let_mend(damaged)
         return Total(sum(shard.rows for shard in shards), sum(shard.found for shard in shards), damaged)
+
+    def let_mend(self, damaged: list[int]) -> None:
+        """Has run.json say that these images, of which the user is told, may be others when the run goes on."""
+        about = json.loads((self.folder / RUN).read_text())
+        if not difference(about["run"], self.run(about["mended"])):  # otherwise others have changed too
+            about["mended"] = sorted({*about["mended"], *damaged})
+            write_run(self.folder, **{**about, "run": self.run(about["mended"])})
 
     def windows(self) -> Iterator[Rows]:
         return merged(self.paths)

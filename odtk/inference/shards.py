@@ -3,18 +3,21 @@
 While a run works, each rank writes what it finds into shards, whole or not at all, so a run that is killed loses the
 last SHARD_SECONDS. Columns: image_id, category_id, category (its name), score, and x, y, w, h (and theta) as in COCO
 results, but not rounded. A shard is sorted by image, and in an image by descending score; its metadata say which part
-of the run's work it holds (Shard).
+of the run's work it holds (Shard), and its name ends in the hash of its content, so no damage goes unseen.
 
 merged() reads any number of shards in the order of the images, and holds few of their rows at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import io
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +25,7 @@ import numpy as np
 
 from ..categories import Category
 from ..config import OdtkError
-from ..files import atomic_write
+from ..files import atomic_write, file_hash, os_error_reason
 from .collect import Part, select
 from .detect import Rows, coco_results, joined, order_of
 
@@ -32,6 +35,7 @@ SHARD_SECONDS = 30.0  # so long, a shard is written
 GROUP_ROWS = 2_000  # of a row group, the least that is read of a file
 WINDOW_ROWS = 20_000  # about as many are merged at a time
 OPEN_FILES = 64
+HASH_DIGITS = 16  # of the SHA-256 of a shard, in its name
 META = b"odtk"  # the key of our metadata in a file
 BOX = ("x", "y", "w", "h", "theta")
 
@@ -130,12 +134,17 @@ class ShardWriter:
             found=len(np.unique(ids)),
             rows=len(ids),
             damaged=[id for part in self.parts for id in part.damaged],
-            path=self.folder / f"{self.rank:05}-{self.first:09}-{self.end:09}{SUFFIX}",
+            path=self.folder,
         )
         about = {name: value for name, value in asdict(shard).items() if name != "path"}
-        with atomic_write(shard.path) as file, ParquetFile(file, self.categories, self.width, about) as writer:
+        content = io.BytesIO()
+        with ParquetFile(content, self.categories, self.width, about) as writer:
             writer.write(select((ids, rows), order_of(ids, rows)))
-        self.written.append(shard)
+        digest = hashlib.sha256(content.getbuffer()).hexdigest()[:HASH_DIGITS]
+        path = self.folder / f"{self.rank:05}-{self.first:09}-{self.end:09}-{digest}{SUFFIX}"
+        with atomic_write(path) as file:
+            file.write(content.getbuffer())
+        self.written.append(replace(shard, path=path))
         self.parts.clear()
         self.first, self.rows, self.since = self.end, 0, time.monotonic()
 
@@ -158,7 +167,7 @@ class ParquetFile:
         self.schema = pa.schema(columns, metadata={META: json.dumps(meta).encode()})
         self.ids = np.array([category.id for category in categories], dtype=np.int64)
         self.names = pa.array([category.name for category in categories], pa.string())
-        self.writer = pq.ParquetWriter(file, self.schema, compression="zstd")
+        self.writer = pq.ParquetWriter(file, self.schema, compression="zstd", write_page_checksum=True)
 
     def __enter__(self) -> ParquetFile:
         return self
@@ -191,7 +200,7 @@ def metadata(path: Path) -> dict[str, Any]:
     try:
         content = pq.read_metadata(path).metadata or {}
         return dict(json.loads(content[META]))
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's ArrowInvalid is a ValueError
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:  # an ArrowInvalid is a ValueError
         reason = f"it lacks the metadata of odtk's {error}" if isinstance(error, KeyError) else str(error)
         raise OdtkError(f"{path} does not hold detections of `odtk infer`: {reason}.") from None
 
@@ -204,12 +213,13 @@ def categories_in(path: Path) -> tuple[Category, ...]:
 def shards_of(folder: Path, rank: int) -> list[Shard]:
     """The shards of a rank up to the first gap: all its work from the start on, each part of it once.
 
-    A shard that cannot be read ends them: its part is done again.
+    Each is read once; one that is damaged ends them: its part is done again.
     """
     found: list[Shard] = []
     end = 0
     for path in sorted(folder.glob(f"{rank:05}-*{SUFFIX}")):
         try:
+            check_whole(path)
             about = metadata(path)
             about.pop("categories")
             shard = Shard(**about, path=path)
@@ -221,17 +231,53 @@ def shards_of(folder: Path, rank: int) -> list[Shard]:
     return found
 
 
+def check_whole(path: Path) -> None:
+    """Checks that a shard holds what was written, by the hash in its name; one without (of 0.3 before its release) is
+    read, group by group.
+
+    Raises:
+        OdtkError: it does not.
+    """
+    with reading(path):
+        parts = path.name.removesuffix(SUFFIX).split("-")
+        if len(parts) > 3:
+            if file_hash(path)[:HASH_DIGITS] != parts[3]:
+                raise ValueError("its content has changed")
+            return
+        file = open_parquet(path)
+        for group in range(file.num_row_groups):
+            file.read_row_group(group)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Names the file in which something cannot be read.
+
+    Raises:
+        OdtkError: something cannot.
+    """
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, MemoryError) as error:
+        raise OdtkError(f"{path} is damaged ({os_error_reason(error)}): run `odtk infer` again.") from error
+
+
+def open_parquet(path: Path) -> Any:
+    """A file whose pages are compared with their checksums as they are read, where it has some."""
+    return parquet(path).ParquetFile(path, page_checksum_verification=True)
+
+
 def merged(paths: Sequence[Path]) -> Iterator[Rows]:
     """The rows of shards with the same categories, by image and in an image as they stand; an image is in one window.
 
     Row groups are read in the order of their first images, and what no later one can precede is given: with images in
     the order of their ids, few row groups are held at a time, else one of each shard.
+
+    Raises:
+        OdtkError: one is damaged.
     """
     pq = parquet(paths[0] if paths else "")
-
-    @functools.lru_cache(OPEN_FILES)
-    def opened(path: Path) -> Any:
-        return pq.ParquetFile(path)
+    opened = functools.lru_cache(OPEN_FILES)(open_parquet)
 
     labels = {category.id: label for label, category in enumerate(categories_in(paths[0]))} if paths else {}
     held: list[Rows] = []
@@ -246,7 +292,8 @@ def merged(paths: Sequence[Path]) -> Iterator[Rows]:
             held = [(rows[0][ready:], rows[1][ready:])]
             count -= ready
             limit = WINDOW_ROWS + 2 * count
-        held.append(rows_of(opened(path).read_row_group(group), labels))
+        with reading(path):
+            held.append(rows_of(opened(path).read_row_group(group), labels))
         count += len(held[-1][0])
     if count:
         rows = joined(held)
@@ -256,10 +303,11 @@ def merged(paths: Sequence[Path]) -> Iterator[Rows]:
 def row_groups(pq: Any, paths: Sequence[Path]) -> Iterator[tuple[int, Path, int]]:
     """The first image, the file and the number of each row group with rows."""
     for path in paths:
-        about = pq.read_metadata(path)
-        for number in range(about.num_row_groups):
-            if about.row_group(number).num_rows:
-                yield about.row_group(number).column(0).statistics.min, path, number
+        with reading(path):
+            about = pq.read_metadata(path)
+            groups = [about.row_group(number) for number in range(about.num_row_groups)]
+            firsts = [group.column(0).statistics.min if group.num_rows else None for group in groups]
+        yield from ((first, path, number) for number, first in enumerate(firsts) if first is not None)
 
 
 def rows_of(table: Any, labels: dict[int, int]) -> Rows:
@@ -271,6 +319,24 @@ def rows_of(table: Any, labels: dict[int, int]) -> Rows:
     return table.column("image_id").to_numpy(), np.stack([label, *numbers], axis=1)
 
 
+def shards_in(folder: Path) -> list[Shard]:
+    """The shards of all ranks."""
+    ranks = sorted({int(file.name[:5]) for file in folder.glob(f"{'[0-9]' * 5}-*{SUFFIX}")})
+    return [shard for rank in ranks for shard in shards_of(folder, rank)]
+
+
+def images_done(path: str | Path) -> int | None:
+    """The images that shards know of, with detections or without: a folder of shards, or one; None for another file.
+
+    Raises:
+        OdtkError: it cannot be read, or is not ours.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return sum(shard.images for shard in shards_in(place))
+    return metadata(place).get("images") if place.suffix == SUFFIX else None
+
+
 def read_results(path: str | Path) -> list[dict[str, Any]]:
     """The COCO results in a Parquet file, or in the shards of a run that has not ended (the folder OUTPUT.parts).
 
@@ -280,8 +346,7 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
     place = Path(path)
     paths = [place]
     if place.is_dir():
-        ranks = sorted({int(file.name[:5]) for file in place.glob(f"[0-9]*-*{SUFFIX}")})
-        paths = [shard.path for rank in ranks for shard in shards_of(place, rank)]
+        paths = [shard.path for shard in shards_in(place)]
         if not paths:
             raise OdtkError(f"The folder {path} holds no detections: no shards of `odtk infer` are in it.")
     categories = categories_in(paths[0])

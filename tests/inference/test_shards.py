@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,15 @@ from PIL import Image
 import odtk
 from odtk.categories import Category
 from odtk.config import InferConfig, LoaderConfig, ModelConfig, OdtkError, PostprocessConfig, TilesConfig
-from odtk.evaluation.evaluate import read_detections
+from odtk.data import records
+from odtk.data.storage import RangedFile
+from odtk.data.tars import Member
+from odtk.evaluation.evaluate import read_detections, run_cocoeval
 from odtk.inference import infer, resume, shards
 from odtk.inference.collect import Memory, Part
 from odtk.inference.detect import coco_results, joined
 from odtk.launch import launch
+from odtk.ranks import CpuGroup
 from tests.random_models import detector_of, save
 
 torch.set_num_threads(1)
@@ -132,6 +137,64 @@ def test_a_gap_or_a_damaged_shard_ends_what_is_done(tmp_path: Path, monkeypatch)
     assert shards.shards_of(tmp_path, 3) == writer.written[:2]
     writer.written[1].path.unlink()
     assert shards.shards_of(tmp_path, 3) == writer.written[:1] and shards.shards_of(tmp_path, 0) == []
+
+
+def one_shard(folder: Path) -> shards.Shard:
+    writer = shards.ShardWriter(folder, 0, 0, CATEGORIES, 4)
+    for part in made_up(list(range(12)), 4):
+        writer.add(part)
+    writer.flush()
+    return writer.written[0]
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :]
+
+
+def test_no_flipped_bit_of_a_shard_goes_unseen(tmp_path: Path) -> None:
+    path = one_shard(tmp_path).path
+    content = path.read_bytes()
+    assert len(shards.shards_of(tmp_path, 0)) == 1
+    for place in range(0, len(content), 7):
+        path.write_bytes(flipped(content, place))
+        assert shards.shards_of(tmp_path, 0) == []
+    path.write_bytes(content)
+    (data,) = (shards.open_parquet(path).metadata.row_group(0).column(i) for i in [3])  # scores
+    path.write_bytes(flipped(content, data.data_page_offset + data.total_compressed_size - 3))
+    with pytest.raises(OdtkError, match=rf"{path.name} is damaged \(.*\): run `odtk infer` again"):
+        list(shards.merged([path]))
+
+
+def test_a_shard_of_before_has_no_hash_and_is_read(tmp_path: Path, monkeypatch) -> None:
+    """Nor have its pages checksums; what cannot be decompressed ends what is done."""
+    writer_of = shards.parquet().ParquetWriter
+    plain = lambda *args, write_page_checksum, **kwargs: writer_of(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(shards.parquet(), "ParquetWriter", plain)
+    shard = one_shard(tmp_path)
+    expected = read_detections(str(tmp_path))
+    old = shard.path.rename(tmp_path / "00000-000000000-000000006.parquet")
+    assert read_detections(str(tmp_path)) == expected and len(expected) > 12
+    old.write_bytes(flipped(old.read_bytes(), 4))  # the head of the first page
+    assert shards.shards_of(tmp_path, 0) == []
+
+
+def test_what_is_not_done_is_said_to_count_as_without_detections(tmp_path: Path, capsys) -> None:
+    shard = one_shard(tmp_path)  # of 12 images
+    box = {"id": 1, "image_id": 1, "category_id": -3, "bbox": [1, 1, 5, 5], "area": 25, "iscrowd": 0}
+    for count in (12, 15):
+        truth = {
+            "images": [{"id": i, "width": 64, "height": 64, "file_name": f"{i}.png"} for i in range(count)],
+            "categories": [{"id": c.id, "name": c.name} for c in CATEGORIES],
+            "annotations": [box],
+        }
+        (tmp_path / "truth.json").write_text(json.dumps(truth))
+        for found in (tmp_path, shard.path):
+            run_cocoeval(str(found), str(tmp_path / "truth.json"))
+            said = f"12 of {count} images are done; the others count as without detections.\n"
+            assert capsys.readouterr().out == (said if count > 12 else "")
+    infer.write_results(shards.merged([shard.path]), CATEGORIES, str(tmp_path / "whole.parquet"), 4)
+    run_cocoeval(str(tmp_path / "whole.parquet"), str(tmp_path / "truth.json"))
+    assert capsys.readouterr().out == ""
 
 
 def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
@@ -271,6 +334,80 @@ def test_another_run_is_refused_with_the_difference(model, images, tmp_path, mon
     expected = infer.infer(config(model, images, tmp_path / "other.json", **changed))
     assert infer.infer(config(model, images, output, override=True, **changed)) == expected
     assert not (tmp_path / "out.json.parts").exists()
+
+
+def test_other_images_of_the_same_names_are_refused(model, images, tmp_path, monkeypatch) -> None:
+    """A folder that was moved with the times of its files holds the same."""
+    own = Path(shutil.copytree(images, tmp_path / "images"))
+    output = tmp_path / "out.json"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_after(patch, 1)
+        infer.infer(config(model, own, output))
+    good = Path(shutil.copytree(own, tmp_path / "good"))  # as cp -p
+    pixels = np.array(Image.open(own / "6.png"))
+    Image.fromarray(255 - pixels).save(own / "6.png")
+    with pytest.raises(OdtkError, match="did not end, with other images: start"):
+        infer.infer(config(model, own, output))
+    (good / "3.png").rename(good / "2b.png")
+    with pytest.raises(OdtkError, match="did not end, with other images: start"):
+        infer.infer(config(model, good, output))
+    (good / "2b.png").rename(good / "3.png")
+    assert infer.infer(config(model, good, output)) == infer.infer(config(model, images, tmp_path / "whole.json"))
+
+
+def test_which_members_of_tar_files_are_the_same_images() -> None:
+    def digest(url: str, version: str, offset: int) -> str:
+        member = Member(RangedFile(url, 9000, version), "a/1.png", offset, 70)
+        boxes, labels = np.zeros((0, 4)), np.zeros(0, dtype=np.int64)
+        return resume.digest_of([records.Image(1, member.path, 8, 8, boxes, labels, member=member)], ())
+
+    first = digest("s3://bucket/x.tar", "v1", 512)
+    others = [("s3://other/x.tar", "v1", 512), ("s3://bucket/x.tar", "v2", 512), ("s3://bucket/x.tar", "v1", 1024)]
+    assert first not in [digest(*other) for other in others]
+    assert digest("https://host/x.tar?key=1", "v1", 512) == digest("https://host/x.tar?key=2", "v1", 512)
+    assert digest("/data/x.tar", "1", 512) == digest("/moved/x.tar", "1", 512) != digest("/data/x.tar", "2", 512)
+
+
+def test_the_part_of_a_damaged_shard_is_done_again(model, images, tmp_path, monkeypatch) -> None:
+    expected = infer.infer(config(model, images, tmp_path / "whole.json"))
+    for which, place in ((0, 0.1), (0, 0.3), (1, 0.2), (1, 0.7)):
+        output = tmp_path / "out.json"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            stop_after(patch, 2)
+            infer.infer(config(model, images, output))
+        path = sorted((tmp_path / "out.json.parts").glob("*.parquet"))[which]
+        content = path.read_bytes()
+        path.write_bytes(flipped(content, int(len(content) * place)))
+        assert infer.infer(config(model, images, output)) == expected
+        assert not (tmp_path / "out.json.parts").exists()
+
+
+def test_parts_lie_beside_the_file_that_a_link_leads_to(model, images, tmp_path, monkeypatch) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "out.json"
+    link.symlink_to("disk/found.json")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_after(patch, 1)
+        infer.infer(config(model, images, link))
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["found.json.parts"]
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.json"]
+    infer.infer(config(model, images, link))
+    assert link.is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["found.json"]
+
+
+def test_what_a_stream_gets_stays_in_memory(model, images, tmp_path) -> None:
+    """Also where it leads to a file (`--output /dev/stdout > found.json`)."""
+
+    def collector(output: str) -> object:
+        asked = config(model, images, Path(output))
+        group = CpuGroup(1)
+        with resume.open_collector(asked, lambda _: {}, CATEGORIES, width=4, total=7, ranks=group, log=print) as opened:
+            return opened
+
+    with open(tmp_path / "found.json", "wb") as file:
+        assert isinstance(collector(f"/dev/fd/{file.fileno()}"), Memory)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json"]
+    assert isinstance(collector(str(tmp_path / "found.json")), resume.Shards)
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(model, images, tmp_path) -> None:
