@@ -219,6 +219,9 @@ def info(model: Path | None = None, /, **settings: Any) -> dict[str, Any]:
     Returns:
         Plain values by name, as `odtk info --json` prints them.
 
+    Raises:
+        OdtkError: the file cannot be read; or, once all is printed, files of a bundle are not as they were written.
+
     Args:
         settings: settings.InfoSettings by name.
     """

@@ -620,7 +620,11 @@ def benchmark(settings: BenchmarkSettings, master: str | None = None) -> None:
 
 
 def info(settings: InfoSettings) -> dict[str, Any]:
-    """Prints and returns what this machine can do, or what a file says of itself."""
+    """Prints and returns what this machine can do, or what a file says of itself.
+
+    Raises:
+        OdtkError: as describe.describe_file; or, once all is printed, files of a bundle are not as they were written.
+    """
     from .describe import describe_file, environment, print_environment, print_file
 
     found = describe_file(settings.model) if settings.model else environment()
@@ -630,6 +634,9 @@ def info(settings: InfoSettings) -> dict[str, Any]:
         print_file(found)
     else:
         print_environment(found)
+    if faults := found.get("faults"):
+        named = ", ".join(f"{name} is {fault}" for name, fault in faults.items())
+        raise OdtkError(f"{settings.model}: {named}: copy the whole bundle again, or export it again.")
     return found
 
 

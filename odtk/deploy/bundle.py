@@ -22,7 +22,7 @@ from ..exporting.metadata import Metadata
 from ..inference.backends import open_backend
 from ..model.checkpoint import Checkpoint, load
 from ..ranks import silent
-from ..settings import ExportSettings
+from ..settings import ExportSettings, TrainSettings
 from ..text import plural, say
 from .as_fed import FedVerdict, verify_as_fed
 from .deepstream import write_deepstream
@@ -187,7 +187,8 @@ def write_settings(folder: str, checkpoint: Checkpoint, settings: ExportSettings
     exported = settings.to_dict() | {"size": list(metadata.size)}
     write_text(folder, "export.yaml", as_yaml(exported))
     if checkpoint.settings is not None:
-        trained = {key: value for key, value in checkpoint.settings.items() if key != "input_size"}
+        known = {field.name for field in dataclasses.fields(TrainSettings)}  # a checkpoint keeps what was found, too
+        trained = {key: value for key, value in checkpoint.settings.items() if key in known}
         write_text(folder, "train.yaml", as_yaml(trained))
 
 

@@ -24,6 +24,7 @@ from ..text import printable
 SCHEMA = 1
 KIND = "odtk bundle"
 MANIFEST = "manifest.json"
+LONGEST_NAME = 255  # characters of a file's name in a manifest
 ONNX, ENGINE, PLUGINS, LABELS, CALIBRATION = (
     "model.onnx",
     "model.plan",
@@ -151,9 +152,10 @@ def read_manifest(folder: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise OdtkError(f"{path} cannot be read ({type(error).__name__}): export the bundle again.") from error
     found = parse_json(text, path)
-    if not isinstance(found, dict) or found.get("kind") != KIND or type(found.get("schema")) is not int:
+    schema = found.get("schema") if isinstance(found, dict) and found.get("kind") == KIND else None
+    if type(schema) is not int or schema < 1:
         raise OdtkError(f"{path} is not the manifest of a bundle of odtk.")
-    if found["schema"] > SCHEMA:
+    if schema > SCHEMA:
         raise OdtkError(f"{folder} was written by a newer odtk ({printable(found.get('odtk'))}): update odtk.")
     files = found.get("files")
     if not isinstance(files, dict) or not all(is_entry(name, entry) for name, entry in files.items()):
@@ -162,17 +164,21 @@ def read_manifest(folder: str) -> dict[str, Any]:
 
 
 def is_entry(name: str, entry: Any) -> bool:
-    """Whether a file's entry in a manifest names a file inside the folder, and its hash."""
+    """Whether a file's entry in a manifest names a file inside the folder, and holds what ``finish`` writes of it."""
     inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-    return inside and isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+    if not inside or len(name) > LONGEST_NAME or not isinstance(entry, dict):
+        return False
+    size = entry.get("bytes")
+    texts = isinstance(entry.get("sha256"), str) and isinstance(entry.get("what"), str)
+    return texts and type(size) is int and size >= 0
 
 
 def fault(folder: str, name: str, manifest: dict[str, Any]) -> str | None:
     """What is wrong with one file of a bundle: missing, changed, unreadable; None if it is as it was written."""
     path = Path(folder, name)
-    if not path.is_file():
-        return "missing"
     try:
+        if not path.is_file():
+            return "missing"
         return None if file_hash(path) == manifest["files"][name]["sha256"] else "changed"
     except OSError:
         return "unreadable"
@@ -205,15 +211,28 @@ def describe(folder: str, describe_file: Callable[[str], dict[str, Any]]) -> dic
     Args:
         describe_file: what an exported file says of itself.
 
+    Returns:
+        Plain values by name. ``faults``: what is wrong by name of a file, or None; ``model``: None where the
+        ONNX file is not whole, or why it is unusable.
+
     Raises:
-        OdtkError: as artifact.
+        OdtkError: as read_manifest.
     """
     manifest = read_manifest(folder)
+    files = manifest["files"]
+    faults = {name: found for name in files if (found := fault(folder, name, manifest))}
     states = {
-        name: f"{fault(folder, name, manifest) or 'as written'}, {entry.get('bytes', 0):,} bytes"
-        + (f": {entry['what']}" if entry.get("what") else "")
-        for name, entry in manifest["files"].items()
+        name: f"{faults.get(name, 'as written')}, {entry['bytes']:,} bytes"
+        + (f": {entry['what']}" if entry["what"] else "")
+        for name, entry in files.items()
     }
+    if ONNX not in files:
+        faults[ONNX] = f"not in {MANIFEST}"
+    model: dict[str, Any] | str | None = None
+    if ONNX not in faults:
+        try:
+            model = {k: v for k, v in describe_file(os.path.join(folder, ONNX)).items() if k != "file"}
+        except OdtkError as error:
+            model, faults[ONNX] = str(error), "unusable"
     head = {key: manifest.get(key) for key in ("schema", "odtk", "created")}
-    model = {key: value for key, value in describe_file(artifact(folder, gpu=False)).items() if key != "file"}
-    return {"bundle": folder, **head, "files": states, "model": model}
+    return {"bundle": folder, **head, "files": states, "faults": faults or None, "model": model}

@@ -36,7 +36,7 @@ def photo(seed: int, size: tuple[int, int] = (90, 60)) -> np.ndarray:
 def ours(pixels: np.ndarray) -> np.ndarray:
     """What odtk's loader feeds, black padding: Pillow's bilinear filter, which is against aliasing."""
     scale = min(SIZE[0] / pixels.shape[0], SIZE[1] / pixels.shape[1])
-    width, height = round(pixels.shape[1] * scale), round(pixels.shape[0] * scale)
+    width, height = (max(1, round(side * scale)) for side in pixels.shape[1::-1])
     canvas = np.zeros((3, *SIZE), np.float32)
     scaled = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     canvas[:, :height, :width] = np.asarray(scaled).transpose(2, 0, 1)
@@ -69,6 +69,16 @@ def test_a_mistake_is_named(change: dict, cause: str) -> None:
     assert cause_of(pairs(dataclasses.replace(RIGHT, **change)), SIZE) == cause
 
 
+@pytest.mark.parametrize("name", ["symmetric padding", "stretched"])
+def test_a_mistake_is_named_where_one_frame_shows_it(name: str) -> None:
+    """The client's resize filter differs from nvinfer's by more on seven frames than the mistake on a portrait."""
+    how = dataclasses.replace(RIGHT, **as_fed.MISTAKES[name])
+    noise = np.random.default_rng(0).integers(0, 256, (7, 256, 256, 3), dtype=np.uint8)
+    square = [(pixels, ours(pixels), ours(pixels)) for pixels in noise]
+    portrait = photo(8, (50, 60))
+    assert cause_of([*square, (portrait, feed(portrait, SIZE, how)[0], ours(portrait))], SIZE) == name
+
+
 def test_padding_of_another_color_is_named() -> None:
     mean = [(pixels, fed, np.where(right == 0, 116, right)) for pixels, fed, right in pairs(RIGHT)]
     assert cause_of(mean, SIZE) == "padding"
@@ -97,6 +107,17 @@ def test_a_mistake_fails_even_where_ap_does_not_show_it() -> None:
     assert FedVerdict("triton", 0.5, 0.5, same, "color order").exit_code == 2
     lost = Comparison(drop=2.0, low=1.0, high=3.0, images=9, allowed=0.3)
     assert FedVerdict("triton", 0.5, 0.48, lost, "resize filter").exit_code == 2
+    assert FedVerdict("triton", 0.5, 0.5, same, "nothing").exit_code == 0
+    assert FedVerdict("triton", 0.5, 0.48, lost, "nothing").exit_code == 2
+
+
+@pytest.mark.parametrize("size", [(2000, 3), (3, 2000), (1, 50), (50, 1), (1, 1)])
+@pytest.mark.parametrize("how", [RIGHT, Feeding(), Feeding(keep_aspect=True, symmetric=True)])
+def test_a_thin_frame_keeps_a_pixel(size: tuple[int, int], how: Feeding) -> None:
+    pixels = np.full((size[1], size[0], 3), 200, np.uint8)
+    values, scale, _ = feed(pixels, SIZE, how)
+    assert values.max() == 200 and min(scale) > 0
+    assert cause_of([(pixels, values, ours(pixels))], SIZE) in {"nothing", "resize filter", "padding", *as_fed.MISTAKES}
 
 
 def test_a_configuration_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
@@ -110,12 +131,19 @@ def test_a_configuration_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> 
 @pytest.fixture
 def measured(bundle: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A copy of the bundle, and a proof on which its model finds everything: images and what it finds in them."""
-    images, folder = tmp_path / "images", Path(shutil.copytree(bundle, tmp_path / "copy"))
+    sizes = [(64, 48)] * 4 + [(90, 60)] * 2  # most are not resized: fed alike
+    folder = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    return folder, proof_of(folder, tmp_path, sizes)
+
+
+def proof_of(folder: Path, tmp_path: Path, sizes: list[tuple[int, int]]) -> dict[str, Any]:
+    """Images of some (width, height), and what the model of a bundle finds in them."""
+    images = tmp_path / "images"
     images.mkdir()
     entries: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
     model = odtk.load(folder / "model.onnx", device="cpu")
-    for i, size in enumerate([(64, 48)] * 4 + [(90, 60)] * 2):  # most are not resized: fed alike
+    for i, size in enumerate(sizes):
         Image.fromarray(photo(i, size)).save(images / f"{i}.png")
         entries.append({"id": i, "file_name": f"{i}.png", "width": size[0], "height": size[1]})
         for (x, y, u, v), label in labeled(model.predict(images / f"{i}.png")):
@@ -124,7 +152,7 @@ def measured(bundle: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     names = [{"id": 3, "name": "red; round cell"}, {"id": 8, "name": "two\nlines"}]
     truth = {"images": entries, "categories": names, "annotations": objects}
     (tmp_path / "truth.json").write_text(json.dumps(truth))
-    return folder, {"annotations": str(tmp_path / "truth.json"), "images": str(images)}
+    return {"annotations": str(tmp_path / "truth.json"), "images": str(images)}
 
 
 def verdict(folder: Path, proof: dict[str, Any], target: str) -> FedVerdict:
@@ -146,6 +174,28 @@ def test_a_bundle_as_deepstream_feeds_it_and_with_a_mistake(measured: tuple[Path
     assert (found.exit_code, found.cause) == (2, "color order") and found.ap_fed < found.ap - 0.05
     assert json.loads((folder / "deepstream" / "as_fed.json").read_text())["cause"] == "color order"
     assert "mend the color order in deepstream/config_infer.txt" in capsys.readouterr().out
+
+
+def test_padding_and_stretching_are_named_though_the_first_images_are_square(bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    proof = proof_of(folder, tmp_path, [(64, 64)] * 8 + [(48, 96)])
+    config = folder / "deepstream" / "config_infer.txt"
+    text = config.read_text()
+    for old, new, cause in (
+        ("symmetric-padding=0", "symmetric-padding=1", "symmetric padding"),
+        ("maintain-aspect-ratio=1", "maintain-aspect-ratio=0", "stretched"),
+    ):
+        assert old in text
+        config.write_text(text.replace(old, new))
+        found = verdict(folder, proof, "deepstream")
+        assert (found.cause, found.exit_code) == (cause, 2)
+
+
+def test_thin_images_are_fed(bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    proof = proof_of(folder, tmp_path, [(64, 48)] * 2 + [(2000, 3), (1, 50)])
+    for target in ("deepstream", "triton"):
+        assert verdict(folder, proof, target).cause in {"nothing", "resize filter", "padding"}
 
 
 @pytest.mark.parametrize(

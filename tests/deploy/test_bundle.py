@@ -15,8 +15,9 @@ from odtk.cli import build_parser, main, settings_of
 from odtk.commands import command_of
 from odtk.config import ModelConfig, OdtkError
 from odtk.deploy import manifest
-from odtk.deploy.bundle import metadata_of
-from odtk.settings import ExportSettings
+from odtk.deploy.bundle import metadata_of, write_settings
+from odtk.model.checkpoint import load
+from odtk.settings import ExportSettings, TrainSettings
 from tests.random_models import detector_of, save
 
 NAMES = ("red; round cell", "two\nlines")
@@ -55,6 +56,28 @@ def test_the_settings_of_the_export_write_it_again(bundle: Path, tmp_path: Path)
     assert (tmp_path / "again" / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
 
 
+def test_the_settings_of_the_training_train_again(bundle: Path, tmp_path: Path, coco: Path) -> None:
+    path = tmp_path / "model.pth"
+    odtk.train(
+        path,
+        annotations=coco / "truth.json",
+        images=coco,
+        backbone=["ResNet18C4"],
+        backbone_weights="none",
+        resize=64,
+        max_size=64,
+        iters=1,
+        batch=2,
+        devices="cpu",
+    )
+    checkpoint = load(str(path))
+    assert checkpoint.settings is not None and {"given", "planned", "held_out", "data"} <= checkpoint.settings.keys()
+    exported = ExportSettings(model=str(path), output="out", bundle=True)
+    write_settings(str(tmp_path), checkpoint, exported, metadata_of(str(bundle / "model.onnx")))
+    again = TrainSettings.of({"settings": tmp_path / "train.yaml"})
+    assert (again.model, again.iters, again.batch) == (str(path), 1, 2)
+
+
 def test_a_bundle_is_used_as_a_model(bundle: Path, coco: Path, tmp_path: Path) -> None:
     def detections(model: Path) -> str:
         output = tmp_path / f"{model.name}.json"
@@ -82,13 +105,43 @@ def test_a_file_that_is_not_as_written_is_named(copy: Path, capsys) -> None:
 
 
 def test_info_shows_the_state_of_every_file(copy: Path, capsys) -> None:
+    assert main(["info", str(copy)]) == 0
+    assert "changed" not in (said := capsys.readouterr()).out and not said.err
     (copy / "labels.txt").write_text("other\n")
     (copy / "export.yaml").unlink()
     found = describe.describe_file(str(copy))
     assert found["files"]["labels.txt"].startswith("changed") and found["files"]["export.yaml"].startswith("missing")
     assert found["files"]["model.onnx"].startswith("as written") and found["model"]["size"] == [64, 64]
-    assert main(["info", str(copy)]) == 0
-    assert "labels.txt" in capsys.readouterr().out
+    assert main(["info", str(copy)]) == 1
+    said = capsys.readouterr()
+    assert "triton/client.py" in said.out
+    assert said.err.count("\n") == 1 and "export.yaml is missing, labels.txt is changed" in said.err
+
+
+def test_info_shows_every_state_where_the_model_is_not_whole(copy: Path, capsys) -> None:
+    with open(copy / "model.onnx", "ab") as file:
+        file.write(b"\0")
+    assert main(["info", str(copy), "--json"]) == 1
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["files"]["model.onnx"].startswith("changed") and found["files"]["labels.txt"].startswith("as written")
+    assert found["model"] is None and "model.onnx is changed" in said.err
+
+
+def test_info_shows_every_state_where_the_model_is_unusable_or_not_listed(copy: Path, capsys) -> None:
+    (copy / "model.onnx").write_bytes(b"no model")
+    metadata = metadata_of(str(copy / "deepstream" / "model.onnx"))
+    (copy / "manifest.json").unlink()
+    manifest.finish(str(copy), "now", metadata)
+    assert main(["info", str(copy)]) == 1
+    said = capsys.readouterr()
+    assert "labels.txt" in said.out and "model.onnx is unusable" in said.err
+    (copy / "model.onnx").unlink()
+    (copy / "manifest.json").unlink()
+    manifest.finish(str(copy), "now", metadata)
+    assert main(["info", str(copy)]) == 1
+    said = capsys.readouterr()
+    assert "labels.txt" in said.out and "model.onnx is not in manifest.json" in said.err
 
 
 @pytest.mark.parametrize(
@@ -100,6 +153,8 @@ def test_info_shows_the_state_of_every_file(copy: Path, capsys) -> None:
         ('{"kind": "odtk bundle", "schema": 99, "odtk": "9", "files": {}}', "newer odtk"),
         ('{"kind": "odtk bundle", "schema": 1, "files": {"../x": {"sha256": ""}}}', "damaged"),
         ('{"kind": "odtk bundle", "schema": 1, "files": {}}', "has no model.onnx"),
+        ('{"kind": "odtk bundle", "schema": -3, "files": {}}', "not the manifest"),
+        ('{"kind": "odtk bundle", "schema": true, "files": {}}', "not the manifest"),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_one_sentence(content: str | None, words: str, tmp_path: Path) -> None:
@@ -107,6 +162,34 @@ def test_a_manifest_that_cannot_be_used_is_one_sentence(content: str | None, wor
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(OdtkError, match=words):
         manifest.artifact(str(tmp_path), gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("labels.txt", {"bytes": "many"}),
+        ("labels.txt", {"bytes": None}),
+        ("labels.txt", {"bytes": True}),
+        ("labels.txt", {"bytes": -1}),
+        ("labels.txt", {"what": ["names"]}),
+        ("x" * 5000, {}),
+    ],
+)
+def test_a_damaged_entry_is_one_short_sentence(name: str, change: dict, copy: Path, capsys) -> None:
+    found = json.loads((copy / "manifest.json").read_text())
+    found["files"][name] = found["files"]["labels.txt"] | change
+    (copy / "manifest.json").write_text(json.dumps(found))
+    assert main(["info", str(copy)]) == 1
+    said = capsys.readouterr().err
+    assert "is damaged (files)" in said and len(said) < 500
+
+
+def test_a_file_whose_name_no_file_system_takes_is_unreadable(copy: Path, capsys) -> None:
+    found = json.loads((copy / "manifest.json").read_text())
+    found["files"]["é" * 200] = found["files"]["labels.txt"]  # 400 bytes
+    (copy / "manifest.json").write_text(json.dumps(found))
+    assert main(["info", str(copy)]) == 1
+    assert "é is unreadable" in capsys.readouterr().err
 
 
 def test_an_engine_is_used_where_a_gpu_is_and_needs_its_plugins(copy: Path) -> None:
