@@ -188,6 +188,7 @@ def write_settings(folder: str, checkpoint: Checkpoint, settings: ExportSettings
     write_text(folder, "export.yaml", as_yaml(exported))
     if checkpoint.settings is not None:
         known = {field.name for field in dataclasses.fields(TrainSettings)}  # a checkpoint keeps what was found, too
+        known -= {"override", "override_settings"}  # which were meant for that run's own file
         trained = {key: value for key, value in checkpoint.settings.items() if key in known}
         write_text(folder, "train.yaml", as_yaml(trained))
 

@@ -69,13 +69,14 @@ def test_the_settings_of_the_training_train_again(bundle: Path, tmp_path: Path, 
         iters=1,
         batch=2,
         devices="cpu",
+        override=True,
     )
     checkpoint = load(str(path))
     assert checkpoint.settings is not None and {"given", "planned", "held_out", "data"} <= checkpoint.settings.keys()
     exported = ExportSettings(model=str(path), output="out", bundle=True)
     write_settings(str(tmp_path), checkpoint, exported, metadata_of(str(bundle / "model.onnx")))
     again = TrainSettings.of({"settings": tmp_path / "train.yaml"})
-    assert (again.model, again.iters, again.batch) == (str(path), 1, 2)
+    assert (again.model, again.iters, again.batch, again.override) == (str(path), 1, 2, False)
 
 
 def test_a_bundle_is_used_as_a_model(bundle: Path, coco: Path, tmp_path: Path) -> None:
