@@ -57,7 +57,8 @@ def make(args: argparse.Namespace) -> None:
     corners = rng.uniform(0, 400, (args.make, BOXES, 2))
     boxes = np.concatenate([corners, rng.uniform(8, 200, (args.make, BOXES, 2))], 2)  # [N, boxes, (x, y, w, h)]
     classes = rng.integers(1, CLASSES + 1, (args.make, BOXES))
-    annotations, detections = [], []
+    annotations: list[dict] = []
+    detections: list[dict] = []
     for image, own, labels in zip(ids.tolist(), boxes, classes, strict=True):
         for box, label in zip(own.tolist(), labels.tolist(), strict=True):
             row = {"id": len(annotations) + 1, "image_id": image, "category_id": label, "bbox": box, "iscrowd": 0}
