@@ -70,7 +70,7 @@ def infer_video(config: InferConfig, rank: int = 0, world: int = 1) -> None:
                 log(f"{path} gets no sound: only the pictures of {video.name} are written.")
         counts = Counts(video, log)
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(stopping_at_signals(video))  # first: PyAV loses signals while it opens a file
+            stop = stack.enter_context(stopping_at_signals(video))  # first, so that none comes before it
             sinks = open_sinks(config, video, stack)
             with contextlib.closing(model.predict_frames(video, config.data.batch)) as found:
                 for one in found:

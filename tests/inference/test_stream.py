@@ -274,7 +274,11 @@ def test_an_interrupted_file_is_written_so_far(
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     argv = ["--output", *outputs, "--batch", 1, "--realtime"]
-    assert infer(model, make_video(tmp_path / "a.mp4", 400), *argv) == 1
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert infer(model, make_video(tmp_path / "a.mp4", 400), *argv) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     count = len(lines_of(outputs[0]))
     assert size <= count < 400 and (len(decoded(outputs[1])) if count else 0) == count
