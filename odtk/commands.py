@@ -112,13 +112,6 @@ def measured(annotations: str | None) -> str | None:
     return with_split(annotations, "val")
 
 
-def need_file(path: str, what: str) -> None:
-    if os.path.isdir(path):
-        raise OdtkError(f"{path} is a folder, not a {what}: of a bundle, pass the .pth that it was exported from.")
-    if not os.path.isfile(path):
-        raise OdtkError(f"There is no {what} {path}.")
-
-
 M = TypeVar("M", InferSettings, BenchmarkSettings)
 
 
@@ -133,6 +126,8 @@ def with_file(settings: M, *, gpu: bool | None = None) -> M:
     """
     if not os.path.isdir(settings.model):
         if "://" not in settings.model:
+            from .files import need_file
+
             need_file(settings.model, "model")
         return settings
     import torch
@@ -434,6 +429,7 @@ def infer_rank(config: InferConfig, rank: int = 0, world: int = 1) -> list[dict[
 def export(settings: ExportSettings) -> Verdict | FedVerdict | None:
     """Writes the artifact or the bundle; returns what --verify found, or None if that was not asked for."""
     from .exporting.export import export
+    from .files import need_file
     from .model.checkpoint import load
 
     need_file(settings.model, "model")

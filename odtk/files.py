@@ -118,6 +118,18 @@ def fsync_folder(folder: str) -> None:
             os.close(descriptor)
 
 
+def need_file(path: str | os.PathLike[str], what: str) -> None:
+    """Refuses the path of a model to read where no file is.
+
+    Raises:
+        OdtkError: it is a folder, or does not exist; ``what`` says what the file should be.
+    """
+    if os.path.isdir(path):
+        raise OdtkError(f"{path} is a folder, not a {what}: of a bundle, pass the .pth that it was exported from.")
+    if not os.path.isfile(path):
+        raise OdtkError(f"There is no {what} {path}.")
+
+
 def check_writable(path: str) -> None:
     """Checks before long work that write_json and atomic_write will be able to write ``path``.
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..categories import Category, from_pairs, to_pairs
 from ..config import ModelConfig, OdtkError, from_dict, to_dict
-from ..files import atomic_write
+from ..files import atomic_write, need_file
 from .checkpoint_faults import FLOATS, content_fault, mismatch, odtk_02_fault, tensors_of, weights_fault
 from .detector import Detector
 
@@ -152,10 +152,7 @@ def read_dictionary(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         OdtkError: no such file, one that cannot be read, or one that holds no dictionary.
     """
-    if os.path.isdir(path):
-        raise OdtkError(f"{path} is a folder, not a checkpoint: of a bundle, pass the .pth that it was exported from.")
-    if not os.path.isfile(path):
-        raise OdtkError(f"There is no checkpoint {path}.")
+    need_file(path, "checkpoint")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch notices in a damaged file is said by our own sentence

@@ -466,6 +466,17 @@ def cap(side: float) -> int:
     return math.ceil(side / STEP - 1e-6) * STEP
 
 
+def enough_steps(images: float, batch: int, least: int, processes: int = 1) -> int:
+    """A batch, halved while so many images make fewer than SHORT steps of it, not below ``least``.
+
+    Args:
+        processes: that share the batch, and every half of it, evenly.
+    """
+    while images / batch < SHORT and batch // 2 >= least and batch % (2 * processes) == 0:
+        batch //= 2
+    return batch
+
+
 def too_few_steps(images: float, batch: int) -> str:
     """Why a batch was halved, of a run that sees so many images."""
     return (
@@ -475,12 +486,10 @@ def too_few_steps(images: float, batch: int) -> str:
 
 
 def batch(s: Situation) -> Iterator[Decision]:
-    each, why = BATCH, "the learning rate is meant for it"
     devices = s.machine.processes if s.machine.kind == "cuda" else 1
     images = s.affordable() * s.batch
-    while each > SHORT_BATCH and images / (each * devices) < SHORT:
-        each //= 2
-        why = too_few_steps(images, BATCH * devices)
+    each = enough_steps(images / devices, BATCH, SHORT_BATCH)
+    why = "the learning rate is meant for it" if each == BATCH else too_few_steps(images, BATCH * devices)
     while each > 1 and s.bytes(each) > 0.7 * s.machine.memory:
         each //= 2
         why = f"what {s.machine.memory / 2**30:.0f} GiB hold"

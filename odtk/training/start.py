@@ -16,7 +16,7 @@ from ..ranks import CpuGroup
 from ..settings import LENGTH, TrainSettings, seconds_of
 from .log import Meter, print_line
 from .plan import Plan, plan
-from .rules import SHORT, SHORT_BATCH, Decision, Machine, count_evaluations, too_few_steps, without_evaluations
+from .rules import SHORT_BATCH, Decision, Machine, count_evaluations, enough_steps, too_few_steps, without_evaluations
 from .run import Earlier
 from .train import set_up, step, train
 from .training_set import TrainingSet
@@ -169,16 +169,18 @@ def with_length(made: Plan, task: Task, source: TrainingSet, seconds: float, spe
         seconds: of an iteration.
         spent: seconds of the time that are gone.
     """
-    given, batch, evaluation = made.settings.time, made.settings.batch, made.evaluation
+    given, batch = made.settings.time, made.settings.batch
     assert given is not None and batch is not None
-    possible = (seconds_of(given) - spent) / seconds
-    images = possible * batch
     found = []
-    processes = task.machine.processes
-    least = SHORT_BATCH * (processes if task.machine.kind == "cuda" else 1)
-    while possible < SHORT and "batch" not in made.given and batch // 2 >= least and batch % (2 * processes) == 0:
-        batch, possible, seconds, evaluation = batch // 2, 2 * possible, seconds / 2, 2 * evaluation
-        found = [Decision({"batch": batch}, too_few_steps(images, 2 * batch))]
+    possible, evaluation = (seconds_of(given) - spent) / seconds, made.evaluation
+    if "batch" not in made.given:
+        images, processes = possible * batch, task.machine.processes
+        least = SHORT_BATCH * (processes if task.machine.kind == "cuda" else 1)
+        smaller = enough_steps(images, batch, least, processes)
+        if smaller < batch:
+            found = [Decision({"batch": smaller}, too_few_steps(images, batch))]
+            times = batch / smaller
+            possible, seconds, evaluation = times * possible, seconds / times, times * evaluation
     iters = int(without_evaluations(possible, evaluation))
     evaluations = count_evaluations(possible, evaluation) * evaluation * seconds
     reason = (
