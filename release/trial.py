@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -26,7 +27,8 @@ LOADER = "--loader torch --devices cpu"
 CHAIN = (
     "info",
     "synth data --images 10 --size 64 96 --classes 2",
-    f"train model.pth --annotations data/train.json --images data/train {TRAINING} {LOADER} --backbone ResNet18FPN",
+    f"train model.pth --annotations data/train.json --images data/train {TRAINING} {LOADER} --backbone ResNet18FPN "
+    "--head-convs 1",
     "export model.pth model.onnx --size 64 96 --devices cpu",
     f"infer model.onnx --images data/val --annotations data/val.json --output detections.json {LOADER}",
 )
@@ -34,7 +36,7 @@ CHAIN = (
 
 def environment(folder: Path, *, beside: bool = False) -> Path:
     """A new virtual environment; with ``beside`` it finds this one's packages behind its own. Returns its Python."""
-    venv.create(folder, with_pip=True)
+    venv.create(folder, with_pip=not beside)
     python = folder / "bin" / "python"
     if beside:
         (site,) = folder.glob("lib/python*/site-packages")
@@ -47,7 +49,9 @@ def install(
     python: Path, package: Path, *, extras: Sequence[str] = (), constraint: Path | None = None, beside: bool = False
 ) -> None:
     """Installs a package with these extras and, unless it is ``beside`` them, its requirements."""
-    command: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # Beside this environment's packages its pip does it too; a pip of its own takes ten seconds to set up.
+    command: list[str | Path] = [sys.executable, "-m", "pip", "--python", python] if beside else [python, "-m", "pip"]
+    command += ["install", "--quiet", "--disable-pip-version-check"]
     if constraint:
         command += ["--constraint", constraint]
     if beside:  # the requirements are there

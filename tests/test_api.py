@@ -33,6 +33,15 @@ def test_importing_odtk_imports_the_standard_library_only() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_torchs_compiler_is_not_imported_before_it_is_asked_for() -> None:
+    """It takes as long to import as all of torch beside it."""
+    code = (
+        "import sys; import odtk.training.train, odtk.inference.infer, odtk.inference.backends\n"
+        "assert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_every_public_name_has_a_home() -> None:
     functions = {"benchmark", "check", "convert", "evaluate", "export", "infer", "info", "load", "synth", "train"}
     functions |= {"plan", "pretrain", "visualize"}

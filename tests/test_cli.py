@@ -347,7 +347,8 @@ def tiny_model(path: Path) -> Path:
 def short_training(folder: Path, model: Path) -> list[str]:
     """A training run of one iteration on the CPU."""
     flags = ["--head", "retinanet", "--backbone", "ResNet18FPN", "--backbone-weights", "none", "--iters", "1"]
-    flags += ["--batch", "1"]
+    flags += ["--batch", "1", "--resnet-width", "0.25", "--pyramid-channels", "64", "--head-channels", "64"]
+    flags += ["--head-convs", "1"]
     flags += ["--resize", "64", "--jitter", "64", "64", "--loader", "torch", "--devices", "cpu"]
     return train_args(folder, *flags, model=str(model))
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,11 +35,20 @@ def run(*argv: object, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """model.pth and model.onnx."""
+    folder = tmp_path_factory.mktemp("models")
+    pth = save(detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2), bias=0.0), folder)
+    export.export(ExportConfig(pth, str(folder / "model.onnx"), size=(48, 64), precision="fp32"))
+    return Path(pth), folder / "model.onnx"
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(models: tuple[Path, Path], tmp_path: Path) -> Path:
     """model.pth, model.onnx, photos/ of three images, photo.jpg, clip.gif and clip.mp4, as the documents name them."""
-    pth = save(detector_of(ModelConfig(backbones=("ResNet18C4",), classes=2), bias=0.0), tmp_path)
-    export.export(ExportConfig(pth, str(tmp_path / "model.onnx"), size=(48, 64), precision="fp32"))
+    for path in models:
+        shutil.copy(path, tmp_path)
     images = [Image.effect_noise((64, 48), 60 + i).convert("RGB") for i in range(3)]
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(images):

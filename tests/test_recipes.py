@@ -95,6 +95,7 @@ def test_every_row_is_trained_measured_and_resumed(coco_layout: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_recipe_on_a_small_set(coco_layout: Path) -> None:
     small = "--devices cpu --loader torch --resize 64 --max-size 96 --iters 2 --backbone-weights none --val-iters 2"
+    small += " --backbone ResNet18FPN --pyramid-channels 32 --head-channels 32 --head-convs 1"
     settings = {"ACCUMULATE": "8", "SUBSET": "1", "ODTK": f"{sys.executable} -m odtk"}
     settings |= {"TRAIN_FLAGS": small, "INFER_FLAGS": "--devices cpu --loader torch"}
     done = run(coco_layout, coco_layout, "out", "dense-large", **settings)

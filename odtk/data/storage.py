@@ -152,6 +152,9 @@ def file_system(protocol: str) -> Any:
     """
     import fsspec
 
+    # Archives and caches, for which an address in front of theirs would say where they are.
+    if protocol in ("zip", "tar", "libarchive", "dir", "generic", "data") or "::" in protocol:
+        raise OdtkError(f"{protocol}:// cannot be read: tar files are read from http, https, s3 and file.")
     more: dict[str, Any] = {}
     if protocol in ("http", "https"):
         try:

@@ -240,6 +240,11 @@ def scan(file: RangedFile) -> list[Row]:
             with tarfile.open(fileobj=opened, mode="r:") as tar:
                 while (info := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                    if info.issym() and is_image(info.name):
+                        raise OdtkError(
+                            f"{file.url} holds {info.name} as a symbolic link to {info.linkname}: write the image "
+                            "itself (tar --dereference)."
+                        )
                     if (info.isreg() or info.islnk()) and is_image(info.name):
                         if info.issparse():
                             raise OdtkError(f"{file.url} holds {info.name} as a sparse file: write it as a plain one.")

@@ -197,13 +197,13 @@ class DetectorRun(Run):
             if config.unlabeled_loss == "pseudo-labels":
                 assert self.ema is not None
                 with torch.no_grad():
-                    said = self.ema.network(images.contiguous(memory_format=torch.channels_last))
+                    said = self.ema.network(images.contiguous(memory_format=torch.channels_last))[0]
                 seen = strong_view(images, unlabeled.loader.config, first)
             seen = seen.contiguous(memory_format=torch.channels_last)
-            logits, boxes, *features = self.model(seen)
+            logits, _, *features = self.model(seen)
             taught = self.taught(seen)
         if config.unlabeled_loss == "pseudo-labels":
-            terms = pseudo_label_loss(logits, boxes, said, unlabeled.share, config.model, self.network.strides)
+            terms = pseudo_label_loss(logits, said, unlabeled.share, config.model)
         else:
             terms = entropy_loss(logits, unlabeled.share, config.model)
         terms = {name: (config.unlabeled_weight * total, count) for name, (total, count) in terms.items()}

@@ -3,7 +3,7 @@
 pseudo-labels (Dense Teacher, https://arxiv.org/abs/2207.02541): the EMA of the weights looks at an image, and what it
 says of every point is what the detector has to say of the same image with other colors, blurred and partly erased. No
 NMS and no threshold stand between. The points of the highest scores are the region that is learned: there the scores
-are soft targets and the boxes count by their score; everywhere else the target is background.
+are soft targets; everywhere else the target is background. Boxes are learned from labeled images alone.
 
 entropy (ADVENT, https://arxiv.org/abs/1811.12833 §3.1): each score is to move away from 0.5, to either side.
 """
@@ -27,9 +27,8 @@ from ..data.loader import create_loader
 from ..data.sampler import Sampler
 from ..model.detector import Detector
 from ..text import plural
-from .loss import BOX_WEIGHT, detection_loss, iou_loss
+from .loss import detection_loss
 
-SMOOTH = LossConfig.beta  # of smooth L1
 COUNTED_IMAGES = 32  # labeled ones that say how many points boxes take
 
 
@@ -139,48 +138,25 @@ Levels = Sequence[Tensor]
 Terms = dict[str, tuple[Tensor, Tensor]]
 
 
-def pseudo_label_loss(
-    logits: Levels,
-    boxes: Levels,
-    taught: tuple[Levels, Levels],
-    share: float,
-    model: ModelConfig,
-    strides: Sequence[int],
-) -> Terms:
-    """Losses between a detector's raw levels and those of a teacher for the same images, as detection_loss has them.
+def pseudo_label_loss(logits: Levels, taught: Levels, share: float, model: ModelConfig) -> Terms:
+    """The loss between a detector's raw scores and those of a teacher for the same images, as detection_loss has it.
 
-    Scores: quality focal loss (https://arxiv.org/abs/2006.04388 eq. 2, β = 2) of all points, whose target is the
-    teacher's score in the region of its highest scores, and 0 elsewhere. Boxes, in the region, weighted by the highest
-    score of the point: GIoU loss where the head gives distances, else smooth L1 of its numbers; FCOS's center-ness by
-    cross entropy. All are normalized by the sum of these scores.
+    Quality focal loss (https://arxiv.org/abs/2006.04388 eq. 2, β = 2) of all points, whose target is the teacher's
+    score in the region of its highest scores, and 0 elsewhere; normalized by the sum of the region's scores, each
+    point's highest. The teacher's boxes are not learned: that cost up to 4 points of AP (docs/unlabeled.md).
 
     Args:
-        logits, boxes: raw levels [N, A·C, h, w] and [N, A·V, h, w] of any float type; computed in float32.
+        logits: raw levels [N, A·C, h, w] of any float type; computed in float32.
         taught: those of the teacher, without gradients.
         share: part of an image's anchors or points that the region has.
-        strides: pixels per cell, per level.
     """
-    scores = [by_anchor(level, model).float().sigmoid() for level in taught[0]]  # [N, h·w·A, C] each
+    scores = [by_anchor(level, model).float().sigmoid() for level in taught]  # [N, h·w·A, C] each
     weights = region(torch.cat([level.amax(-1) for level in scores], 1), share).split([s.shape[1] for s in scores], 1)
-    zero = torch.zeros((), device=scores[0].device)
-    class_sum = box_sum = centerness_sum = zero
-    for own, own_box, score, box, weight, stride in zip(
-        logits, boxes, scores, taught[1], weights, strides, strict=True
-    ):
-        target = score * (weight > 0)[..., None]
-        class_sum = class_sum + soft_focal_loss(by_anchor(own, model).float(), target)
-        raw, other = by_anchor(own_box, model).float(), by_anchor(box, model).float()  # [N, h·w·A, V]
-        if model.box_coder.startswith("distances"):
-            error = iou_loss(raw[..., :4].relu() * stride, other[..., :4].relu() * stride, kind="giou")
-        else:
-            error = F.smooth_l1_loss(raw, other, beta=SMOOTH, reduction="none").sum(-1)
-        box_sum = box_sum + (error * weight).sum()
-        if model.box_coder == "distances_centerness":
-            entropy = F.binary_cross_entropy_with_logits(raw[..., 4], other[..., 4].sigmoid(), reduction="none")
-            centerness_sum = centerness_sum + (entropy * weight).sum()
-    total = sum((weight.sum() for weight in weights), zero)
-    terms = {"cls": (class_sum, total), "box": ((BOX_WEIGHT if model.head == "dense" else 1.0) * box_sum, total)}
-    return {**terms, "centerness": (centerness_sum, total)} if model.head == "fcos" else terms
+    total = count = torch.zeros((), device=scores[0].device)
+    for own, score, weight in zip(logits, scores, weights, strict=True):
+        total = total + soft_focal_loss(by_anchor(own, model).float(), score * (weight > 0)[..., None])
+        count = count + weight.sum()
+    return {"cls": (total, count)}
 
 
 def by_anchor(level: Tensor, model: ModelConfig) -> Tensor:

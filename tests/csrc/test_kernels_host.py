@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from odtk import boxes as geometry
 from odtk import ops
 from odtk.box_coder import BOX_CODERS, BoxCoder
-from odtk.kernels import decode_kernel, nms_kernel
+from odtk.kernels import can_run_on_cuda, decode_kernel, nms_kernel
 from tests import emulation
 from tests import kernel_cases as cases
 from tests.kernel_cases import CANDIDATES, HEADS, Candidates, Head
@@ -266,6 +267,17 @@ def test_the_nms_rule_is_exact_near_the_threshold(kernels: ModuleType) -> None:
         found = kernels.overlaps(six.numpy(), six.numpy(), threshold)
         clear = np.abs(exact - threshold) > 1e-6
         assert np.array_equal(found[clear], (exact > threshold)[clear])
+
+
+def test_whether_the_kernels_run_is_a_constant_of_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """device_error is C++, which torch.compile cannot follow: a function of C that returns 1 stands in for it."""
+    monkeypatch.setattr("odtk.kernels.extension", SimpleNamespace(device_error=ctypes.pythonapi.Py_IsInitialized))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def added(x: torch.Tensor) -> torch.Tensor:
+        return x + (10 if can_run_on_cuda() else 1)
+
+    assert added(torch.zeros(1)).item() == 1
 
 
 def test_rotated_iou_passes_torchs_own_checks_and_compiles(kernels: ModuleType) -> None:

@@ -284,6 +284,18 @@ def test_hard_links_are_images(data: Path, tmp_path: Path) -> None:
 # What is refused
 
 
+def test_symbolic_links_are_named(data: Path, tmp_path: Path) -> None:
+    """Those that would be images: they were passed over, and the images seemed to be missing."""
+    path = tmp_path / "links.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, target in (("README", "../README.md"), ("a.jpg", "/data/a.jpg")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            tar.addfile(info)
+    with pytest.raises(OdtkError, match=r"links.tar holds a.jpg as a symbolic link to /data/a.jpg: write the image"):
+        Dataset.load(None, str(path))
+
+
 def test_what_is_no_whole_tar_is_refused(data: Path, tmp_path: Path) -> None:
     whole = (data / "shards" / "train-000.tar").read_bytes()
     with tarfile.open(data / "shards" / "train-000.tar") as tar:
@@ -314,6 +326,8 @@ def test_sources_that_make_no_sense_are_refused(data: Path, tmp_path: Path) -> N
         ("s3://bucket/folder", "is not the address of a .tar"),
         ("none://bucket/a.tar", "none:// cannot be read"),
         ("ftp://localhost/a.tar", "^ftp:// cannot be read: tar files are read from http, https, s3 and file.$"),
+        (f"zip://{shards}/a.tar", "^zip:// cannot be read: tar files are read from"),
+        (f"simplecache::file://{shards}/a.tar", "^simplecache::file:// cannot be read"),
         ([f"{shards}/*.tar", str(data / "images")], "either tar files or folders"),
         ([f"{shards}/*.tar", str(tmp_path / "again.tar")], "000.jpg is in .*train-000.tar and again in .*again.tar"),
         (str(tmp_path / "none.tar"), "There are no images"),

@@ -313,7 +313,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(name: str, drawn: Path, *more: object) -> list[str]:
     """A command on the drawn set whose model is small; the plan decides the rest."""
     flags = ["--annotations", drawn / "train.json", "--images", drawn / "train", "--backbone", "ResNet18C4"]
-    flags += ["--backbone-weights", "none", "--head-channels", 16, "--head-convs", 1, "--batch", 2, "--loader", "torch"]
+    flags += ["--backbone-weights", "none", "--resnet-width", 0.25, "--pyramid-channels", 64, "--head-channels", 16]
+    flags += ["--head-convs", 1, "--batch", 2, "--loader", "torch"]
     return [str(a) for a in (name, *flags, "--devices", "cpu", *more)]
 
 
