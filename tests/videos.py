@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def make_video(
     import av
 
     container: Any
-    with av.open(str(path), "w", options=options or {}) as container:
+    with av.open(str(path), "w", options=options or {}) as container, own_priority():
         more = {"crf": "10"} if encoder == "libx264" else {}
         stream: Any = container.add_stream(encoder, rate=25, options={"g": str(gop), **more, **(encoder_options or {})})
         stream.width, stream.height = size
@@ -61,6 +63,19 @@ def make_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return str(path)
+
+
+@contextlib.contextmanager
+def own_priority() -> Iterator[None]:
+    """Gives the thread its scheduling back: libsvtav1, if root runs it, makes the thread that opens it a real-time one.
+
+    All later tests of the process, and what they start, then stop everything else on their cores.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def turn_video(path: str) -> None:

@@ -29,6 +29,7 @@ MAX_RESIZE = 4096  # shorter side in pixels, also where small objects ask for mo
 STEP, LEAST = 32, 64  # sides are multiples of the largest stride, and at least two of its cells
 SMALLER, STEPS = 0.8, 2  # a step down in size, and how many there may be
 TOO_SHORT = 0.25  # of the iterations wanted: less of them asks for smaller images
+AMPLE = 96.0  # pixels of √area beyond which more of them bring less than more iterations
 BATCH = 8  # images of one device
 SHORT, SHORT_BATCH = 300, 4  # a run of fewer iterations takes smaller batches, and the least of them
 SEEN, IMAGES, POWER = 4100, 205, 0.8  # images seen = SEEN · (images / IMAGES)^POWER, see docs/plan.md
@@ -417,11 +418,19 @@ def size(s: Situation) -> Iterator[Decision]:
     device = "CPU" if s.machine.kind == "cpu" else "GPU"
     scale, why = fit, "the images' own size" if fit == 1 else f"as large as training on a {device} can be"
 
-    def too_long(scale: float) -> bool:
-        return TOO_SHORT * s.wanted() * s.iteration_seconds(scale**2 * shorter * longer) > s.budget_seconds()
+    def possible(scale: float) -> float:
+        """Of the iterations wanted, the part that the time is enough for."""
+        return s.budget_seconds() / (s.wanted() * s.iteration_seconds(scale**2 * shorter * longer))
 
+    ample = AMPLE / small
+    if s.data.boxes and ample < fit and possible(fit) < 1:
+        scale = max(ample, fit * math.sqrt(possible(fit)))
+        why = (
+            f"smaller than the images, as the time would end before the {s.wanted()} iterations wanted, and objects "
+            "are large enough"
+        )
     for _ in range(STEPS):
-        if scale * SMALLER >= need and too_long(scale):
+        if scale * SMALLER >= need and possible(scale) < TOO_SHORT:
             scale *= SMALLER
             why = (
                 f"smaller than the images, as the time would end before a quarter of the {s.wanted()} iterations wanted"

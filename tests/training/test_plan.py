@@ -147,6 +147,11 @@ def test_the_size() -> None:
     assert (short, decided(time="1m")["max_size"][0]) == (320, 448) and "smaller than the images" in reason
     need = decided(data(relative_side=(0.01, 0.04, 0.05, 0.1, 0.2)), time="2m")["resize"][0]  # 16 px at 400
     assert need == 480 > short
+    huge = data(relative_side=(0.3, 0.4, 0.5, 0.6, 0.7))  # 192 pixels at the full size
+    assert decided(huge)["resize"][0] == 480, "as there is time for all iterations"
+    value, reason = decided(huge, time="1m")["resize"]
+    assert value == 256 and "objects are large enough; a tenth of the objects spans less than 102 pixels" in reason
+    assert 256 < decided(huge, time="4m")["resize"][0] < 480, "no smaller than the iterations wanted ask for"
     tiny = data(shorter=(30,) * 5, longer=(40,) * 5)
     assert decided(tiny)["resize"] == (64, "the least size, as the images are only 30 pixels")
     own = data(shorter=(240,) * 5, longer=(320,) * 5)
