@@ -691,12 +691,11 @@ def test_fine_tuning_loads_what_fits_and_says_so(tmp_path: Path, dataset: Path, 
 def test_backbone_weights(
     tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detector = Detector(ModelConfig(**SMALL))
-    extractor = detector.feature_extractors()["ResNet18C4"].state_dict()
+    model = ModelConfig(backbones=("ResNet18C4",), classes=2, norm="frozen")  # of a width that has weights
+    extractor = Detector(model).feature_extractors()["ResNet18C4"].state_dict()
     weights = {**extractor, "fc.weight": torch.zeros(1000, 512), "layer4.0.conv1.weight": torch.zeros(512, 256, 3, 3)}
     torch.save(weights, tmp_path / "resnet18.pth")
-    config = settings(tmp_path / "m.pth", dataset, backbone_weights=str(tmp_path / "resnet18.pth"))
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="frozen"))
+    config = settings(tmp_path / "m.pth", dataset, backbone_weights=str(tmp_path / "resnet18.pth"), model=model)
     begun = start_weights(config)
     assert torch.equal(begun["backbones.ResNet18C4.layer3.1.conv2.weight"], extractor["layer3.1.conv2.weight"])
     assert "Loaded from" in capsys.readouterr().out
