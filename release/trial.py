@@ -22,13 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 WHERE = "import odtk; print(odtk.__file__)"
-TRAINING = "--iters 2 --batch 4 --resize 64 --max-size 96 --backbone-weights none"
+TRAINING = "--iters 2 --batch 4 --resize 64 --max-size 96 --backbone-weights none --head-convs 1"
 LOADER = "--loader torch --devices cpu"
 CHAIN = (
     "info",
     "synth data --images 10 --size 64 96 --classes 2",
-    f"train model.pth --annotations data/train.json --images data/train {TRAINING} {LOADER} --backbone ResNet18FPN "
-    "--head-convs 1",
+    f"train model.pth --annotations data/train.json --images data/train {TRAINING} {LOADER} --backbone ResNet18FPN",
     "export model.pth model.onnx --size 64 96 --devices cpu",
     f"infer model.onnx --images data/val --annotations data/val.json --output detections.json {LOADER}",
 )

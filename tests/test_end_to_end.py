@@ -44,15 +44,8 @@ CASES = {name: ["--backbone", name, *([] if name in WHOLE else ["--head-convs", 
     "DCN v1": ["--backbone", "ResNet18C4", "--dcn", "4", "--dcn-v1"],
     "ResNet-D, group": ["--backbone", "ResNet18C4", "--norm", "group", "--resnet", "deep-stem", "avg-down"],
     "ResNet50, caffe": [
-        "--backbone",
-        "ResNet50FPN",
-        "--head-convs",
-        "1",
-        "--resnet",
-        "caffe-stride",
-        "zero-init",
-        "--freeze-at",
-        "2",
+        *("--backbone", "ResNet50FPN", "--head-convs", "1"),
+        *("--resnet", "caffe-stride", "zero-init", "--freeze-at", "2"),
     ],
 }
 

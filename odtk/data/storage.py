@@ -28,6 +28,8 @@ CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0  # until a server that does not answe
 BLOCK = 1 << 15  # bytes that are read at least of a remote file that is looked through
 MAX_BLOCKS = 32  # at once, where one block after the other is read
 KEPT_BLOCKS = 64
+# What fsspec has beside storages; where an archive is, the address in front of it would have to say (zip://a::https://…).
+NO_STORAGE = ("zip", "tar", "libarchive", "dir", "generic", "data")
 T = TypeVar("T")
 
 
@@ -152,9 +154,6 @@ def file_system(protocol: str) -> Any:
     """
     import fsspec
 
-    # Archives and caches, for which an address in front of theirs would say where they are.
-    if protocol in ("zip", "tar", "libarchive", "dir", "generic", "data") or "::" in protocol:
-        raise OdtkError(f"{protocol}:// cannot be read: tar files are read from http, https, s3 and file.")
     more: dict[str, Any] = {}
     if protocol in ("http", "https"):
         try:
@@ -167,8 +166,7 @@ def file_system(protocol: str) -> Any:
         waits = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
         more["config_kwargs"] = {**waits, "retries": {"max_attempts": 1}}
     try:
-        needed = list(inspect.signature(fsspec.get_filesystem_class(protocol).__init__).parameters.values())[1:]
-        if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in needed):  # ftp's host, for one
+        if protocol in NO_STORAGE or "::" in protocol or needs_arguments(fsspec.get_filesystem_class(protocol)):
             raise OdtkError(f"{protocol}:// cannot be read: tar files are read from http, https, s3 and file.")
         system = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **more)
     except (ImportError, ValueError) as error:
@@ -176,6 +174,12 @@ def file_system(protocol: str) -> Any:
     if protocol in ("s3", "s3a"):
         system.retries = 1
     return system
+
+
+def needs_arguments(system: type) -> bool:
+    """Whether a file system must be told more than an address: ftp its host, for one."""
+    parameters = list(inspect.signature(system.__init__).parameters.values())[1:]  # type: ignore[misc]
+    return any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 def system_of(url: str) -> Any:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import odtk
 import odtk.training.train
-from odtk.box_coder import BOX_CODERS
 from odtk.config import ROTATED_ANGLES, LossConfig, ModelConfig, OdtkError, TrainConfig
 from odtk.data.dataset import Dataset
 from odtk.launch import launch
@@ -25,6 +24,7 @@ from odtk.training.train import train
 from odtk.training.training_set import TrainingSet
 from odtk.training.unlabeled import entropy_loss, foreground_share, pseudo_label_loss, region, soft_focal_loss
 from tests.training.test_train import (
+    SMALL,
     draw_dataset,
     losses,
     pretrained,
@@ -37,12 +37,11 @@ from tests.training.test_train import (
     with_validation,
 )
 
-SMALL = {"backbones": ("ResNet18C4",), "classes": 2, "norm": "frozen", "resnet_width": 0.25, "pyramid_channels": 64}
 HEADS = ("retinanet", "fcos", "dense")
 
 
 def model_of(head: str, **more: Any) -> ModelConfig:
-    return ModelConfig(**{**SMALL, "head": head, "head_channels": 32, "head_convs": 1, **more})
+    return ModelConfig(**{**SMALL, "norm": "frozen", "head": head, "head_channels": 32, "head_convs": 1, **more})
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +64,10 @@ def unlabeled(path: Path, dataset: Path, **changes: Any) -> TrainConfig:
     return dataclasses.replace(config, **{**more, **changes})
 
 
-def raw_levels(model: ModelConfig, seed: int, images: int = 2) -> tuple[list[Tensor], list[Tensor]]:
-    """Random levels of 4×4 and 2×2 cells, boxes about 2 strides large."""
+def raw_logits(model: ModelConfig, seed: int, images: int = 2) -> list[Tensor]:
+    """Random levels of 4×4 and 2×2 cells and two classes."""
     generator = torch.Generator().manual_seed(seed)
-    values = BOX_CODERS[model.box_coder].head_values * model.num_anchors
-    sizes = [(4, 4), (2, 2)]
-    logits = [torch.randn(images, model.num_anchors * 2, *size, generator=generator) for size in sizes]
-    return logits, [torch.randn(images, values, *size, generator=generator) + 2 for size in sizes]
+    return [torch.randn(images, model.num_anchors * 2, *size, generator=generator) for size in ((4, 4), (2, 2))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +101,7 @@ def test_a_detector_that_agrees_with_its_teacher_has_nothing_to_learn_in_the_reg
     if head == "fcos" and angles:
         pytest.skip("the fcos head has no angle")
     model = model_of(head, angles=angles)
-    taught, _ = raw_levels(model, 0)
+    taught = raw_logits(model, 0)
 
     def gradients(share: float) -> Tensor:
         own = [level.clone().requires_grad_() for level in taught]
@@ -117,18 +113,20 @@ def test_a_detector_that_agrees_with_its_teacher_has_nothing_to_learn_in_the_reg
     assert gradients(1.0).abs().max() < 1e-6
     share = 0.25
     points = sum(level.shape[2] * level.shape[3] for level in taught) * model.num_anchors
-    unmoved = (gradients(share).abs() < 1e-6).sum(1)
+    found = gradients(share)
+    unmoved = (found.abs() < 1e-6).sum(1)
     assert unmoved.tolist() == [2 * round(share * points)] * 2, "both classes of the points of the region"
-    assert gradients(share).min() > -1e-6, "all others are to become background"
+    assert found.min() > -1e-6, "all others are to become background"
 
 
 def test_the_loss_is_divided_by_the_best_scores_of_the_region() -> None:
     model = model_of("dense")
-    (taught, _), (own, _) = raw_levels(model, 0, images=1), raw_levels(model, 1, images=1)
-    best = torch.cat([level.sigmoid().amax(1).flatten() for level in taught])  # [points]
+    taught, own = raw_logits(model, 0, images=1), raw_logits(model, 1, images=1)
+    scores = [level.sigmoid() for level in taught]
+    best = torch.cat([level.amax(1).flatten() for level in scores]).topk(5).values  # of a quarter of the 20 points
     term, count = pseudo_label_loss(own, taught, 0.25, model)["cls"]
-    assert count.item() == pytest.approx(best.topk(5).values.sum().item(), rel=1e-6)
-    targets = [(level.sigmoid() * (level.sigmoid().amax(1) >= best.topk(5).values.min())) for level in taught]
+    assert count.item() == pytest.approx(best.sum().item(), rel=1e-6)
+    targets = [level * (level.amax(1) >= best.min()) for level in scores]
     expected = sum(soft_focal_loss(a, b).item() for a, b in zip(own, targets, strict=True))
     assert term.item() == pytest.approx(expected, rel=1e-5)
 
