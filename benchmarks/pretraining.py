@@ -1,12 +1,12 @@
 """What pre-training on the objects of a dataset is worth to its detector: AP from scratch, from crops, from ImageNet.
 
-    python benchmarks/pretraining.py shared/data/bccd runs/pretraining --iters 512 --seeds 0 1
+    python benchmarks/pretraining.py shared/data/bccd runs/pretraining --iters 512 --seeds 0 1 [--labels 10]
 
 The folder of the dataset has train.json, train/, val.json and val/. Crops of both sets are cut, a backbone is trained
-to classify those of the training set, and detectors of one variant are trained for the same number of iterations from
-each start; the last weights count, as nothing may be chosen on the validation set. What is there already is not made
-again, so that the script can be stopped and started. It ends with a table; APs are 0 to 1, of `odtk infer
---full-precision`.
+to classify those of the training set, from scratch and from ImageNet's weights, and detectors of one variant are
+trained for the same number of iterations from each start, with the boxes of all images or of --labels percent of them;
+the last weights count, as nothing may be chosen on the validation set. What is there already is not made again, so that
+the script can be stopped and started. It ends with a table; APs are 0 to 1, of `odtk infer --full-precision`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from crops import cut
+from teach import part_of
 
 import odtk
 from odtk.settings import VARIANTS
@@ -24,20 +25,22 @@ from odtk.settings import VARIANTS
 ARGUMENTS = {"devices": "cpu", "loader": "torch"}
 
 
-def backbone_weights(data: Path, output: Path, backbone: str, iters: int, seed: int) -> str:
-    """The file of a backbone that was trained on the crops."""
+def backbone_weights(args: argparse.Namespace, start: str, seed: int) -> str:
+    """The file of a backbone that was trained on the crops, from start: none or imagenet."""
     for part in ("train", "val"):
-        if not (output / "crops" / part).is_dir():
-            print(part, cut(str(data / f"{part}.json"), str(data / part), str(output / "crops" / part)))
-    path = output / f"backbone{seed}.pth"
+        if not (args.output / "crops" / part).is_dir():
+            source = str(args.data / f"{part}.json"), str(args.data / part)
+            print(part, cut(*source, str(args.output / "crops" / part)))
+    path = args.output / f"backbone-{start}{seed}.pth"
     odtk.pretrain(
         path,
-        images=output / "crops" / "train",
-        val_images=output / "crops" / "val",
-        backbone=backbone,
+        images=args.output / "crops" / "train",
+        val_images=args.output / "crops" / "val",
+        backbone=VARIANTS[args.variant]["backbone"][0],
+        backbone_weights=start,
         size=64,
         batch=32,
-        iters=iters,
+        iters=args.pretrain_iters,
         repeat_threshold=0.3,
         augment_rotate=True,
         augment_area=(0.4, 1.0),
@@ -49,27 +52,27 @@ def backbone_weights(data: Path, output: Path, backbone: str, iters: int, seed: 
     return str(path)
 
 
-def detector_ap(data: Path, path: Path, variant: str, iters: int, seed: int, start: dict[str, str]) -> list[float]:
-    """AP, AP50 and the minutes of a detector."""
+def detector_ap(args: argparse.Namespace, labels: Path, path: Path, seed: int, start: dict[str, str]) -> list[float]:
+    """AP, AP50 and the minutes of a detector that is trained on labels."""
     figures = path.with_suffix(".ap.json")
     if not figures.exists():
         began = time.monotonic()
         odtk.train(
             path,
-            annotations=data / "train.json",
-            images=data / "train",
-            variant=variant,
+            annotations=labels,
+            images=args.data / "train",
+            variant=args.variant,
             val_share=0,
             augment_rotate=True,
             batch=8,
-            iters=iters,
+            iters=args.iters,
             seed=seed,
             **start,
             **ARGUMENTS,
         )
         minutes = (time.monotonic() - began) / 60
         detections = str(path.with_suffix(".json"))
-        truth = {"images": str(data / "val"), "annotations": str(data / "val.json")}
+        truth = {"images": str(args.data / "val"), "annotations": str(args.data / "val.json")}
         odtk.infer(path, output=detections, full_precision=True, **truth, **ARGUMENTS)
         metrics = odtk.evaluate(detections, **truth)
         figures.write_text(json.dumps([metrics.ap, metrics.ap50, minutes]))
@@ -84,22 +87,28 @@ def main() -> None:
     parser.add_argument("--variant", default="nano", choices=tuple(VARIANTS))
     parser.add_argument("--iters", type=int, default=512)
     parser.add_argument("--pretrain-iters", type=int, default=400)
+    parser.add_argument("--labels", type=float, default=100, help="percent of the images with boxes; crops are of all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    backbone = VARIANTS[args.variant]["backbone"][0]
+    labels = args.data / "train.json"
+    if args.labels < 100:
+        part = part_of(json.loads(labels.read_text()), args.labels)
+        labels = args.output / f"{args.labels:g}.json"
+        labels.write_text(json.dumps(part))
     rows = []
     for seed in args.seeds:
-        crops = backbone_weights(args.data, args.output, backbone, args.pretrain_iters, seed)
+        crops, both = (backbone_weights(args, start, seed) for start in ("none", "imagenet"))
         starts = {
             "scratch": {"backbone_weights": "none", "norm": "batch"},
             "crops": {"backbone_weights": crops, "norm": "batch"},
             "crops, frozen norms": {"backbone_weights": crops, "norm": "frozen"},
             "ImageNet, frozen norms": {"norm": "frozen"},
+            "ImageNet, then crops, frozen norms": {"backbone_weights": both, "norm": "frozen"},
         }
         for name, start in starts.items():
-            path = args.output / f"{name.replace(', ', '-').replace(' ', '-')}{seed}.pth"
-            ap, ap50, minutes = detector_ap(args.data, path, args.variant, args.iters, seed, start)
+            path = args.output / f"{labels.stem}-{name.replace(', ', '-').replace(' ', '-')}{seed}.pth"
+            ap, ap50, minutes = detector_ap(args, labels, path, seed, start)
             rows.append(f"| {name} | {seed} | {ap:.3f} | {ap50:.3f} | {minutes:.1f} |")
             print(rows[-1], flush=True)
     print("\n".join(["| start | seed | AP | AP50 | minutes |", "|---|---|---|---|---|", *rows]))

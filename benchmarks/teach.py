@@ -76,20 +76,26 @@ def trials(parts: list[str], sets: Path, teacher: Path | None) -> list[Trial]:
     return found
 
 
+def part_of(content: dict, percent: float) -> dict:
+    """A COCO file's content with this part of its images, always the same ones, and their annotations."""
+    order = random.Random(0).sample(content["images"], len(content["images"]))
+    kept = order[: round(len(order) * percent / 100)]
+    ids = {row["id"] for row in kept}
+    return {**content, "images": kept, "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
+
+
 def make_sets(cells: Path, sets: Path) -> None:
     """Parts of the labels, the other images as links, and the changed images."""
     sets.mkdir(parents=True, exist_ok=True)
     content = json.loads((cells / "train.json").read_text())
-    order = random.Random(0).sample(content["images"], len(content["images"]))
     for share in SHARES:
-        kept = order[: round(len(order) * share / 100)]
-        ids = {row["id"] for row in kept}
-        own = [a for a in content["annotations"] if a["image_id"] in ids]
-        (sets / f"{share}.json").write_text(json.dumps({**content, "images": kept, "annotations": own}))
+        part = part_of(content, share)
+        (sets / f"{share}.json").write_text(json.dumps(part))
         rest = sets / f"rest{share}"
         rest.mkdir(exist_ok=True)
-        for row in order[len(kept) :]:
-            if not (rest / row["file_name"]).is_symlink():
+        kept = {row["id"] for row in part["images"]}
+        for row in content["images"]:
+            if row["id"] not in kept and not (rest / row["file_name"]).is_symlink():
                 os.symlink((cells / "train" / row["file_name"]).resolve(), rest / row["file_name"])
     for split in ("train", "val"):
         folder = sets / f"shifted-{split}"
