@@ -104,7 +104,8 @@ def tensorrt_ability() -> bool | str:
 def has_module(name: str) -> bool:
     """Whether a module is installed; it is not imported."""
     try:
-        return importlib.util.find_spec(name) is not None
+        found = importlib.util.find_spec(name)
+        return found is not None and found.origin is not None  # without an origin it is a mere folder of this name
     except ModuleNotFoundError:  # the package that contains it is missing
         return False
 

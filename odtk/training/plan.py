@@ -6,7 +6,6 @@ The rules are in rules.py. What follows from other settings alone is worked out 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from ..data.split import validation_split
 from ..launch import parse_devices, share, under_torchrun, workers_of
 from ..model.backbones.catalog import normalization
 from ..model.sizes import gflops_per_megapixel
-from ..model.weights import PACKAGES
+from ..model.weights import PACKAGES, packaged_files
 from ..settings import RESNET_OPTIONS, TrainSettings
 from ..text import plural
 from .rules import Decision, Machine, Situation, count_evaluations, decide, is_planned
@@ -195,7 +194,7 @@ def this_machine(settings: TrainSettings, processes: int) -> Machine:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(allowed, torch.get_num_threads() * local)
     memory = torch.cuda.get_device_properties(0).total_memory if kind == "cuda" else main_memory() // processes
-    installed = (name for name, package in PACKAGES.items() if importlib.util.find_spec(package.replace("-", "_")))
+    installed = (name for name, package in PACKAGES.items() if packaged_files(package))
     return Machine(kind, processes, cores, memory, frozenset(f"{name}FPN" for name in installed))
 
 
