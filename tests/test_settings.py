@@ -59,6 +59,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "unlabeled_loss": {"unlabeled": ["u"]},
     "unlabeled_batch": {"unlabeled": ["u"]},
     "unlabeled_weight": {"unlabeled": ["u"]},
+    "unlabeled_colors": {"unlabeled": ["u"]},
     "burn_in": {"unlabeled": ["u"]},
     "teacher_weight": {"teacher": "t.pth"},
     "teacher_labels": {"teacher": "t.pth"},

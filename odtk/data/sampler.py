@@ -35,7 +35,7 @@ from .dataset import Dataset
 from .records import Image
 
 # The second word of each generator's seed, so that the streams of random numbers are independent.
-ORDER, BATCH, IMAGE, REPEATS, STRONG = range(5)
+ORDER, BATCH, IMAGE, REPEATS, STRONG, COLORS = range(6)
 
 CROP_IOUS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None keeps the whole image; from section 2.2 of the SSD paper
 CROP_SIDES = (0.3, 1.0)  # relative to the image's sides

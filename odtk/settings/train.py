@@ -87,15 +87,21 @@ class TrainSettings(TrainFields):
 
     def check_unlabeled(self) -> None:
         """What must hold for images without boxes."""
-        names = ("unlabeled_loss", "unlabeled_batch", "unlabeled_weight", "burn_in")
+        names = ("unlabeled_loss", "unlabeled_batch", "unlabeled_weight", "unlabeled_colors", "burn_in")
         if not self.unlabeled and (given := [name for name in names if getattr(self, name) is not None]):
             raise OdtkError(f"{flag(given[0])} needs --unlabeled PATH.")
-        if self.unlabeled and self.ema == 0 and self.unlabeled_loss != "entropy":
+        if self.unlabeled and self.unlabeled_loss == "none" and self.unlabeled_colors == 0:
+            raise OdtkError("--unlabeled-loss none and --unlabeled-colors 0 leave nothing to --unlabeled: drop one.")
+        if self.pseudo_labels and self.ema == 0:
             raise OdtkError("--unlabeled: the pseudo-labels come from the average of the weights: leave --ema 0 out.")
         if self.burn_in is not None and self.iters is not None and self.burn_in >= self.iters:
             raise OdtkError(
                 f"--burn-in {self.burn_in} leaves none of the {self.iters} iterations to --unlabeled: shorten it."
             )
+
+    @property
+    def pseudo_labels(self) -> bool:
+        return bool(self.unlabeled) and self.unlabeled_loss in (None, "pseudo-labels")
 
     @property
     def pretrained(self) -> bool:
@@ -137,7 +143,7 @@ class TrainSettings(TrainFields):
             "lr_schedule": schedule,
             "lr": lr,
             "regularization_l2": ADAMW_DECAY if optimizer == "adamw" else TrainConfig.weight_decay,
-            "ema": DENSE_EMA if dense or (self.unlabeled and self.unlabeled_loss != "entropy") else None,
+            "ema": DENSE_EMA if dense or self.pseudo_labels else None,
             "augment_crop": 0.0 if dense else AugmentConfig.crop,
             "augment_scale": factors,
             **{f"augment_{n}": value if dense else getattr(AugmentConfig, n) for n, value in DENSE_COLOR.items()},
@@ -152,6 +158,7 @@ class TrainSettings(TrainFields):
                 "unlabeled_loss": loss,
                 "unlabeled_batch": batch,
                 "unlabeled_weight": UNLABELED_LOSSES[loss],
+                "unlabeled_colors": TrainConfig.unlabeled_colors,
                 "burn_in": iters // 5,
             }
         kept = ("batch", "iters", "classes", "epochs", "time")

@@ -130,8 +130,8 @@ class TrainFields(WithDevices, WithLoader, WithAnchors):
     )
     unlabeled_loss: str | None = option(
         None,
-        "what they teach: pseudo-labels, which the average of the weights gives for every point (Dense Teacher), or "
-        "entropy, by which scores move away from 0.5 (ADVENT)",
+        "what they teach beside their colors: pseudo-labels, which the average of the weights gives for every point "
+        "(Dense Teacher), entropy, by which scores move away from 0.5 (ADVENT), or none",
         choices=UNLABELED_LOSSES,
         shown=TrainConfig.unlabeled_loss,
         section="data",
@@ -144,12 +144,20 @@ class TrainFields(WithDevices, WithLoader, WithAnchors):
         "of their losses",
         POSITIVE,
         "WEIGHT",
-        shown=", ".join(f"{weight:g} for {name}" for name, weight in UNLABELED_LOSSES.items()),
+        shown=f"1; {UNLABELED_LOSSES['entropy']:g} for entropy",
+        section="data",
+    )
+    unlabeled_colors: float | None = option(
+        None,
+        "of the labeled images take on the colors of an unlabeled one",
+        FRACTION,
+        "SHARE",
+        shown=f"{TrainConfig.unlabeled_colors:g}",
         section="data",
     )
     burn_in: int | None = option(
         None,
-        "iterations on the labeled images alone, before the unlabeled ones join",
+        "iterations without the unlabeled images' losses",
         COUNT,
         "N",
         shown="a fifth of --iters",

@@ -321,6 +321,7 @@ def unlabeled_config(settings: TrainSettings, world: int) -> dict[str, Any]:
         "unlabeled_batch": share(settings.unlabeled_batch, world, "unlabeled_batch"),
         "unlabeled_loss": settings.unlabeled_loss,
         "unlabeled_weight": settings.unlabeled_weight,
+        "unlabeled_colors": settings.unlabeled_colors,
         "burn_in": settings.burn_in,
     }
 

@@ -129,21 +129,19 @@ def step(run: Run, batches: Iterator[Batch], meter: Meter, world: int) -> list[s
     run.iteration += 1
     if run.ema is not None:
         run.ema.update(run.iteration)
-    return list(terms) if run.unlabeled is None else [*terms, "unlabeled"]
+    return [*terms, "unlabeled"] if len(beside) else list(terms)
 
 
 def learn_beside(run: Run, world: int) -> tuple[Tensor, int]:
     """Adds the gradients of a batch of unlabeled images; the labeled batch after it averages them over the ranks.
 
     Returns:
-        The sum of its losses [1], 0 in burn-in, or none [0] in a run without such images; and the number of images.
+        The sum of its losses [1], 0 in burn-in, or none [0] in a run without such losses; and the number of images.
     """
-    if run.unlabeled is None:
-        return torch.zeros(0, device=run.device), 0
     with nullcontext() if world == 1 else run.model.no_sync():  # type: ignore[operator]
         terms, seen = run.losses_beside()
         if not terms:
-            return torch.zeros(1, device=run.device), 0
+            return torch.zeros(0 if terms is None else 1, device=run.device), 0
         loss, values = normalize(terms, world)
         run.scaler.scale(loss / run.config.accumulate).backward()
     return values.sum()[None], seen
@@ -170,6 +168,9 @@ class DetectorRun(Run):
     student: Student | None = None
 
     def losses(self, images: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        if self.unlabeled is not None:
+            images = self.unlabeled.lend_colors(images, self.config.unlabeled_colors)
+            images = images.contiguous(memory_format=torch.channels_last)
         with self.autocast:
             logits, boxes, *features = self.model(images)
             taught = self.taught(images)
@@ -187,18 +188,21 @@ class DetectorRun(Run):
             terms["teacher"] = self.distance(features[0], taught)
         return terms
 
-    def losses_beside(self) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+    def losses_beside(self) -> tuple[dict[str, tuple[Tensor, Tensor]] | None, int]:
         config, unlabeled = self.config, self.unlabeled
-        if unlabeled is None or self.iteration < config.burn_in:
-            return {}, 0
-        images, first = unlabeled.next_images()
-        seen = images
+        if unlabeled is None:
+            return None, 0
+        learns = config.unlabeled_loss != "none" and self.iteration >= config.burn_in
+        if learns or config.unlabeled_colors:
+            images = seen = unlabeled.next_images()
+        if not learns:
+            return None if config.unlabeled_loss == "none" else {}, 0
         with self.autocast:
             if config.unlabeled_loss == "pseudo-labels":
                 assert self.ema is not None
                 with torch.no_grad():
                     said = self.ema.network(images.contiguous(memory_format=torch.channels_last))[0]
-                seen = strong_view(images, unlabeled.loader.config, first)
+                seen = strong_view(images, unlabeled.loader.config, unlabeled.first)
             seen = seen.contiguous(memory_format=torch.channels_last)
             logits, _, *features = self.model(seen)
             taught = self.taught(seen)

@@ -6,6 +6,8 @@ NMS and no threshold stand between. The points of the highest scores are the reg
 are soft targets; everywhere else the target is background. Boxes are learned from labeled images alone.
 
 entropy (ADVENT, https://arxiv.org/abs/1811.12833 §3.1): each score is to move away from 0.5, to either side.
+
+Beside either, labeled images take on the colors of unlabeled ones (data/color_transfer.py).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from ..box_coder import BOX_CODERS
 from ..config import LoaderConfig, LossConfig, ModelConfig, TrainConfig
 from ..data.batch import Batch, Loader
+from ..data.color_transfer import transfer_colors
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
 from ..data.sampler import Sampler
@@ -39,28 +42,40 @@ class Unlabeled:
     Attributes:
         loader: of these images, without end.
         share: of all points, the part that the labeled images' boxes take: the size of the region to learn.
+        images: the latest ones [N, 3, H, W], normalized.
+        first: the position of the first of them in training, over all processes.
     """
 
     loader: Loader
     share: float
+    images: Tensor | None = None
+    first: int = 0
     batches: Iterator[Batch] | None = None
 
-    def next_images(self) -> tuple[Tensor, int]:
-        """The next images [N, 3, H, W], and the position of the first in training, over all processes."""
+    def next_images(self) -> Tensor:
+        """The next images [N, 3, H, W], which ``images`` then are."""
         config = self.loader.config
-        first = self.loader.state()["seen"] + config.rank * config.batch
+        self.first = self.loader.state()["seen"] + config.rank * config.batch
         self.batches = self.batches or iter(self.loader)
-        return next(self.batches).images, first
+        self.images = next(self.batches).images
+        return self.images
+
+    def lend_colors(self, images: Tensor, share: float) -> Tensor:
+        """Labeled images [N, 3, H, W] of which a share has the colors of the latest unlabeled ones."""
+        if self.images is None:
+            return images
+        return transfer_colors(images, self.images, self.loader.config, share, self.first)
 
     def line(self, config: TrainConfig) -> str:
         """What is about to happen with them, in one line."""
         batch = config.unlabeled_batch * self.loader.config.world
-        said = (
-            f"{plural(len(self.loader.sampler.dataset.images), 'unlabeled image')}, {batch} per batch, from iteration "
-        )
-        said += f"{config.burn_in + 1} on, by {config.unlabeled_loss}"
+        said = f"{plural(len(self.loader.sampler.dataset.images), 'unlabeled image')}, {batch} per batch"
+        if config.unlabeled_loss != "none":
+            said += f", from iteration {config.burn_in + 1} on, by {config.unlabeled_loss}"
         if config.unlabeled_loss == "pseudo-labels":
             said += f" for the best {100 * self.share:.2g} % of the points, as many as the boxes of labeled images take"
+        if config.unlabeled_colors:
+            said += f"; {100 * config.unlabeled_colors:g} % of the labeled images take on their colors"
         return f"{said}."
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import odtk
 import odtk.training.train
+import odtk.training.unlabeled
 from odtk.config import ROTATED_ANGLES, LossConfig, ModelConfig, OdtkError, TrainConfig
 from odtk.data.dataset import Dataset
 from odtk.launch import launch
@@ -197,12 +198,14 @@ def test_the_average_sees_the_weak_view_and_the_detector_the_strong_one(
     monkeypatch.setattr(odtk.training.train, "strong_view", marked)
     monkeypatch.setattr(Detector, "forward", noted)
     train(config)
-    assert firsts == [0, 2, 4] and [mode for mode, _ in seen] == [True] + [False, True, True] * 3
+    assert firsts == [2, 4, 6], "the first two lend colors alone"
+    assert [mode for mode, _ in seen] == [True] + [False, True, True] * 3
     for i, images in enumerate(weak):
         average, student = seen[1 + 3 * i][1], seen[2 + 3 * i][1]
         assert torch.equal(average, images) and torch.equal(student, images + 100)
     said = capsys.readouterr().out
     assert "5 unlabeled images, 2 per batch, from iteration 2 on, by pseudo-labels for the best " in said
+    assert "take; 50 % of the labeled images take on their colors." in said
     log = records(config)
     assert log[1]["unlabeled"] == 0 and all(log[i]["unlabeled"] > 0 for i in (2, 3, 4))
     assert all(v["loss"] == pytest.approx(v["cls"] + v["box"] + v["unlabeled"], rel=1e-5) for v in log.values())
@@ -218,13 +221,38 @@ def test_every_head_learns_from_them(tmp_path: Path, dataset: Path, head: str, l
     for name, images in (("a", (str(dataset / "more"),)), ("b", ())):
         path = tmp_path / f"{name}.pth"
         more = {"model": model_of(head), "unlabeled_loss": loss, "iters": 2, "clip_grad": None}
-        train(unlabeled(path, dataset, unlabeled=images, **more))
+        train(unlabeled(path, dataset, unlabeled=images, unlabeled_colors=0.0, **more))
         weights.append(training_of(path)["average"])
     assert all(torch.isfinite(tensor).all() for tensor in weights[0].values())
     moved = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
     heads = {part for part in ("cls_head", "box_head") if any(part in name and "norms" not in name for name in moved)}
     # The labeled batches are the same: what differs is what the unlabeled ones have taught.
     assert heads == {"cls_head"}
+
+
+def test_labeled_images_take_on_their_colors_from_the_first_iteration(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lent: list[tuple[Tensor, int]] = []
+    seen: list[Tensor] = []
+    forward = Detector.forward
+
+    def marked(images: Tensor, others: Tensor, data: object, share: float, first: int) -> Tensor:
+        assert share == 0.25 and images.shape == others.shape and not torch.equal(images, others)
+        lent.append((images, first))
+        return images + 100
+
+    def noted(self: Detector, images: Tensor) -> Any:
+        seen.append(images)
+        return forward(self, images)
+
+    monkeypatch.setattr(odtk.training.unlabeled, "transfer_colors", marked)
+    monkeypatch.setattr(Detector, "forward", noted)
+    train(unlabeled(tmp_path / "m.pth", dataset, unlabeled_colors=0.25, iters=2))
+    assert [first for _, first in lent] == [0, 2]
+    assert torch.equal(seen[0], lent[0][0] + 100), "in burn-in"
+    assert torch.equal(seen[3], lent[1][0] + 100), "after the average and the detector have seen the unlabeled ones"
+    assert all((images < 50).all() for images in seen[1:3]), "which keep their own colors"
 
 
 def test_a_stopped_run_with_unlabeled_images_is_resumed_exactly(
@@ -239,7 +267,7 @@ def test_a_stopped_run_with_unlabeled_images_is_resumed_exactly(
         stop_at(patch, 3 * 2, signal.SIGTERM)
         with pytest.raises(SystemExit):
             train(parts)
-    assert list(losses(parts)) == [1, 2, 3] and training_of(parts.path)["unlabeled"]["seen"] == 2 * 2 * 2
+    assert list(losses(parts)) == [1, 2, 3] and training_of(parts.path)["unlabeled"]["seen"] == 3 * 2 * 2
     torch.rand(7)
     train(parts)
     for i, line in records(whole).items():
@@ -273,6 +301,10 @@ def test_what_a_run_with_unlabeled_images_refuses(tmp_path: Path, dataset: Path)
         ({"burn_in": 3}, "--burn-in needs --unlabeled PATH"),
         ({"unlabeled_loss": "entropy"}, "--unlabeled-loss needs --unlabeled PATH"),
         ({"unlabeled": more, "burn_in": 2}, "--burn-in 2 leaves none of the 2 iterations"),
+        (
+            {"unlabeled": more, "unlabeled_loss": "none", "unlabeled_colors": 0.0},
+            "--unlabeled-loss none and --unlabeled-colors 0 leave nothing to --unlabeled",
+        ),
         ({"unlabeled": more, "ema": 0}, "the pseudo-labels come from the average of the weights"),
         ({"unlabeled": str(tmp_path / "none")}, "The image or folder .*none does not exist"),
     ):
@@ -293,8 +325,20 @@ def test_what_a_run_with_unlabeled_images_refuses(tmp_path: Path, dataset: Path)
     assert training_of(path)["iteration"] == 3
 
 
+def test_colors_alone_can_be_learned(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    given = small_run(dataset, iters=3)
+    path, plain = (str(tmp_path / name) for name in ("m.pth", "plain.pth"))
+    odtk.train(path, **given, unlabeled=str(dataset / "more"), unlabeled_loss="none")
+    said = capsys.readouterr().out
+    assert "per batch; 50 % of the labeled images take on their colors." in said and "unlabeled 0" not in said
+    assert files.load(path).setting("ema") is None, "which pseudo-labels alone need"
+    odtk.train(plain, **given)
+    a, b = (files.load(name).state_dict for name in (path, plain))
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["pseudo-labels", "entropy"])
+@pytest.mark.parametrize("loss", ["pseudo-labels", "entropy", "none"])
 def test_two_processes_with_unlabeled_images_are_one(tmp_path: Path, dataset: Path, loss: str) -> None:
     model = model_of("dense")
     start = pretrained(tmp_path / "start.pth", model)
@@ -307,7 +351,7 @@ def test_two_processes_with_unlabeled_images_are_one(tmp_path: Path, dataset: Pa
     train(one)
     launch(train, two, devices="cpu:2")
     for i, line in records(one).items():
-        for name in ("loss", "unlabeled"):
+        for name in ("loss", *(["unlabeled"] if loss != "none" else [])):
             assert records(two)[i][name] == pytest.approx(line[name], rel=1e-4)
     a, b = training_of(one.path)["average"], training_of(two.path)["average"]
     for name, before in begun.items():

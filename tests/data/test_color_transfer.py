@@ -1,0 +1,82 @@
+"""Colors that one picture lends to another: what they become, padding, and what lends none."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from odtk.config import LoaderConfig
+from odtk.data.color_transfer import transfer_colors
+from odtk.model.detector import normalize
+
+CONFIG = LoaderConfig(images="", training=True, padding="black", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), seed=5)
+
+
+def picture(seed: int, height: int = 24, width: int = 40) -> torch.Tensor:
+    """Normalized [1, 3, height, width] whose channels depend on each other; no pixel is black."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(3) + 0.5 * torch.rand(3, 3, generator=generator)
+    pixels = (
+        110
+        + 15 * (seed % 3)
+        + 20 * torch.einsum("ij,njhw->nihw", mix, torch.randn(1, 3, height, width, generator=generator))
+    )
+    return normalize(pixels.clamp(1, 255), CONFIG.mean, CONFIG.std)
+
+
+def colors(image: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel of an image [3, …] in 0…255."""
+    std, mean = (torch.tensor(values)[:, None] for values in (CONFIG.std, CONFIG.mean))
+    pixels = (255 * (image.flatten(1) * std + mean)).numpy()
+    return pixels.mean(1), pixels.std(1)
+
+
+def test_the_colors_are_those_of_the_other() -> None:
+    image, other = picture(0), picture(1, 16, 16)
+    changed = transfer_colors(image, other, CONFIG, 1.0, 0)
+    for found, expected, before in zip(*map(colors, (changed[0], other[0], image[0])), strict=True):
+        assert found == pytest.approx(expected, abs=0.2) and np.abs(before - expected).max() > 3
+    torch.testing.assert_close(transfer_colors(image, image, CONFIG, 1.0, 0), image, rtol=1e-4, atol=1e-4)
+
+
+def test_another_light_is_found() -> None:
+    image = picture(0)
+    light = torch.tensor([0.7, 1.2, 0.9])[:, None, None]
+    other = image * light + 0.1
+    assert (transfer_colors(image, other, CONFIG, 1.0, 0) - other).abs().max() < 0.02
+
+
+def test_padding_neither_counts_nor_changes() -> None:
+    image, other = picture(0), picture(1)
+    black = normalize(torch.zeros(1, 3, 8, 40), CONFIG.mean, CONFIG.std)
+    padded = [torch.cat([part, black], 2) for part in (image, other)]
+    changed = transfer_colors(padded[0], padded[1], CONFIG, 1.0, 0)
+    torch.testing.assert_close(changed[:, :, :24], transfer_colors(image, other, CONFIG, 1.0, 0), rtol=1e-4, atol=1e-4)
+    assert torch.equal(changed[:, :, 24:], black)
+
+
+@pytest.mark.parametrize("level", [0, 90])
+def test_a_picture_of_one_color_lends_none(level: int) -> None:
+    """0 is black: that of a damaged image, all of which is padding."""
+    image = picture(0)
+    flat = normalize(torch.full((1, 3, 24, 40), float(level)), CONFIG.mean, CONFIG.std)
+    assert torch.equal(transfer_colors(image, flat, CONFIG, 1.0, 0), image)
+    changed = transfer_colors(flat + 0.001 * torch.randn(flat.shape), image, CONFIG, 1.0, 0)
+    assert changed.isfinite().all() and (level == 0 or colors(changed[0])[1].max() < 5), "noise remains little"
+
+
+def test_which_images_change_depends_on_their_position_alone() -> None:
+    images, others = torch.cat([picture(i) for i in range(8)]), torch.cat([picture(i) for i in range(8, 16)])
+
+    def changed(first: int, config: LoaderConfig = CONFIG) -> list[bool]:
+        found = transfer_colors(images, others, config, 0.5, first)
+        return [not torch.equal(a, b) for a, b in zip(found, images, strict=True)]
+
+    assert changed(0)[4:] == changed(4)[:4] and any(changed(0)) and not all(changed(0))
+    assert changed(0) != changed(0, dataclasses.replace(CONFIG, seed=6))
+    share = np.mean([changed(first) for first in range(0, 400, 8)])
+    assert 0.4 < share < 0.6
+    assert transfer_colors(images, others, CONFIG, 0.0, 0) is images
+    few = transfer_colors(images, others[:3], CONFIG, 1.0, 0)
+    torch.testing.assert_close(few[5], transfer_colors(images[5:6], others[2:3], CONFIG, 1.0, 0)[0])
