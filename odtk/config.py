@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -368,6 +369,12 @@ def scale_and_shift(
     """The normalization of ModelConfig's mean and std as two numbers per channel: pixel (0 … 255) · scale + shift."""
     scale = tuple(1 / (255 * s) for s in std)
     return scale, tuple(-m / s for m, s in zip(mean, std, strict=True))
+
+
+def best_path(path: str) -> str:
+    """Where the weights with the highest validation score go: MODEL.pth → MODEL.best.pth"""
+    stem, extension = os.path.splitext(path)
+    return f"{stem}.best{extension}"
 
 
 C = TypeVar("C")

@@ -85,8 +85,8 @@ NEEDS: dict[str, dict[str, Any]] = {
 
 def sample(name: str, one: Option, default: Any) -> Any:
     """A good value of an option that is not its default."""
-    if name == "output" and one.positional:
-        return "other.plan"
+    if name == "output":
+        return "other.plan" if one.positional else "other.json"
     if name == "report":
         return "other.html"
     if one.check is SWITCH:

@@ -67,6 +67,11 @@ def padding_value(config: LoaderConfig) -> np.ndarray:
     return nearest_pixels(pixels) if config.input_type == "uint8" else pixels.astype(np.float32)
 
 
+def to_device(values: np.ndarray, like: Tensor) -> Tensor:
+    """Values as a tensor of another's type and device, without waiting for the device."""
+    return torch.from_numpy(values).to(like, non_blocking=True)
+
+
 def nearest_pixels(values: np.ndarray) -> np.ndarray:
     """The uint8 that is nearest to each value."""
     return np.rint(values).clip(0, 255).astype(np.uint8)

@@ -13,44 +13,43 @@ import torch
 from torch import Tensor
 
 from ..config import LoaderConfig, scale_and_shift
-from .batch import padding_value
+from .batch import padding_value, to_device
 from .sampler import COLORS
 
-# Standard deviations of a channel, of 255:
-LEAST = 2.0  # added to all, as the square, so that the noise of a flat image is hardly amplified
-FAINT = 4.0  # an image whose channels all have less, such as a black frame, would make objects invisible
+MOST = 4.0  # times as much contrast at the most, so that the noise of a flat image does not become a picture
+FAINT = 4.0  # of 255: where no channel deviates more, as in a black frame, objects would become invisible
 
 
 def transfer_colors(images: Tensor, others: Tensor, config: LoaderConfig, share: float, first: int) -> Tensor:
     """A batch of which a share has the colors of others; what is padding stays so.
 
-    As in the sampler, which images change depends on the seed and a position in training alone.
+    As in the sampler, which images change depends on the seed and their position in training alone, and so does which
+    image they take the colors of: both are the same for any number of processes.
 
     Args:
         images: [N, 3, H, W] normalized, as a loader with this config gives them.
-        others: [M, 3, h, w] likewise, M ≥ 1; image i takes on the colors of i modulo M.
+        others: [M, 3, h, w] likewise, M ≥ 1; image i takes on the colors of other i · M // N.
         share: probability of an image to change.
         first: position of the first of the others in training, over all processes.
 
     Returns:
         [N, 3, H, W], a new tensor if any image changes.
     """
-    draws = [np.random.default_rng([config.seed, COLORS, first + i]).random() for i in range(len(images))]
-    chosen = [i for i, drawn in enumerate(draws) if drawn < share]
-    if not chosen:
+    count = len(images)
+    first = first * count // len(others)  # of the images
+    draws = np.array([np.random.default_rng([config.seed, COLORS, first + i]).random() for i in range(count)])
+    if not (draws < share).any():
         return images
-    padding = torch.from_numpy(padding_value(config)).to(images)[:, None, None]  # [3] → [3, 1, 1]
-    unit = torch.tensor(scale_and_shift(config.mean, config.std)[0]).to(images)[:, None, None]  # what 1 of 255 became
-    own, other = images[chosen], others[[i % len(others) for i in chosen]]  # [n, 3, H, W], [n, 3, h, w]
-    inside = (own != padding).any(1, keepdim=True)
-    mean, variance = moments(own, inside)
-    new_mean, new_variance = moments(other, (other != padding).any(1, keepdim=True))
-    least = (LEAST * unit).square()
-    changed = (own - mean) * ((new_variance + least) / (variance + least)).sqrt() + new_mean
-    lends = (new_variance > (FAINT * unit).square()).any(1, keepdim=True)  # [n, 1, 1, 1]
-    result = images.clone()
-    result[chosen] = torch.where(inside & lends, changed, own)
-    return result
+    padding = to_device(padding_value(config), images)[:, None, None]  # [3] → [3, 1, 1]
+    unit = to_device(np.array(scale_and_shift(config.mean, config.std)[0]), images)[:, None, None]  # 1 of 255
+    chosen = to_device(draws < share, images)[:, None, None, None] > 0
+    others = others[torch.arange(count, device=images.device) * len(others) // count]  # [N, 3, h, w]
+    inside = (images != padding).any(1, keepdim=True)
+    mean, variance = moments(images, inside)
+    new_mean, new_variance = moments(others, (others != padding).any(1, keepdim=True))
+    gain = (new_variance / variance.clamp(min=1e-12)).sqrt().clamp(max=MOST)
+    lends = (new_variance > (FAINT * unit).square()).any(1, keepdim=True)  # [N, 1, 1, 1]
+    return torch.where(chosen & inside & lends, (images - mean) * gain + new_mean, images)
 
 
 def moments(images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ As a Dataset, an image has one box, which is the whole image, and the label of i
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..categories import Category
 from ..config import OdtkError
 from ..text import plural
 from .coco import leads_out
-from .dataset import Dataset
+from .dataset import MAX_LISTED, Dataset
 from .headers import read_headers
 from .images import EXTENSIONS, ImageError, MissingImage
 from .records import DAMAGED, Fault, Image
@@ -115,6 +116,12 @@ def list_csv(path: Path, folder: Path) -> Listing:
             raise OdtkError(f"{path}, row {number}: {name} is {of} here and {found[name]} before: keep one class.")
     if not found:
         raise OdtkError(f"{path} has no line below its first: write a file name and a class in each.")
+    if missing := [name for name in found if not os.path.isfile(folder / name)]:
+        listed = ", ".join(missing[:MAX_LISTED]) + (", …" if len(missing) > MAX_LISTED else "")
+        raise OdtkError(
+            f"{path}: {plural(len(missing), 'file')} not found in {folder}: {listed}; mend the names, or give the "
+            "right folder with --images."
+        )
     repeated = len(rows) - first - len(found)
     if repeated:
         rule = "named again: counted once"

@@ -39,9 +39,9 @@ def _list_one(source: str) -> list[Path]:
             raise OdtkError(f"The folder {path} has no images ({', '.join(sorted(EXTENSIONS))}).")
         return paths
     if not glob.has_magic(source):
-        raise OdtkError(f"The image or folder {path} does not exist: give the right one with --images.")
+        raise OdtkError(f"The image or folder {path} does not exist: give the right one.")
     matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
     paths = [match for match in matches if match.is_file() and match.suffix.lower() in EXTENSIONS]
     if not paths:
-        raise OdtkError(f"No image matches {source}: give a folder, files, or another pattern with --images.")
+        raise OdtkError(f"No image matches {source}: give a folder, files, or another pattern.")
     return paths

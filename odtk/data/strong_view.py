@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import AugmentConfig, LoaderConfig, scale_and_shift
-from .batch import padding_value
+from .batch import padding_value, to_device
 from .sampler import STRONG, color_matrix
 
 COLOR = AugmentConfig(  # standard deviations of uniform changes by up to 0.4, and of the hue by up to 0.1
@@ -100,11 +100,6 @@ def strong_view(images: Tensor, config: LoaderConfig, first: int) -> Tensor:
             image[:, rows, columns] = color[..., None]
     padding = to_device(padding_value(config), images)[:, None, None]  # [3] → [3, 1, 1]
     return torch.where((images == padding).all(1, keepdim=True), images, changed)
-
-
-def to_device(values: np.ndarray, like: Tensor) -> Tensor:
-    """Values as a tensor of another's type and device, without waiting for the device."""
-    return torch.from_numpy(values).to(like, non_blocking=True)
 
 
 def blurred(image: Tensor, sigma: float) -> Tensor:

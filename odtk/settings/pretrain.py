@@ -211,6 +211,8 @@ class PretrainSettings(WithDevices, WithLoader):
             raise OdtkError("--teacher-temperature is for --teacher-labels soft.")
         if self.report and not self.report.lower().endswith((".html", ".htm")):
             raise OdtkError(f"--report {self.report}: the name of the page must end in .html.")
+        if self.output and not self.output.lower().endswith(".json"):
+            raise OdtkError(f"--output {self.output}: the name of the figures' file must end in .json.")
 
     @property
     def validates(self) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import LoaderConfig, LossConfig, ModelConfig, OdtkError, PostprocessConfig
+from ..config import LoaderConfig, LossConfig, ModelConfig, OdtkError, PostprocessConfig, best_path
 from .base import Settings
 from .fields import DEVICES, FRACTION, POSITIVE, POSITIVE_INT, TEXT, option, switch
 
@@ -135,6 +136,12 @@ def check_rotated(head: str, rotated: bool) -> None:
 
 def check_run(settings: Any) -> None:
     """What train and pretrain both refuse."""
+    own = {os.path.realpath(path) for path in (settings.model, best_path(settings.model))}
+    if settings.teacher and os.path.realpath(settings.teacher) in own:
+        raise OdtkError(
+            f"--teacher {settings.teacher}: training to {settings.model} would overwrite it; give one of the two "
+            "another name."
+        )
     if settings.full_precision and settings.precision not in (None, "fp32"):
         raise OdtkError(f"--full-precision contradicts --precision {settings.precision}.")
     if settings.log_to and not settings.logdir:

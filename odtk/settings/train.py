@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -63,8 +62,6 @@ class TrainSettings(TrainFields):
             raise OdtkError("--teacher-weight needs --teacher PATH.")
         if self.teacher_scale is not None and not self.teacher:
             raise OdtkError("--teacher-scale needs --teacher PATH.")
-        if self.teacher and os.path.abspath(self.teacher) == os.path.abspath(self.model):
-            raise OdtkError(f"--teacher {self.teacher}: the detector to train cannot be its own teacher.")
         if self.absolute_angle and self.head == "dense":
             raise OdtkError("--absolute-angle needs --head retinanet: to the dense head a half turn changes no box.")
         self.check_unlabeled()
@@ -94,10 +91,12 @@ class TrainSettings(TrainFields):
             raise OdtkError("--unlabeled-loss none and --unlabeled-colors 0 leave nothing to --unlabeled: drop one.")
         if self.pseudo_labels and self.ema == 0:
             raise OdtkError("--unlabeled: the pseudo-labels come from the average of the weights: leave --ema 0 out.")
-        if self.burn_in is not None and self.iters is not None and self.burn_in >= self.iters:
-            raise OdtkError(
-                f"--burn-in {self.burn_in} leaves none of the {self.iters} iterations to --unlabeled: shorten it."
-            )
+        if self.burn_in and self.iters is not None:
+            iters = round(self.iters * self.schedule)
+            if self.burn_in >= iters:
+                raise OdtkError(
+                    f"--burn-in {self.burn_in} leaves none of the {iters} iterations to --unlabeled: shorten it."
+                )
 
     @property
     def pseudo_labels(self) -> bool:
@@ -159,7 +158,7 @@ class TrainSettings(TrainFields):
                 "unlabeled_batch": batch,
                 "unlabeled_weight": UNLABELED_LOSSES[loss],
                 "unlabeled_colors": TrainConfig.unlabeled_colors,
-                "burn_in": iters // 5,
+                "burn_in": round(iters * self.schedule) // 5,
             }
         kept = ("batch", "iters", "classes", "epochs", "time")
         return dataclasses.replace(self, **{k: v for k, v in follows.items() if k in kept or getattr(self, k) is None})

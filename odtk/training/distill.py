@@ -82,7 +82,10 @@ def load_teacher(config: TrainConfig) -> Teacher:
         OdtkError: the file cannot be read.
     """
     assert config.teacher is not None
-    checkpoint = load(config.teacher)
+    try:
+        checkpoint = load(config.teacher)
+    except OdtkError as error:
+        raise OdtkError(f"--teacher: {error}") from error
     scale = config.teacher_scale
     if scale is None:
         scale = (checkpoint.setting("resize") or config.data.resize) / config.data.resize

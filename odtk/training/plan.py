@@ -82,7 +82,8 @@ class Plan:
         decided = {name: d.reason for d in self.decisions for name in d.values}
         resolved = dataclasses.replace(self.config_settings(), model=self.settings.model).to_dict()
         if self.settings.time is not None:  # the length, and what follows from it, is not known yet
-            resolved |= dict.fromkeys(("iters", "warmup", "val_iters", "milestones")) | {"time": self.settings.time}
+            unknown = {"iters", "warmup", "val_iters", "milestones", "burn_in"} - {*self.given}
+            resolved |= dict.fromkeys(unknown) | {"time": self.settings.time}
         lines = ["# A plan of odtk: odtk train MODEL.pth --settings THIS_FILE"]
         parts = {"given": self.given, "decided": tuple(decided), "following from these": tuple(resolved)}
         done: set[str] = {"model", "override", "override_settings"}
@@ -167,6 +168,7 @@ def plan(
 
 def gflops_of(settings: TrainSettings) -> float:
     """10⁹ operations for a megapixel of the model that settings make."""
+    settings = dataclasses.replace(settings, burn_in=None)  # it would be compared with the iterations below
     return gflops_per_megapixel(model_config(settings.resolved(batch=1, iters=1, classes=settings.classes or 1)))
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..categories import Category
-from ..config import OdtkError, PretrainConfig, scale_and_shift
+from ..config import OdtkError, PretrainConfig, best_path, scale_and_shift
 from ..data.batch import Batch
 from ..data.dataset import Dataset
 from ..data.labeled import list_labeled, read_labeled
@@ -35,7 +35,6 @@ from .memory import freed_memory_kept
 from .optimizer import EMA, autocast_type, create_optimizer, create_scaler
 from .run import (
     Run,
-    best_path,
     dataset_hash,
     find_run,
     own_files,
@@ -99,7 +98,7 @@ class ClassifierRun(Run):
         path, backbone = best_of(self), self.config.model.backbones[0]
         known = path != self.config.path
         said = f"{path} is the best: top-1 {self.best_score:.3f}" if known else f"{path} is trained"
-        if not known:
+        if self.validation is None:
             said += "; --val-images would say how well"
         next_command = f"odtk train MODEL.pth --annotations PATH --backbone {backbone} --backbone-weights"
         return printable(f"{said}. Next: {next_command} {shlex.quote(path)}")

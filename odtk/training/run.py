@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..categories import Category
-from ..config import ModelConfig, OdtkError, PretrainConfig, RunConfig, TrainConfig
+from ..config import ModelConfig, OdtkError, PretrainConfig, RunConfig, TrainConfig, best_path
 from ..data.batch import Batch, Loader
 from ..data.dataset import Dataset
 from ..files import check_writable, locked, remove_abandoned
@@ -454,9 +454,3 @@ def refuse_other_unlabeled(config: TrainConfig, found: Checkpoint, now: str | No
     raise OdtkError(
         f"{config.path} {before}: leave --unlabeled as it was, or pass --override-settings to continue with these."
     )
-
-
-def best_path(path: str) -> str:
-    """Where the weights with the highest validation score go: MODEL.pth → MODEL.best.pth"""
-    stem, extension = os.path.splitext(path)
-    return f"{stem}.best{extension}"

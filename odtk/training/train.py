@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..categories import Category
-from ..config import OdtkError, TrainConfig
+from ..config import OdtkError, TrainConfig, best_path
 from ..data.batch import Batch
 from ..data.loader import create_loader
 from ..data.padding import padding_facts
@@ -35,7 +35,6 @@ from .optimizer import EMA, autocast_type, create_optimizer, create_scaler, lear
 from .run import (
     Run,
     Validator,
-    best_path,
     dataset_hash,
     find_run,
     own_files,
@@ -170,7 +169,6 @@ class DetectorRun(Run):
     def losses(self, images: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         if self.unlabeled is not None:
             images = self.unlabeled.lend_colors(images, self.config.unlabeled_colors)
-            images = images.contiguous(memory_format=torch.channels_last)
         with self.autocast:
             logits, boxes, *features = self.model(images)
             taught = self.taught(images)
@@ -256,7 +254,10 @@ def set_up(config: TrainConfig, rank: int, world: int, source: TrainingSet, *, q
     data = replace(config.data, training=True, stride=detector.stride, rank=rank, world=world, **config.model.pixels)
     size = input_size(dataset, data.resize, data.max_size, detector.stride)
     loader = create_loader(dataset, data)
-    if (unlabeled := open_unlabeled(config, data, dataset, detector) if config.unlabeled else None) is not None:
+    validation = None if config.val_data is None else Validation(config, source, detector.stride, ranks)
+    unlabeled = None
+    if config.unlabeled:
+        unlabeled = open_unlabeled(config, data, dataset, None if validation is None else validation.dataset, detector)
         hashes["unlabeled_data"] = dataset_hash(unlabeled.loader.sampler.dataset)
     if resumed is not None:
         refuse_other_unlabeled(config, resumed, hashes.get("unlabeled_data"))
@@ -280,7 +281,7 @@ def set_up(config: TrainConfig, rank: int, world: int, source: TrainingSet, *, q
         loader=loader,
         unlabeled=unlabeled,
         settings=None if config.settings is None else {**config.settings, **facts},
-        validation=None if config.val_data is None else Validation(config, source, detector.stride, ranks),
+        validation=validation,
     )
     take_up(run, resumed)
     if rank == 0 and not quiet:

@@ -13,6 +13,7 @@ Beside either, labeled images take on the colors of unlabeled ones (data/color_t
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..box_coder import BOX_CODERS
-from ..config import LoaderConfig, LossConfig, ModelConfig, TrainConfig
+from ..config import LoaderConfig, LossConfig, ModelConfig, OdtkError, TrainConfig
 from ..data.batch import Batch, Loader
 from ..data.color_transfer import transfer_colors
 from ..data.dataset import Dataset
@@ -42,12 +43,14 @@ class Unlabeled:
     Attributes:
         loader: of these images, without end.
         share: of all points, the part that the labeled images' boxes take: the size of the region to learn.
+        left_out: how many of the files given are not among them, as they are labeled or validated on.
         images: the latest ones [N, 3, H, W], normalized.
         first: the position of the first of them in training, over all processes.
     """
 
     loader: Loader
     share: float
+    left_out: int = 0
     images: Tensor | None = None
     first: int = 0
     batches: Iterator[Batch] | None = None
@@ -69,7 +72,10 @@ class Unlabeled:
     def line(self, config: TrainConfig) -> str:
         """What is about to happen with them, in one line."""
         batch = config.unlabeled_batch * self.loader.config.world
-        said = f"{plural(len(self.loader.sampler.dataset.images), 'unlabeled image')}, {batch} per batch"
+        said = plural(len(self.loader.sampler.dataset.images), "unlabeled image")
+        if self.left_out:
+            said += f" ({self.left_out} more are left out: they are labeled or validated on)"
+        said += f", {batch} per batch"
         if config.unlabeled_loss != "none":
             said += f", from iteration {config.burn_in + 1} on, by {config.unlabeled_loss}"
         if config.unlabeled_loss == "pseudo-labels":
@@ -84,8 +90,12 @@ class Unlabeled:
             self.batches.close()  # type: ignore[attr-defined]
 
 
-def open_unlabeled(config: TrainConfig, data: LoaderConfig, labeled: Dataset, detector: Detector) -> Unlabeled:
-    """The unlabeled images of a run, read as the labeled ones are, but whole; damaged ones are left out.
+def open_unlabeled(
+    config: TrainConfig, data: LoaderConfig, labeled: Dataset, validated: Dataset | None, detector: Detector
+) -> Unlabeled:
+    """The unlabeled images of a run, read as the labeled ones are, but whole.
+
+    Damaged ones are left out, and files that are labeled or validated on too.
 
     Args:
         data: of the labeled images, as training reads them.
@@ -102,8 +112,16 @@ def open_unlabeled(config: TrainConfig, data: LoaderConfig, labeled: Dataset, de
         repeat_threshold=0.0,
         augment=replace(data.augment, crop=0.0),  # which goes by boxes
     )
-    dataset = Dataset.load(None, own.images, rotated=config.model.rotated, skip_damaged=True)
-    return Unlabeled(create_loader(dataset, own), foreground_share(labeled, data, detector, config.loss))
+    try:
+        given = Dataset.load(None, own.images, rotated=config.model.rotated, skip_damaged=True)
+    except OdtkError as error:
+        raise OdtkError(f"--unlabeled: {error}") from error
+    known = {os.path.realpath(image.path) for part in (labeled, validated) if part is not None for image in part.images}
+    dataset = given.part([image.id for image in given.images if os.path.realpath(image.path) in known], rest=True)
+    if not dataset.images:
+        raise OdtkError("--unlabeled: all of its images are labeled or validated on; give others.")
+    share = foreground_share(labeled, data, detector, config.loss)
+    return Unlabeled(create_loader(dataset, own), share, len(given.images) - len(dataset.images))
 
 
 def foreground_share(dataset: Dataset, data: LoaderConfig, detector: Detector, loss: LossConfig) -> float:

@@ -75,7 +75,7 @@ def test_a_csv_names_files_and_classes(folder: Path, lines: tuple[str, ...]) -> 
         (("a/3.jpg,a", "b/1.png,"), "row 2: it needs a file name and a class"),
         (("a/3.jpg,a", "a/3.jpg,b"), "row 2: a/3.jpg is b here and a before"),
         (("/etc/x.png,a",), "row 1: /etc/x.png must be a path within"),
-        (("a/4.jpg,a", "b/1.png,b"), "a/4.jpg: image 1: the file is missing"),
+        (("a/4.jpg,a", "b/1.png,b"), "1 file not found in .*: a/4.jpg; mend the names"),
     ],
 )
 def test_csvs_that_are_refused(folder: Path, lines: tuple[str, ...], sentence: str) -> None:

@@ -189,8 +189,9 @@ def test_what_a_taught_run_refuses(tmp_path: Path, dataset: Path, capsys: pytest
     path = str(tmp_path / "m.pth")
     with pytest.raises(OdtkError, match="There is no checkpoint .*missing.pth"):
         odtk.train(path, **given, teacher=str(tmp_path / "missing.pth"))
-    with pytest.raises(OdtkError, match="--teacher .*: the detector to train cannot be its own teacher"):
-        odtk.train(path, **given, teacher=path)
+    for own in (path, str(tmp_path / "m.best.pth")):
+        with pytest.raises(OdtkError, match=f"--teacher {own}: training to {path} would overwrite it"):
+            odtk.train(path, **given, teacher=own)
     with pytest.raises(OdtkError, match=r"every 80, .* pixels of the images and the detector to train every 16: "):
         odtk.train(path, **given, teacher=str(tmp_path / "fpn.pth"), teacher_scale=0.1)
     with pytest.raises(OdtkError, match="--teacher-weight needs --teacher PATH"):

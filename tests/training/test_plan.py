@@ -423,6 +423,22 @@ def test_time_becomes_iterations_once(drawn: Path, tmp_path: Path, monkeypatch, 
     assert line.startswith("plan: --iters 18: --time 8m allows them, at 0.01 s")
 
 
+def test_a_plan_knows_when_unlabeled_images_join(drawn: Path, tmp_path: Path) -> None:
+    asked = TrainSettings.of(
+        {"model": "m.pth", "annotations": str(drawn / "train.json"), "unlabeled": [str(drawn / "val")]}
+    )
+    given = dataclasses.replace(asked, iters=30, burn_in=7)
+    assert plan(given, CPU).config.burn_in == 7
+    assert plan(dataclasses.replace(given, burn_in=None), CPU).config.burn_in == 6
+    assert plan(dataclasses.replace(given, burn_in=None, schedule=0.5), CPU).config.burn_in == 3
+    with pytest.raises(OdtkError, match="--burn-in 7 leaves none of the 6 iterations"):
+        dataclasses.replace(given, schedule=0.2)
+
+    timed = tmp_path / "plan.yaml"
+    timed.write_text(plan(dataclasses.replace(asked, time="5m"), CPU).to_yaml())
+    assert TrainSettings.of({"model": "m.pth", "settings": timed}).burn_in is None, "it follows from the length"
+
+
 def test_evaluations_take_a_small_part_of_a_run() -> None:
     assert rules.count_evaluations(1000, cost=5) == 10 and rules.count_evaluations(500, cost=5) == 8
     assert rules.count_evaluations(20, cost=5) == 1, "one at the end, whatever it costs"

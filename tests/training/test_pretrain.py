@@ -156,7 +156,12 @@ def test_what_a_resumed_run_refuses(tmp_path: Path, images: Path, capsys: pytest
     assert "--label-smoothing 0.1 → 0.2" in refused("--label-smoothing", "0.2")
     assert "--size 32 → 64" in refused("--size", "64")
     assert "a run of another model (--norm batch → group)" in refused("--norm", "group")
-    assert "had no teacher, so it cannot be continued by --teacher" in refused("--teacher", path)
+    assert "w.pth would overwrite it; give one of the two another name" in refused("--teacher", path)
+    teacher = str(shutil.copy(path, tmp_path / "teacher.pth"))
+    assert "had no teacher, so it cannot be continued by --teacher" in refused("--teacher", teacher)
+    assert "--output w.pth: the name of the figures' file must end in .json" in refused(
+        "--val-images", str(images), "--output", "w.pth"
+    )
     for name in ("blue", "red"):
         (other / name).mkdir(parents=True)
         (other / name / "1.png").write_bytes((images / "red" / "1.png").read_bytes())

@@ -214,6 +214,16 @@ def test_the_average_sees_the_weak_view_and_the_detector_the_strong_one(
     odtk.export(config.path, str(tmp_path / "m.onnx"), size=64, full_precision=True, devices="cpu")
 
 
+def test_labeled_and_validated_images_are_left_out(
+    tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """All eleven images of the folder are named: four are labeled, two set aside, five neither."""
+    config = unlabeled(tmp_path / "m.pth", dataset, unlabeled=(str(dataset),), iters=1, burn_in=1)
+    train(with_validation(config, held_out=(2, 5), unlabeled_loss="none", val_iters=1000))
+    said = capsys.readouterr().out
+    assert "5 unlabeled images (6 more are left out: they are labeled or validated on), 2 per batch" in said
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("loss", ["pseudo-labels", "entropy"])
 def test_every_head_learns_from_them(tmp_path: Path, dataset: Path, head: str, loss: str) -> None:
@@ -306,7 +316,8 @@ def test_what_a_run_with_unlabeled_images_refuses(tmp_path: Path, dataset: Path)
             "--unlabeled-loss none and --unlabeled-colors 0 leave nothing to --unlabeled",
         ),
         ({"unlabeled": more, "ema": 0}, "the pseudo-labels come from the average of the weights"),
-        ({"unlabeled": str(tmp_path / "none")}, "The image or folder .*none does not exist"),
+        ({"unlabeled": str(tmp_path / "none")}, "--unlabeled: The image or folder .*none does not exist"),
+        ({"unlabeled": str(dataset / "1.png")}, "--unlabeled: all of its images are labeled or validated on"),
     ):
         with pytest.raises(OdtkError, match=said):
             odtk.train(path, **{**given, **wrong})
