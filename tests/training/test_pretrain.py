@@ -166,7 +166,7 @@ def test_what_a_resumed_run_refuses(tmp_path: Path, images: Path, capsys: pytest
         (other / name).mkdir(parents=True)
         (other / name / "1.png").write_bytes((images / "red" / "1.png").read_bytes())
     assert f"was trained on other categories than those of {other}" in refused("--images", str(other))
-    anew = ("--images", str(other), "--override", "--teacher", path)
+    anew = ("--images", str(other), "--override", "--teacher", teacher)
     assert "knows other classes (green, red) than the images to train on have" in refused(*anew)
     (other / "blue").rename(other / "green")
     assert f"was trained on other images or classes than {other} has now" in refused("--images", str(other))
