@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from odtk.config import LoaderConfig
+from odtk.data.color_transfer import transfer_colors
 from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
 
@@ -43,3 +44,16 @@ def test_a_busy_gpu_reads_whole_batches(dataset: Dataset, kind: str) -> None:
 def test_images_are_rendered_into_pinned_memory(dataset: Dataset) -> None:
     loader = create_loader(dataset, LoaderConfig("", size=(96, 128), batch=2, loader="torch", device="cuda:0"))
     assert loader.render_with_torch(loader.sampler.plan(0)).is_pinned()
+
+
+def test_colors_are_lent_without_waiting_for_the_gpu() -> None:
+    config = LoaderConfig("", training=True)
+    images, others = torch.randn(2, 4, 3, 64, 96).unbind()
+    expected = transfer_colors(images, others, config, 0.5, 0)
+    images, others = images.cuda(), others.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = transfer_colors(images, others, config, 0.5, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
