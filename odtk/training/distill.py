@@ -7,7 +7,8 @@ boxes take no part. A 1×1 convolution brings a student's level to the teacher's
 of the detector, but of the run that a checkpoint resumes.
 
 A detector knows objects at the size that it was trained at. So a teacher that was trained at another size than the
-student sees the student's images scaled to its own. Levels are compared whose cells are equally large in the image.
+student sees the student's images scaled to its own. Levels are compared whose cells are equally large in the image. A
+level of the teacher that is finer than all of the student's is learned by its finest one too: it knows small objects.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..model.detector import Detector
 from .sync_batch_norm import sum_over_ranks
 
 MOST_APART = 1.5  # strides that differ more are those of other levels, which follow each other by a factor of 2
+FINEST = 3.0  # by so much a level of the teacher may be finer than the student's finest
 LEAST_VARIANCE = 1e-8  # relative to the mean square: what varies less is constant but for rounding
 TINY = 1e-12  # a variance below is none
 
@@ -97,8 +99,8 @@ class Student(nn.Module):
     """A detector that is taught: it gives its features too, as wide as the teacher's.
 
     Attributes:
-        pairs: (student's level, teacher's level), whose strides differ by no more than MOST_APART.
-        adapters: 1×1 convolutions, one per pair; none where the widths are the same.
+        pairs: (student's level, teacher's level), see pairs_of.
+        adapters: 1×1 convolutions, one per pair; none where the widths are the same and each level is in one pair.
 
     Raises:
         OdtkError: there is no such pair.
@@ -115,8 +117,9 @@ class Student(nn.Module):
                 f"{own}: choose another teacher, or a --teacher-scale at which some are about the same."
             )
         width = detector.config.pyramid_channels
-        count = len(self.pairs) if width != teacher.channels else 0
-        self.adapters = nn.ModuleList(nn.Conv2d(width, teacher.channels, 1) for _ in range(count))
+        alike = width == teacher.channels and len({own for own, _ in self.pairs}) == len(self.pairs)
+        adapters = () if alike else (nn.Conv2d(width, teacher.channels, 1) for _ in self.pairs)
+        self.adapters = nn.ModuleList(adapters)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """As Detector.forward, and the features [N, teacher's channels, h, w] of each pair."""
@@ -129,10 +132,17 @@ class Student(nn.Module):
 
 
 def pairs_of(strides: Sequence[int], others: Sequence[float]) -> list[tuple[int, int]]:
-    """For each stride the nearest of the others, as a pair of indices, if they differ by no more than MOST_APART."""
+    """Which levels are compared, by their strides, as pairs of indices.
+
+    For each stride the nearest of the others, if they differ by no more than MOST_APART; and for the finest each of the
+    others that is finer still, up to FINEST times.
+    """
     apart = [[abs(math.log(other / stride)) for other in others] for stride in strides]
     nearest = [(i, row.index(min(row))) for i, row in enumerate(apart)]
-    return [(i, j) for i, j in nearest if apart[i][j] <= math.log(MOST_APART)]
+    found = [(i, j) for i, j in nearest if apart[i][j] <= math.log(MOST_APART)]
+    finest, taken = min(strides), {j for _, j in found}
+    finer = [j for j, other in enumerate(others) if other < finest <= other * FINEST and j not in taken]
+    return found + [(strides.index(finest), j) for j in finer]
 
 
 def feature_loss(features: list[Tensor], taught: list[Tensor], world: int) -> tuple[Tensor, Tensor]:

@@ -132,9 +132,22 @@ def test_a_teacher_sees_images_at_the_size_that_it_was_trained_at(tmp_path: Path
 
 def test_levels_are_paired_by_the_size_of_their_cells() -> None:
     assert pairs_of((8, 16, 32), (8, 16, 32, 64)) == [(0, 0), (1, 1), (2, 2)]
-    assert pairs_of((8, 16, 32), (8 / 1.875, 16 / 1.875, 32 / 1.875)) == [(0, 1), (1, 2)]
-    assert pairs_of((16,), (8, 16, 32)) == [(0, 1)]
-    assert pairs_of((16,), (8, 32)) == []
+    assert pairs_of((16,), (16, 32)) == [(0, 0)]
+    assert pairs_of((16,), (4, 40)) == []
+
+
+def test_a_finer_level_of_the_teacher_is_learned_too() -> None:
+    assert pairs_of((8, 16, 32), (8 / 1.875, 16 / 1.875, 32 / 1.875)) == [(0, 1), (1, 2), (0, 0)]
+    assert pairs_of((16,), (8, 16, 32)) == [(0, 1), (0, 0)]
+    assert pairs_of((16,), (8, 32)) == [(0, 0)]
+    assert pairs_of((16, 32), (4, 8, 16, 32)) == [(0, 2), (1, 3), (0, 1)], "4 is too fine"
+
+    own = dataclasses.replace(SMALL, resnet_width=0.5, pyramid_channels=128)
+    teacher = Teacher(Detector(dataclasses.replace(WIDE, backbones=("ResNet18FPN",))), own)
+    student = Student(Detector(own), teacher)
+    assert len(student.adapters) == 2, "the widths are the same, but one level cannot be two maps"
+    features = student(torch.rand(1, 3, 64, 64))[2]
+    assert [f.shape for f in features] == [(1, 128, 4, 4)] * 2 and not torch.equal(*features)
 
 
 @pytest.mark.parametrize("width", [64, 128])
