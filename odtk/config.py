@@ -253,7 +253,7 @@ class TrainConfig(RunConfig):
     teacher_weight: float = 6.0  # of that loss, as https://arxiv.org/abs/2207.02039 has it
     unlabeled: tuple[str, ...] = ()  # images without boxes that are learned from, see training/unlabeled.py
     unlabeled_batch: int = 1  # of these images, per process
-    unlabeled_loss: str = "pseudo-labels"  # or "entropy", "none"
+    unlabeled_loss: str = "none"  # or "pseudo-labels", "entropy"
     unlabeled_weight: float = 1.0
     unlabeled_colors: float = 0.5  # of the labeled images take on the colors of these, see data/color_transfer.py
     burn_in: int = 0  # iterations without their losses

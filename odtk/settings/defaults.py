@@ -15,7 +15,7 @@ ADAMW_DECAY = 0.05
 DENSE_EMA = 0.99
 DENSE_SCALE = (0.75, 4 / 3)
 DENSE_COLOR = {"brightness": 0.1, "contrast": 0.1, "hue": 0.01, "saturation": 0.1}
-UNLABELED_LOSSES = {"pseudo-labels": 1.0, "entropy": 0.01, "none": 1.0}  # and their weights
+UNLABELED_LOSSES = {"none": 0.0, "pseudo-labels": 1.0, "entropy": 0.01}  # and their weights
 ODTK_RESIZE, ODTK_JITTER = LoaderConfig.resize, LoaderConfig.jitter  # jitter is for this size and scaled to others
 ODTK_ITERS, ODTK_WARMUP, ODTK_MILESTONES = TrainConfig.iters, TrainConfig.warmup, TrainConfig.milestones
 

@@ -44,6 +44,7 @@ class TrainSettings(TrainFields):
     REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(("iters", "epochs", "time"), LENGTH),
         "resize": ("jitter",),
+        "unlabeled_loss": ("unlabeled_weight", "burn_in"),
     }
 
     @classmethod
@@ -87,10 +88,13 @@ class TrainSettings(TrainFields):
         names = ("unlabeled_loss", "unlabeled_batch", "unlabeled_weight", "unlabeled_colors", "burn_in")
         if not self.unlabeled and (given := [name for name in names if getattr(self, name) is not None]):
             raise OdtkError(f"{flag(given[0])} needs --unlabeled PATH.")
-        if self.unlabeled and self.unlabeled_loss == "none" and self.unlabeled_colors == 0:
-            raise OdtkError("--unlabeled-loss none and --unlabeled-colors 0 leave nothing to --unlabeled: drop one.")
+        if self.unlabeled and self.unlabeled_loss in (None, "none"):
+            if self.unlabeled_colors == 0:
+                raise OdtkError("--unlabeled-colors 0 leaves nothing to --unlabeled: choose an --unlabeled-loss, too.")
+            if given := [name for name in ("unlabeled_weight", "burn_in") if getattr(self, name) is not None]:
+                raise OdtkError(f"{flag(given[0])} needs --unlabeled-loss pseudo-labels or entropy.")
         if self.pseudo_labels and self.ema == 0:
-            raise OdtkError("--unlabeled: the pseudo-labels come from the average of the weights: leave --ema 0 out.")
+            raise OdtkError("The pseudo-labels come from the average of the weights: leave --ema 0 out.")
         if self.burn_in and self.iters is not None:
             iters = round(self.iters * self.schedule)
             if self.burn_in >= iters:
@@ -100,7 +104,7 @@ class TrainSettings(TrainFields):
 
     @property
     def pseudo_labels(self) -> bool:
-        return bool(self.unlabeled) and self.unlabeled_loss in (None, "pseudo-labels")
+        return bool(self.unlabeled) and self.unlabeled_loss == "pseudo-labels"
 
     @property
     def pretrained(self) -> bool:
@@ -156,10 +160,13 @@ class TrainSettings(TrainFields):
             follows |= {
                 "unlabeled_loss": loss,
                 "unlabeled_batch": batch,
-                "unlabeled_weight": UNLABELED_LOSSES[loss],
                 "unlabeled_colors": TrainConfig.unlabeled_colors,
-                "burn_in": round(iters * self.schedule) // 5,
             }
+            if loss != "none":
+                follows |= {
+                    "unlabeled_weight": UNLABELED_LOSSES[loss],
+                    "burn_in": round(iters * self.schedule) // 5,
+                }
         kept = ("batch", "iters", "classes", "epochs", "time")
         return dataclasses.replace(self, **{k: v for k, v in follows.items() if k in kept or getattr(self, k) is None})
 

@@ -130,8 +130,8 @@ class TrainFields(WithDevices, WithLoader, WithAnchors):
     )
     unlabeled_loss: str | None = option(
         None,
-        "what they teach beside their colors: pseudo-labels, which the average of the weights gives for every point "
-        "(Dense Teacher), entropy, by which scores move away from 0.5 (ADVENT), or none",
+        "what they teach beside their colors: nothing, pseudo-labels, which the average of the weights gives for every "
+        "point (Dense Teacher), or entropy, by which scores move away from 0.5 (ADVENT)",
         choices=UNLABELED_LOSSES,
         shown=TrainConfig.unlabeled_loss,
         section="data",

@@ -318,14 +318,15 @@ def unlabeled_config(settings: TrainSettings, world: int) -> dict[str, Any]:
     if not settings.unlabeled:
         return {}
     assert settings.unlabeled_batch
-    return {
+    found = {
         "unlabeled": settings.unlabeled,
         "unlabeled_batch": share(settings.unlabeled_batch, world, "unlabeled_batch"),
         "unlabeled_loss": settings.unlabeled_loss,
-        "unlabeled_weight": settings.unlabeled_weight,
         "unlabeled_colors": settings.unlabeled_colors,
-        "burn_in": settings.burn_in,
     }
+    if settings.unlabeled_loss != "none":
+        found |= {"unlabeled_weight": settings.unlabeled_weight, "burn_in": settings.burn_in}
+    return found
 
 
 def model_config(settings: TrainSettings) -> ModelConfig:

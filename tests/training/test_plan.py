@@ -425,7 +425,12 @@ def test_time_becomes_iterations_once(drawn: Path, tmp_path: Path, monkeypatch, 
 
 def test_a_plan_knows_when_unlabeled_images_join(drawn: Path, tmp_path: Path) -> None:
     asked = TrainSettings.of(
-        {"model": "m.pth", "annotations": str(drawn / "train.json"), "unlabeled": [str(drawn / "val")]}
+        {
+            "model": "m.pth",
+            "annotations": str(drawn / "train.json"),
+            "unlabeled": [str(drawn / "val")],
+            "unlabeled_loss": "entropy",
+        }
     )
     given = dataclasses.replace(asked, iters=30, burn_in=7)
     assert plan(given, CPU).config.burn_in == 7

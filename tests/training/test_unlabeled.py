@@ -61,7 +61,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unlabeled(path: Path, dataset: Path, **changes: Any) -> TrainConfig:
     """A run of four iterations of which the first has labeled images alone."""
     config = settings(path, dataset, model=model_of("dense"), ema=0.5, burn_in=1, lr=0.001)
-    more = {"unlabeled": (str(dataset / "more"),), "unlabeled_batch": 2, "unlabeled_weight": 1.5}
+    more: dict[str, Any] = {"unlabeled": (str(dataset / "more"),), "unlabeled_loss": "pseudo-labels"}
+    more |= {"unlabeled_batch": 2, "unlabeled_weight": 1.5}
     return dataclasses.replace(config, **{**more, **changes})
 
 
@@ -307,15 +308,14 @@ def test_the_trial_steps_of_a_timed_run_include_them(
 def test_what_a_run_with_unlabeled_images_refuses(tmp_path: Path, dataset: Path) -> None:
     given = small_run(dataset, iters=2)
     path, more = str(tmp_path / "m.pth"), str(dataset / "more")
+    learned = {"unlabeled": more, "unlabeled_loss": "pseudo-labels"}
     for wrong, said in (
         ({"burn_in": 3}, "--burn-in needs --unlabeled PATH"),
         ({"unlabeled_loss": "entropy"}, "--unlabeled-loss needs --unlabeled PATH"),
-        ({"unlabeled": more, "burn_in": 2}, "--burn-in 2 leaves none of the 2 iterations"),
-        (
-            {"unlabeled": more, "unlabeled_loss": "none", "unlabeled_colors": 0.0},
-            "--unlabeled-loss none and --unlabeled-colors 0 leave nothing to --unlabeled",
-        ),
-        ({"unlabeled": more, "ema": 0}, "the pseudo-labels come from the average of the weights"),
+        ({**learned, "burn_in": 2}, "--burn-in 2 leaves none of the 2 iterations"),
+        ({"unlabeled": more, "unlabeled_colors": 0.0}, "--unlabeled-colors 0 leaves nothing to --unlabeled"),
+        ({"unlabeled": more, "burn_in": 1}, "--burn-in needs --unlabeled-loss pseudo-labels or entropy"),
+        ({**learned, "ema": 0}, "The pseudo-labels come from the average of the weights"),
         ({"unlabeled": str(tmp_path / "none")}, "--unlabeled: The image or folder .*none does not exist"),
         ({"unlabeled": str(dataset / "1.png")}, "--unlabeled: all of its images are labeled or validated on"),
     ):
@@ -325,7 +325,7 @@ def test_what_a_run_with_unlabeled_images_refuses(tmp_path: Path, dataset: Path)
         odtk.train(path, **{**given, "devices": "cpu:2"}, unlabeled=more, unlabeled_batch=3)
     assert not Path(path).exists()
 
-    odtk.train(path, **given, unlabeled=more)
+    odtk.train(path, **given, **learned)
     assert files.load(path).setting("ema") == 0.99 and files.load(path).setting("burn_in") == 0
     before = Path(path).read_bytes()
     fewer = [f"{more}/{i}.png" for i in range(4)]
@@ -336,10 +336,10 @@ def test_what_a_run_with_unlabeled_images_refuses(tmp_path: Path, dataset: Path)
     assert training_of(path)["iteration"] == 3
 
 
-def test_colors_alone_can_be_learned(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture) -> None:
+def test_colors_alone_are_learned_by_default(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture) -> None:
     given = small_run(dataset, iters=3)
     path, plain = (str(tmp_path / name) for name in ("m.pth", "plain.pth"))
-    odtk.train(path, **given, unlabeled=str(dataset / "more"), unlabeled_loss="none")
+    odtk.train(path, **given, unlabeled=str(dataset / "more"))
     said = capsys.readouterr().out
     assert "per batch; 50 % of the labeled images take on their colors." in said and "unlabeled 0" not in said
     assert files.load(path).setting("ema") is None, "which pseudo-labels alone need"
