@@ -1,4 +1,6 @@
-"""What is learned from images without boxes.
+"""What is learned from images without boxes: their colors, and one of two losses if it is asked for.
+
+Colors: labeled images take on those of unlabeled ones (data/color_transfer.py).
 
 pseudo-labels (Dense Teacher, https://arxiv.org/abs/2207.02541): the EMA of the weights looks at an image, and what it
 says of every point is what the detector has to say of the same image with other colors, blurred and partly erased. No
@@ -6,8 +8,6 @@ NMS and no threshold stand between. The points of the highest scores are the reg
 are soft targets; everywhere else the target is background. Boxes are learned from labeled images alone.
 
 entropy (ADVENT, https://arxiv.org/abs/1811.12833 §3.1): each score is to move away from 0.5, to either side.
-
-Beside either, labeled images take on the colors of unlabeled ones (data/color_transfer.py).
 """
 
 from __future__ import annotations
