@@ -70,14 +70,18 @@ def trials(parts: list[str], teacher: Path | None) -> list[Trial]:
             Trial("teacher", "taught", "train.json", ("--teacher", str(teacher))),
         ]
     for share in SHARES if "labels" in parts else ():
-        part = f"{share} % of the labels"
-        found.append(Trial(part, "alone", f"{share}.json"))
-        found += [Trial(part, name, f"{share}.json", loss_flags(name), f"rest{share}") for name in LOSSES]
+        found += with_and_without(f"{share} % of the labels", f"{share}.json", f"rest{share}", "val")
     for shift in (part for part in parts if part in BLUR):
-        found.append(Trial(shift, "alone", "train.json", scored=shift))
-        folder = f"{shift}-train"
-        found += [Trial(shift, name, "train.json", loss_flags(name), folder, shift) for name in LOSSES]
+        found += with_and_without(shift, "train.json", f"{shift}-train", shift)
     return found
+
+
+def with_and_without(part: str, annotations: str, unlabeled: str, scored: str) -> list[Trial]:
+    """On labels alone, and with unlabeled images by each of LOSSES."""
+    alone = Trial(part, "alone", annotations, scored=scored)
+    return [alone] + [
+        Trial(part, name, annotations, ("--unlabeled-loss", loss), unlabeled, scored) for name, loss in LOSSES.items()
+    ]
 
 
 def part_of(content: dict, percent: float) -> dict:
@@ -86,10 +90,6 @@ def part_of(content: dict, percent: float) -> dict:
     kept = order[: round(len(order) * percent / 100)]
     ids = {row["id"] for row in kept}
     return {**content, "images": kept, "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
-
-
-def loss_flags(name: str) -> tuple[str, str]:
-    return ("--unlabeled-loss", LOSSES[name])
 
 
 def make_sets(cells: Path, sets: Path) -> None:

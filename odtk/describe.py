@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ from .evaluation.benchmark import describe_devices
 from .exporting.engine import require_tensorrt
 from .inference.backends import open_backend
 from .model.checkpoint import load
+from .model.weights import has_module
 from .ranks import silent
 from .text import in_words, printable
 
@@ -99,15 +99,6 @@ def tensorrt_ability() -> bool | str:
     except OdtkError as error:
         return str(error)
     return True
-
-
-def has_module(name: str) -> bool:
-    """Whether a module is installed; it is not imported."""
-    try:
-        found = importlib.util.find_spec(name)
-        return found is not None and found.origin is not None  # without an origin it is a mere folder of this name
-    except ModuleNotFoundError:  # the package that contains it is missing
-        return False
 
 
 def print_environment(found: dict[str, Any]) -> None:

@@ -72,6 +72,11 @@ def to_device(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(values).to(like, non_blocking=True)
 
 
+def is_padding(images: Tensor, config: LoaderConfig) -> Tensor:
+    """Which pixels [N, 1, H, W] of images [N, 3, H, W], as a loader with this config gives them, are padding."""
+    return (images == to_device(padding_value(config), images)[:, None, None]).all(1, keepdim=True)
+
+
 def nearest_pixels(values: np.ndarray) -> np.ndarray:
     """The uint8 that is nearest to each value."""
     return np.rint(values).clip(0, 255).astype(np.uint8)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import LoaderConfig, scale_and_shift
-from .batch import padding_value, to_device
+from .batch import is_padding, to_device
 from .sampler import COLORS
 
 MOST = 4.0  # times as much contrast at the most, so that the noise of a flat image does not become a picture
@@ -40,13 +40,12 @@ def transfer_colors(images: Tensor, others: Tensor, config: LoaderConfig, share:
     draws = np.array([np.random.default_rng([config.seed, COLORS, first + i]).random() for i in range(count)])
     if not (draws < share).any():
         return images
-    padding = to_device(padding_value(config), images)[:, None, None]  # [3] → [3, 1, 1]
     unit = to_device(np.array(scale_and_shift(config.mean, config.std)[0]), images)[:, None, None]  # 1 of 255
     chosen = to_device(draws < share, images)[:, None, None, None] > 0
     others = others[torch.arange(count, device=images.device) * len(others) // count]  # [N, 3, h, w]
-    inside = (images != padding).any(1, keepdim=True)
+    inside = ~is_padding(images, config)
     mean, variance = moments(images, inside)
-    new_mean, new_variance = moments(others, (others != padding).any(1, keepdim=True))
+    new_mean, new_variance = moments(others, ~is_padding(others, config))
     gain = (new_variance / variance.clamp(min=1e-12)).sqrt().clamp(max=MOST)
     lends = (new_variance > (FAINT * unit).square()).any(1, keepdim=True)  # [N, 1, 1, 1]
     return torch.where(chosen & inside & lends, (images - mean) * gain + new_mean, images)

@@ -6,7 +6,6 @@ As a Dataset, an image has one box, which is the whole image, and the label of i
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,12 +32,14 @@ class Listing:
 
     Attributes:
         source: the folder or the CSV, for messages.
+        folder: that the files' names are relative to.
         files, names: of each image its path and the name of its class.
         classes: the names of all classes, sorted.
         faults: those found while listing.
     """
 
     source: Path
+    folder: Path
     files: list[Path]
     names: list[str]
     classes: tuple[str, ...]
@@ -84,7 +85,7 @@ def list_folder(folder: Path) -> Listing:
     loose = [str(entry) for entry in sorted(folder.iterdir()) if is_image(entry)]
     outside = "outside of every class's folder: left out"
     faults = [Fault(name, "", outside, True, f"image {outside}") for name in loose]
-    return Listing(folder, files, names, tuple(part.name for part in own), faults)
+    return Listing(folder, folder, files, names, tuple(part.name for part in own), faults)
 
 
 def is_image(path: Path) -> bool:
@@ -116,17 +117,12 @@ def list_csv(path: Path, folder: Path) -> Listing:
             raise OdtkError(f"{path}, row {number}: {name} is {of} here and {found[name]} before: keep one class.")
     if not found:
         raise OdtkError(f"{path} has no line below its first: write a file name and a class in each.")
-    if missing := [name for name in found if not os.path.isfile(folder / name)]:
-        listed = ", ".join(missing[:MAX_LISTED]) + (", …" if len(missing) > MAX_LISTED else "")
-        raise OdtkError(
-            f"{path}: {plural(len(missing), 'file')} not found in {folder}: {listed}; mend the names, or give the "
-            "right folder with --images."
-        )
     repeated = len(rows) - first - len(found)
     if repeated:
         rule = "named again: counted once"
         faults = [Fault(str(path), "", rule, True, f"image {rule}")] * repeated
-    return Listing(path, [folder / name for name in found], [*found.values()], tuple(sorted({*found.values()})), faults)
+    files = [folder / name for name in found]
+    return Listing(path, folder, files, [*found.values()], tuple(sorted({*found.values()})), faults)
 
 
 def columns_of(row: Sequence[str], path: Path) -> tuple[int, int, int]:
@@ -151,7 +147,7 @@ def read_labeled(listing: Listing, classes: Iterable[str] | None = None) -> Data
         classes: those of the training set, which a validation set may lack some of; None: the listing's own.
 
     Raises:
-        OdtkError: an image is of a class that is not among ``classes``.
+        OdtkError: an image is of a class that is not among ``classes``, or is missing.
     """
     known = {name: label for label, name in enumerate(listing.classes if classes is None else classes)}
     if strange := sorted({*listing.names} - known.keys()):
@@ -160,10 +156,15 @@ def read_labeled(listing: Listing, classes: Iterable[str] | None = None) -> Data
     categories = tuple(Category(label + 1, name) for name, label in known.items())
     dataset = Dataset([], categories, list(listing.faults))
     headers = read_headers(listing.files)
+    missing = [path for path, header in zip(listing.files, headers, strict=True) if isinstance(header, MissingImage)]
+    if missing:
+        listed = ", ".join(str(path.relative_to(listing.folder)) for path in missing[:MAX_LISTED])
+        raise OdtkError(
+            f"{listing.source}: {plural(len(missing), 'file')} not found in {listing.folder}: {listed}"
+            f"{', …' if len(missing) > MAX_LISTED else ''}; mend the names, or give the right folder with --images."
+        )
     for id, (path, name, header) in enumerate(zip(listing.files, listing.names, headers, strict=True), start=1):
-        if isinstance(header, MissingImage):
-            dataset.faults.append(Fault(str(path), f"image {id}", str(header), False, "missing image"))
-        elif isinstance(header, ImageError):
+        if isinstance(header, ImageError):
             dataset.faults.append(Fault(str(path), f"image {id}", str(header), False, DAMAGED))
         else:
             if header.rule:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import AugmentConfig, LoaderConfig, scale_and_shift
-from .batch import padding_value, to_device
+from .batch import is_padding, to_device
 from .sampler import STRONG, color_matrix
 
 COLOR = AugmentConfig(  # standard deviations of uniform changes by up to 0.4, and of the hue by up to 0.1
@@ -98,8 +98,7 @@ def strong_view(images: Tensor, config: LoaderConfig, first: int) -> Tensor:
                 slice(round(a * n), round(b * n)) for a, b, n in ((top, bottom, height), (left, right, width))
             )
             image[:, rows, columns] = color[..., None]
-    padding = to_device(padding_value(config), images)[:, None, None]  # [3] → [3, 1, 1]
-    return torch.where((images == padding).all(1, keepdim=True), images, changed)
+    return torch.where(is_padding(images, config), images, changed)
 
 
 def blurred(image: Tensor, sigma: float) -> Tensor:

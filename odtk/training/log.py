@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 import json
@@ -30,6 +29,7 @@ from torch import Tensor
 from ..config import OdtkError, RunConfig
 from ..evaluation.evaluate import Metrics
 from ..files import append
+from ..model.weights import has_module
 from ..text import printable
 from .run_page import RunPage
 
@@ -379,8 +379,7 @@ def open_writers(config: RunConfig, start: int, iters: int) -> list[Background]:
     if config.post_metrics:
         found.append(Background(MetricsPoster(config.post_metrics), f"--post-metrics {config.post_metrics}"))
     for name in config.log_to:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # without an origin it is a mere folder of this name, such as ./wandb
+        if not has_module(name):
             raise OdtkError(f"--log-to {name} needs its package: pip install 'odtk[{name}]'.")
     if config.logdir:
         found.append(Background(LogFiles(config.logdir, new=not start), f"--logdir {config.logdir}"))

@@ -130,12 +130,14 @@ class Run:
         """
         raise NotImplementedError
 
-    def losses_beside(self) -> tuple[dict[str, tuple[Tensor, Tensor]] | None, int]:
-        """The losses of the next batch of unlabeled images as losses() has them, and its number of images.
+    @property
+    def learns_beside(self) -> bool:
+        """Whether unlabeled images have losses in this run, after its burn-in."""
+        return False
 
-        None: this run has no such losses; {}: not in this iteration.
-        """
-        return None, 0
+    def losses_beside(self) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+        """The losses of the next batch of unlabeled images as losses() has them, none in burn-in; and its images."""
+        return {}, 0
 
     def what(self) -> str:
         """What is trained, in a few words."""

@@ -128,7 +128,7 @@ def step(run: Run, batches: Iterator[Batch], meter: Meter, world: int) -> list[s
     run.iteration += 1
     if run.ema is not None:
         run.ema.update(run.iteration)
-    return [*terms, "unlabeled"] if len(beside) else list(terms)
+    return [*terms, "unlabeled"] if run.learns_beside else list(terms)
 
 
 def learn_beside(run: Run, world: int) -> tuple[Tensor, int]:
@@ -140,7 +140,7 @@ def learn_beside(run: Run, world: int) -> tuple[Tensor, int]:
     with nullcontext() if world == 1 else run.model.no_sync():  # type: ignore[operator]
         terms, seen = run.losses_beside()
         if not terms:
-            return torch.zeros(0 if terms is None else 1, device=run.device), 0
+            return torch.zeros(int(run.learns_beside), device=run.device), 0
         loss, values = normalize(terms, world)
         run.scaler.scale(loss / run.config.accumulate).backward()
     return values.sum()[None], seen
@@ -186,15 +186,19 @@ class DetectorRun(Run):
             terms["teacher"] = self.distance(features[0], taught)
         return terms
 
-    def losses_beside(self) -> tuple[dict[str, tuple[Tensor, Tensor]] | None, int]:
+    @property
+    def learns_beside(self) -> bool:
+        return self.unlabeled is not None and self.config.unlabeled_loss != "none"
+
+    def losses_beside(self) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
         config, unlabeled = self.config, self.unlabeled
         if unlabeled is None:
-            return None, 0
-        learns = config.unlabeled_loss != "none" and self.iteration >= config.burn_in
+            return {}, 0
+        learns = self.learns_beside and self.iteration >= config.burn_in
         if learns or config.unlabeled_colors:
             images = seen = unlabeled.next_images()
         if not learns:
-            return None if config.unlabeled_loss == "none" else {}, 0
+            return {}, 0
         with self.autocast:
             if config.unlabeled_loss == "pseudo-labels":
                 assert self.ema is not None

@@ -18,11 +18,8 @@ def picture(seed: int, height: int = 24, width: int = 40) -> torch.Tensor:
     """Normalized [1, 3, height, width] whose channels depend on each other; no pixel is black."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.eye(3) + 0.5 * torch.rand(3, 3, generator=generator)
-    pixels = (
-        110
-        + 15 * (seed % 3)
-        + 20 * torch.einsum("ij,njhw->nihw", mix, torch.randn(1, 3, height, width, generator=generator))
-    )
+    noise = torch.randn(1, 3, height, width, generator=generator)
+    pixels = 110 + 15 * (seed % 3) + 20 * torch.einsum("ij,njhw->nihw", mix, noise)
     return normalize(pixels.clamp(1, 255), CONFIG.mean, CONFIG.std)
 
 
