@@ -28,23 +28,28 @@ from pathlib import Path
 from typing import IO, Any
 
 from .config import OdtkError
-from .text import printable
+from .text import first_line, printable
 
 MAX_LOCK = 10_000  # bytes that are read of a lock
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | os.PathLike[str], *, one_of_many: bool = False) -> Iterator[IO[bytes]]:
     """Opens a temporary file that becomes ``path`` when the block ends; until then ``path`` is as it was.
 
     The temporary file is beside ``path``. It is flushed to the disk and then renamed; if anything fails, it is removed.
     Its name says which process wrote it; those that killed processes left for ``path`` are removed first.
 
+    Args:
+        one_of_many: of a folder that has had its abandoned files removed: listing it for every file would take longer
+            and longer.
+
     Raises:
         OdtkError: the disk is full, the folder does not exist, or there is no permission to write in it.
     """
     target = os.path.realpath(path)  # write where a symbolic link leads, and keep the link
-    remove_abandoned(target)
+    if not one_of_many:
+        remove_abandoned(target)
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name}.{process_space()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -70,8 +75,17 @@ def remove_abandoned(path: str | os.PathLike[str], *, exclusive: bool = False) -
             those of processes that run stay, and those of other machines, about which nothing is known.
     """
     folder, name = os.path.split(os.path.realpath(path))
+    _remove_abandoned(folder, re.escape(name), exclusive)
+
+
+def remove_all_abandoned(folder: str | os.PathLike[str], names: str) -> None:
+    """Removes the temporary files of all files in a folder whose names match a pattern, as remove_abandoned does."""
+    _remove_abandoned(folder, names, exclusive=False)
+
+
+def _remove_abandoned(folder: str | os.PathLike[str], names: str, exclusive: bool) -> None:
     # Until 0.3 the name held the number of the process only.
-    pattern = re.compile(rf"\.{re.escape(name)}\.(?:([0-9a-f]{{8}})-(\d+)-[0-9a-f]{{8}}|\d+)\.tmp")
+    pattern = re.compile(rf"\.{names}\.(?:([0-9a-f]{{8}})-(\d+)-[0-9a-f]{{8}}|\d+)\.tmp")
     with contextlib.suppress(OSError):
         for entry in os.listdir(folder):
             found = pattern.fullmatch(entry)
@@ -105,7 +119,7 @@ def os_error_reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    return str(error).splitlines()[0]
+    return first_line(error)
 
 
 def fsync_folder(folder: str) -> None:

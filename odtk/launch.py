@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from .config import OdtkError
-from .text import plural, printable
+from .text import first_line, plural, printable
 
 Job = Callable[[Any, int, int], Any]  # job(config, rank, world)
 
@@ -285,7 +285,7 @@ def is_of_connection(error: RuntimeError) -> bool:
 
 def reason_of(error: RuntimeError) -> str:
     """The first sentence of an error of torch.distributed, without the place in its sources."""
-    return re.sub(r"^\[\S+:\d+\] ", "", str(error).strip().splitlines()[0]).partition(". ")[0].rstrip(".")
+    return re.sub(r"^\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0].rstrip(".")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

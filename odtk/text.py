@@ -19,6 +19,11 @@ def in_words(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def printable(text: object) -> str:
     """A name from a user's file as a terminal can show it: no control character reaches it, as ``\\x1b`` or a turned
     writing direction could repaint, hide or rename what is on the screen. Those, line ends and lone surrogates are

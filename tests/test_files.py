@@ -124,6 +124,27 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert set(os.listdir(tmp_path)) == {"m.pth", *own}
 
 
+def test_what_killed_processes_left_of_many_files_is_removed_at_once(tmp_path: Path, monkeypatch) -> None:
+    for name in ("frame1.jpg", "frame22.jpg", "mine.jpg"):
+        run_until_killed(KILLED.format(path=str(tmp_path / name)))
+    files.remove_all_abandoned(tmp_path, r"frame\d+\.jpg")
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".mine.jpg.")
+
+    monkeypatch.setattr(os, "listdir", lambda folder: pytest.fail("it grows with every file"))
+    with files.atomic_write(tmp_path / "frame1.jpg", one_of_many=True) as file:
+        file.write(b"new")
+    assert (tmp_path / "frame1.jpg").read_bytes() == b"new"
+
+
+def test_an_error_without_words_is_named_by_its_type(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OdtkError, match=r"m\.pth could not be written \(RuntimeError\)"),
+        files.atomic_write(tmp_path / "m.pth"),
+    ):
+        raise RuntimeError
+
+
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
     class Full(files.io.FileIO):
         """A disk that has room for ten bytes in all."""

@@ -91,10 +91,10 @@ class CheckReport:
             boxes = np.concatenate([image.boxes[:, 2:4] for image in images])
             counts = [len(image.boxes) for image in images]
             area = boxes.prod(axis=1)
-            small, large = (area < 32**2).mean(), (area >= 96**2).mean()  # COCO's own bounds
+            small, large = area < 32**2, area >= 96**2  # COCO's own bounds
             lines.append(
-                f"{plural(len(boxes), 'box', 'boxes')}: small (below 32² pixels of the file) {small:.0%}, "
-                f"medium {1 - small - large:.0%}, large (96² or more) {large:.0%}"
+                f"{plural(len(boxes), 'box', 'boxes')}: small (below 32² pixels of the file) "
+                f"{small.mean():.0%}, medium {(~small & ~large).mean():.0%}, large (96² or more) {large.mean():.0%}"
             )
             lines += _sizes("boxes", boxes, boxes * np.repeat(scales, counts)[:, None])
         labels = Counter(int(label) for image in images for label in image.labels)

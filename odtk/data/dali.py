@@ -23,6 +23,7 @@ from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 from torch import Tensor
 
 from ..config import LoaderConfig
+from ..text import first_line
 from .batch import PREFETCH, Loader, padding_value
 from .dataset import Dataset
 from .images import ImageError
@@ -55,7 +56,7 @@ class DaliLoader(Loader):
             # One damaged image makes DALI fail on the batch: torch then makes the batch and names the image.
             images = self.render_with_torch(plan)
             if not any(sample.image.path in self.damaged for sample in plan.samples):
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 print(f"Warning: DALI failed on a batch, so the torch loader made it: {reason}", file=sys.stderr)
             return images
 

@@ -16,6 +16,7 @@ A truncated file is refused before the run starts; damage that shows only while 
 from __future__ import annotations
 
 import io
+import os
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -56,6 +57,16 @@ class ImageError(Exception):
 
 class MissingImage(ImageError):
     """An image file that does not exist."""
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name; macOS writes ._NAME.jpg beside each file, which is none."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not os.path.basename(name).startswith("._")
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images in a folder and those below it, sorted; links to folders are not followed."""
+    return sorted(Path(place, name) for place, _, names in os.walk(folder) for name in names if is_image(name))
 
 
 @dataclass(frozen=True)

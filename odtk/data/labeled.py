@@ -18,7 +18,7 @@ from ..text import plural
 from .coco import leads_out
 from .dataset import MAX_LISTED, Dataset
 from .headers import read_headers
-from .images import EXTENSIONS, ImageError, MissingImage
+from .images import EXTENSIONS, ImageError, MissingImage, images_in, is_image
 from .records import DAMAGED, Fault, Image
 
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "path")
@@ -75,22 +75,17 @@ def list_folder(folder: Path) -> Listing:
     files: list[Path] = []
     names: list[str] = []
     for part in own:
-        found = sorted(file for file in part.rglob("*") if is_image(file))
+        found = images_in(part)
         if not found:
             raise OdtkError(
                 f"The folder {part} of a class has no images ({', '.join(sorted(EXTENSIONS))}): remove it, or add some."
             )
         files += found
         names += [part.name] * len(found)
-    loose = [str(entry) for entry in sorted(folder.iterdir()) if is_image(entry)]
+    loose = [str(entry) for entry in sorted(folder.iterdir()) if is_image(entry.name) and entry.is_file()]
     outside = "outside of every class's folder: left out"
     faults = [Fault(name, "", outside, True, f"image {outside}") for name in loose]
     return Listing(folder, folder, files, names, tuple(part.name for part in own), faults)
-
-
-def is_image(path: Path) -> bool:
-    """Whether a path is a file with the suffix of an image, and not one that the system hides."""
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
 
 
 def list_csv(path: Path, folder: Path) -> Listing:

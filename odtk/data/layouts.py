@@ -99,12 +99,25 @@ def load_annotations(
     return Annotations(content, folder, source.path)
 
 
-def image_folder(annotations: str | Path) -> str:
-    """The folder of the images of some annotations."""
+def image_folder(annotations: str | Path, otherwise: str | None = None) -> str:
+    """The folder of the images of some annotations.
+
+    Args:
+        otherwise: what is returned where none of the images is found; None: the folder in which they should be.
+    """
     source = find_source(annotations)
     if source.format == "yolo":  # whose sizes and labels take as long to read as there are images
-        return str(yolo.find_images(yolo.read_yaml(source.path), source.path, source.split or "train")[1])
-    return str(load_annotations(annotations, boxes_only=True).images)
+        try:
+            return str(yolo.find_images(yolo.read_yaml(source.path), source.path, source.split or "train")[1])
+        except OdtkError:
+            if otherwise is None:
+                raise
+            return otherwise
+    content, folder, _, _ = load_annotations(annotations, boxes_only=True)
+    if otherwise is None:
+        return str(folder)
+    names = [entry["file_name"] for entry in content["images"] if isinstance(entry.get("file_name"), str)]
+    return str(folder) if any(locate(folder, name) for name in sampled(names)) else otherwise
 
 
 def with_split(annotations: str, split: str, *, strict: bool = False) -> str:
@@ -204,7 +217,7 @@ def find_images(path: Path, names: list[str]) -> Path:
         path: of the COCO file.
         names: of the images in it.
     """
-    names = names[:: max(1, len(names) // SAMPLE)]
+    names = sampled(names)
     here, above = path.parent, path.parent.parent
     if here == above:  # "." or "/"
         above = here / ".."
@@ -217,6 +230,11 @@ def find_images(path: Path, names: list[str]) -> Path:
         if os.path.isdir(place) and (count := sum(bool(locate(place, name)) for name in names)) > most:
             best, most = place, count
     return best
+
+
+def sampled(names: list[str]) -> list[str]:
+    """About SAMPLE of the names, evenly spread."""
+    return names[:: max(1, len(names) // SAMPLE)]
 
 
 def locate(folder: Path, name: str) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import OdtkError
-from .images import EXTENSIONS
+from .images import EXTENSIONS, images_in, is_image
 
 Source = str | os.PathLike[str]
 
@@ -34,14 +34,14 @@ def _list_one(source: str) -> list[Path]:
     if os.path.isfile(path):  # and not path.is_file(), which raises for a name that is too long
         return [path]
     if os.path.isdir(path):
-        paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+        paths = images_in(path)
         if not paths:
             raise OdtkError(f"The folder {path} has no images ({', '.join(sorted(EXTENSIONS))}).")
         return paths
     if not glob.has_magic(source):
         raise OdtkError(f"The image or folder {path} does not exist: give the right one.")
     matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
-    paths = [match for match in matches if match.is_file() and match.suffix.lower() in EXTENSIONS]
+    paths = [match for match in matches if is_image(match.name) and match.is_file()]
     if not paths:
         raise OdtkError(f"No image matches {source}: give a folder, files, or another pattern.")
     return paths

@@ -320,8 +320,8 @@ def input_size(dataset: Dataset, resize: int, max_size: int, stride: int) -> tup
     sizes = []
     for image in dataset.images:
         scale = _resize_scale(image.width, image.height, resize, max_size)
-        sizes.append((round(image.height * scale), round(image.width * scale)))
-    height, width = np.percentile(sizes, 95, axis=0, method="higher").tolist()
+        sizes.append(_scaled_size(image.width, image.height, scale))
+    width, height = np.percentile(sizes, 95, axis=0, method="higher").tolist()
     return round_up((int(height), int(width)), stride)
 
 
@@ -346,7 +346,7 @@ def random_view(
 
     The logarithm of the factor is uniform. From 1 on, a part of the window fills the frame; below 1, the whole window
     is shrunk and padded to it. Part and place are random; a part without the center of any of the boxes
-    [n, 4|5] (x, y, w, h, …), if there are some, is drawn again around one of them.
+    [n, 4|5] (x, y, w, h, …), if some are in the window, is drawn again around one of those.
     """
     if factors == (1.0, 1.0):
         return View(window, frame, frame)
@@ -355,6 +355,7 @@ def random_view(
     part = _scaled_size(width, height, min(1.0, 1 / factor))
     x = window[0] + int(generator.integers(width - part[0] + 1))
     y = window[1] + int(generator.integers(height - part[1] + 1))
+    boxes = boxes[_centers_inside(boxes, window)]
     if factor > 1 and len(boxes) and not _centers_inside(boxes, (x, y, x + part[0], y + part[1])).any():
         box = boxes[generator.integers(len(boxes))]
         least = np.array(window[:2])

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
 from ..config import OdtkError
-from ..text import plural, printable
+from ..text import first_line, plural, printable
 
 TRIES = 6
 FIRST_PAUSE = 0.5  # seconds before the second try; each further one is twice as long
@@ -272,8 +272,7 @@ def reason_of(error: BaseException) -> str:
         return "there is no such file"
     if isinstance(status := getattr(error, "status", None), int):
         return f"HTTP {status}"
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0].rstrip(".")
+    return str(getattr(error, "strerror", None) or first_line(error)).rstrip(".")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

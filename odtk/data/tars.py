@@ -28,7 +28,7 @@ from ..config import OdtkError
 from ..files import atomic_write, cache_folder
 from ..text import plural
 from .headers import is_text, remove_unused
-from .images import EXTENSIONS, Header, ImageError, MissingImage, read_header
+from .images import EXTENSIONS, Header, ImageError, MissingImage, is_image, read_header
 from .storage import RangedFile, Seekable, find_files, read_ranges
 
 VERSION = f"2, Pillow {PIL.__version__}"  # the number rises with the rules of images.py and of scan()
@@ -258,11 +258,6 @@ def scan(file: RangedFile) -> list[Row]:
             last = f"after {rows[-1][0]}" if rows else "at its start"
             raise OdtkError(f"{file.url} is damaged or not whole: {last} it does not go on, and has no end mark.")
     return rows
-
-
-def is_image(name: str) -> bool:
-    """Whether a member is an image by its name; macOS writes ._NAME.jpg beside each file, which is none."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not os.path.basename(name).startswith("._")
 
 
 def plain_name(name: str) -> str:

@@ -30,7 +30,7 @@ import yaml
 from ..config import OdtkError
 from .box_format import fraction_fault
 from .headers import read_headers
-from .images import EXTENSIONS, SWAPS_SIDES, ImageError
+from .images import EXTENSIONS, SWAPS_SIDES, ImageError, images_in
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # names of each in data.yaml
 SLACK = 1.01  # a rectangle this much larger than the smallest around four corners counts as the smallest
@@ -113,7 +113,7 @@ def find_images(
         raise OdtkError(f"{path} finds no images for {key}: {shown(content[key])}; give their folder with --images.")
     if not listed:
         assert images is not None
-        listed = images_in(images)
+        listed = [str(file) for file in images_in(images)]
     if not listed:
         raise OdtkError(f"The folder {images} has no images ({', '.join(sorted(EXTENSIONS))}).")
     if any(map(os.path.isabs, listed)):
@@ -213,17 +213,12 @@ def list_images(value: Any, base: Path, where: str) -> list[str]:
         # Roboflow writes ../train/images for what is at train/images.
         for candidate in (base / part, base / part.removeprefix("../")):
             if os.path.isdir(candidate):
-                found += images_in(candidate)
+                found += map(str, images_in(candidate))
                 break
             if os.path.isfile(candidate):
                 found += read_list(candidate, base)
                 break
     return list(dict.fromkeys(found))
-
-
-def images_in(folder: Path) -> list[str]:
-    """Paths of the images in a folder and those below it, sorted."""
-    return sorted(str(file) for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS)
 
 
 def read_list(path: Path, base: Path) -> list[str]:

@@ -49,6 +49,11 @@ def load_or_calibrate(
         if table.size != config.input_size:
             own, wanted = ("×".join(map(str, size)) for size in (table.size, config.input_size))
             raise OdtkError(f"{path} was calibrated at {own}, not {wanted}: calibrate again with images.")
+        if config.calibration_method not in (None, table.method):
+            raise OdtkError(
+                f"{path} was calibrated by {table.method}, not {config.calibration_method}: leave out "
+                "--calibration-method, or calibrate into another file."
+            )
         print(f"Read the INT8 scales of {plural(len(table.scales), 'tensor')} from {printable(path)}.")
         fp16_layers = tuple(dict.fromkeys([*table.fp16_layers, *config.fp16_layers]))
         return dataclasses.replace(table, fp16_layers=fp16_layers)

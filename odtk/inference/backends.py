@@ -28,7 +28,7 @@ from ..model.detector import normalize
 from ..model.padding import padding_warning
 from ..postprocess import Detections, postprocess
 from ..ranks import silent
-from ..text import plural, say
+from ..text import first_line, plural, say
 from .served import Served, is_address
 
 
@@ -164,7 +164,7 @@ class TorchBackend(Backend):
         if images.dtype == torch.uint8:
             images = normalize(images, self.mean, self.std)
         images = images.to(self.dtype, memory_format=torch.channels_last)
-        with without_tf32():
+        with TF32.off():
             logits, boxes = self.detector(images)
         return postprocess(
             logits,
@@ -191,7 +191,7 @@ class OnnxBackend(Backend):
         try:
             self.session = open_session(path, providers)
         except Exception as error:  # onnxruntime's own exceptions have no other common base
-            raise OdtkError(f"{path} is not a model that ONNX Runtime can run ({first_line(error)}).") from error
+            raise OdtkError(f"{path} is not a model that ONNX Runtime can run ({first_line(error)[:200]}).") from error
         text = self.session.get_modelmeta().custom_metadata_map.get("odtk")
         if text is None:
             raise OdtkError(
@@ -320,16 +320,31 @@ class EngineBackend(Backend):
         self.engine.infer(addresses, self.stream.cuda_stream)
 
 
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """Within it, float32 on a GPU is float32: by default, cuDNN's convolutions round their factors to 10 bits."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
+class Tf32:
+    """Switches TF32 off while some thread wants it off; the last one restores what the process had."""
+
+    def __init__(self) -> None:
+        self.lock, self.threads, self.before = threading.Lock(), 0, (True, True)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within it, float32 on a GPU is float32: by default, cuDNN's convolutions round their factors to 10 bits."""
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        with self.lock:
+            if not self.threads:
+                self.before = cudnn.allow_tf32, matmul.allow_tf32
+            self.threads += 1
+            cudnn.allow_tf32 = matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.threads -= 1
+                if not self.threads:
+                    cudnn.allow_tf32, matmul.allow_tf32 = self.before
+
+
+TF32 = Tf32()
 
 
 def open_backend(
@@ -419,9 +434,3 @@ def narrow(found: Detections, thresholds: PostprocessConfig) -> Detections:
     scores, boxes, classes = found.scores[:, rows], found.boxes[:, rows], found.classes[:, rows]
     kept = scores > thresholds.score_threshold  # [N, D]
     return Detections(scores * kept, boxes * kept[..., None], classes * kept)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none; at most 200 characters."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

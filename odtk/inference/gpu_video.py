@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..text import first_line
+
 CODECS = {"h264": "H264", "hevc": "HEVC", "vp9": "VP9", "av1": "AV1"}  # FFmpeg's name → cudaVideoCodec
 START_CODES = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}  # what NVDEC needs, and .mp4 and .mkv lack
 FULL_RANGE = 2  # of luma and chroma: 0 to 255, in FFmpeg's enumeration
@@ -167,7 +169,7 @@ def open_decoder(stream: Any, first_frame: Callable[[], Any], device: str) -> Gp
     except ModuleNotFoundError:
         return None
     except Exception as error:
-        raise NotOnGpuError(f"PyNvVideoCodec cannot be used ({first_line(error)})") from error
+        raise NotOnGpuError(f"PyNvVideoCodec cannot be used ({first_line(error).rstrip('.')})") from error
     codec = stream.codec_context.codec.canonical_name
     if codec not in CODECS:
         raise NotOnGpuError(f"the GPU is used for {', '.join(CODECS)}, not for {codec}")
@@ -213,8 +215,4 @@ def nv12_to_rgb(nv12: Tensor, red: float, blue: float, *, full: bool) -> Tensor:
 
 def failure(error: Exception) -> NotOnGpuError:
     """An error of the GPU, of its decoder or of torch."""
-    return NotOnGpuError(f"the GPU failed ({first_line(error)})")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")
+    return NotOnGpuError(f"the GPU failed ({first_line(error).rstrip('.')})")

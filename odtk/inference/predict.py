@@ -435,6 +435,8 @@ class Model:
                     f"{shown_name(os.fspath(images))} is a video: pass stream=True to get frame after frame."
                 )
             return self._predict_video(VideoConfig(os.fspath(images), every, track=track), batch, skip_damaged)
+        if every != 1 or track:
+            raise OdtkError(f"{'track' if track else 'every'} is for a video, and this is none.")
         single = isinstance(images, (str, os.PathLike, bytes, bytearray, PILImage.Image, np.ndarray, Tensor))
         groups: Iterable[Sequence[ImageLike]]
         if isinstance(images, (str, os.PathLike)):

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from ..config import InferConfig, OdtkError
-from ..files import append, atomic_write, check_writable, make_folder, os_error_reason
+from ..files import append, atomic_write, check_writable, make_folder, os_error_reason, remove_all_abandoned
 from ..text import plural, printable, say
 from .drawing import annotate, coco_to_shapes
 from .infer import describe_size
@@ -177,7 +177,9 @@ def open_sinks(config: InferConfig, video: Video, stack: contextlib.ExitStack) -
         else:
             sinks.append(stack.enter_context(json_lines(path)))
     if config.draw:
-        sinks.append(partial(write_picture, make_folder(config.draw), threshold=threshold))
+        folder = make_folder(config.draw)
+        remove_all_abandoned(folder, r"frame\d+\.jpg")
+        sinks.append(partial(write_picture, folder, threshold=threshold))
     return sinks
 
 
@@ -227,7 +229,7 @@ def draw_frame(found: Detections, threshold: float) -> PILImage.Image:
 def write_picture(folder: Path, found: Detections, *, threshold: float) -> None:
     """Writes folder/frame000012.jpg."""
     assert found.frame is not None
-    with atomic_write(folder / f"frame{found.frame.index:06d}.jpg") as file:
+    with atomic_write(folder / f"frame{found.frame.index:06d}.jpg", one_of_many=True) as file:
         draw_frame(found, threshold).save(file, "JPEG", quality=90)
 
 

@@ -47,9 +47,9 @@ class Plan:
     Attributes:
         given: names of the settings that were given.
         settings: what was given, over what was decided.
-        decisions: in the order in which they were taken; none of a run that is resumed.
+        decisions: in the order in which they were taken; of a run that is resumed the length alone, by --time.
         config: the run; its length under --time is an estimate.
-        data: the dataset's fingerprint, where there were decisions to take.
+        data: the dataset's fingerprint, where it was needed.
         expectation: what the run takes on this machine, in a sentence; empty without decisions.
         evaluation: what an evaluation takes, in iterations.
     """
@@ -67,7 +67,9 @@ class Plan:
         if not self.decisions:
             return []
         found = [] if self.data is None else [f"data: {line}" for line in self.data.lines()]
-        lines = [*found, *(f"plan: {decision.line()}" for decision in self.decisions), f"expected: {self.expectation}"]
+        lines = [*found, *(f"plan: {decision.line()}" for decision in self.decisions)]
+        if self.expectation:
+            lines.append(f"expected: {self.expectation}")
         most = max(self.data.per_image, default=0) if self.data is not None else 0
         if most > (kept := PostprocessConfig.detections):
             enough = math.ceil(most / 100) * 100
@@ -116,7 +118,7 @@ def plan(
 
     Args:
         settings: what was given; of a run that is resumed also what was decided when it began.
-        earlier: of a run that is resumed: no rule applies to it.
+        earlier: of a run that is resumed: no rule applies to it, and what it held out stays so.
         tried: decisions that trial steps led to, and those that they left as they were. They stand over the rules, and
             a length among them over --time.
         source: the images to train on, which may have been read; None reads them.
@@ -135,34 +137,35 @@ def plan(
         if "iters" in found:
             stated.pop("time", None)
         settings = TrainSettings.layered({**found, **stated})
-    decisions: list[Decision] = []
-    held_out: tuple[int, ...] = ()
-    data, expectation, evaluation, count = None, "", 0.0, len(content["images"])
-    if earlier is not None:
-        held_out = earlier.held_out
-    elif is_planned(settings) or settings.val_share:
-        dataset = source.dataset
-        data = fingerprint(dataset)
-        situation, decisions = decide(settings, data, machine, gflops_of)
-        settings, decisions = situation.settings, [*tried, *decisions]
+    decisions, held_out = list(tried), earlier.held_out if earlier is not None else ()
+    situation, expectation, evaluation = None, "", 0.0
+    if settings.time is not None or (earlier is None and (is_planned(settings) or settings.val_share)):
+        situation = Situation(settings, fingerprint(source.dataset), machine, gflops_of)
+    if situation is not None and earlier is None:
+        decisions += decide(situation)
+        settings = situation.settings
         if settings.val_share:
-            _, aside = validation_split(dataset, data, share=settings.val_share)
+            _, aside = validation_split(source.dataset, situation.data, share=settings.val_share)
             held_out = tuple(image.id for image in aside.images)
-        expectation = expected(situation, measured) if decisions else ""
-        evaluation = situation.evaluation
-    count -= len(held_out)
+    count = len(content["images"]) - len(held_out)
     batch = settings.batch or 2 * machine.processes
     iters = settings.iters or TrainConfig.iters
+    if situation is not None:
+        situation.settings = dataclasses.replace(settings, batch=batch)
+        evaluation = situation.evaluation
+        expectation = expected(situation, measured) if decisions else ""
     if settings.epochs is not None:
         iters = max(1, math.ceil(settings.epochs * count / (batch * settings.accumulate)))
-    elif settings.time is not None and data is not None:
+    elif settings.time is not None and situation is not None:
         iters = situation.iterations()
-    reasons = {name: d.reason for d in decisions for name in d.values} if earlier is None else earlier.planned
+    reasons = earlier.planned if earlier is not None else {}
+    reasons = reasons | {name: d.reason for d in decisions for name in d.values}
     config = train_config(
         settings.resolved(batch=batch, iters=iters, classes=classes), machine.processes, str(tars or images), held_out
     )
     kept = {**(config.settings or {}), "given": list(given), "planned": reasons, "held_out": list(held_out)}
     config = dataclasses.replace(config, settings=kept)
+    data = situation.data if situation is not None else None
     return Plan(given, settings, tuple(decisions), config, data, expectation, evaluation)
 
 
@@ -265,7 +268,7 @@ def train_config(settings: TrainSettings, world: int, images: str, held_out: tup
         val_data = dataclasses.replace(data, training=False)
     elif settings.val_annotations:
         val_annotations = with_split(settings.val_annotations, "val", strict=True)
-        own = settings.val_images or settings.images or image_folder(val_annotations)
+        own = settings.val_images or image_folder(val_annotations, settings.images)
         val_data = dataclasses.replace(data, images=own, annotations=val_annotations, training=False)
     return TrainConfig(
         path=settings.model,

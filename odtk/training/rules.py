@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -123,18 +123,22 @@ class Situation:
     """What the rules see.
 
     Attributes:
-        settings: those that hold so far.
-        given: names of those that were given.
+        settings: those that hold so far; at first those that were given.
         data: the dataset's fingerprint.
         machine: that trains.
         gflops: of a model's forward pass for a megapixel, from settings.
+        given: names of the settings that were given.
     """
 
     settings: TrainSettings
-    given: frozenset[str]
     data: Fingerprint
     machine: Machine
     gflops: Callable[[TrainSettings], float]
+    given: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = self.settings.given()
+        self.given = frozenset(name for name in given if getattr(self.settings, name) is not None)
 
     @property
     def cost(self) -> Cost:
@@ -229,16 +233,13 @@ def without_evaluations(iters: float, cost: float) -> float:
 Rule = Callable[[Situation], Iterator[Decision]]
 
 
-def decide(
-    settings: TrainSettings, data: Fingerprint, machine: Machine, gflops: Callable[[TrainSettings], float]
-) -> tuple[Situation, list[Decision]]:
-    """The situation once every rule has decided, whose settings are what was given over what was decided; and how."""
-    given = {name: getattr(settings, name) for name in settings.given() if getattr(settings, name) is not None}
-    situation = Situation(settings, frozenset(given), data, machine, gflops)
+def decide(situation: Situation) -> list[Decision]:
+    """What every rule decides; the situation's settings become what was given over that."""
+    given = {name: getattr(situation.settings, name) for name in situation.given}
     decided: dict[str, Any] = {}
     decisions: list[Decision] = []
-    if not is_planned(settings):
-        return situation, decisions
+    if not is_planned(situation.settings):
+        return decisions
     for rule in RULES:
         for decision in rule(situation):
             values = {name: value for name, value in decision.values.items() if name not in given}
@@ -247,7 +248,7 @@ def decide(
             decisions.append(dataclasses.replace(decision, values=values))
             decided.update(values)
             situation.settings = TrainSettings.layered({**decided, **given})  # in one layer none replaces another
-    return situation, decisions
+    return decisions
 
 
 def is_planned(settings: TrainSettings) -> bool:
@@ -499,7 +500,7 @@ def batch(s: Situation) -> Iterator[Decision]:
     images = s.affordable() * s.batch
     each = enough_steps(images / devices, BATCH, SHORT_BATCH)
     why = "the learning rate is meant for it" if each == BATCH else too_few_steps(images, BATCH * devices)
-    while each > 1 and s.bytes(each) > 0.7 * s.machine.memory:
+    while each > 1 and s.bytes(each * devices / s.machine.processes) > 0.7 * s.machine.memory:
         each //= 2
         why = f"what {s.machine.memory / 2**30:.0f} GiB hold"
     total = max(each * devices, s.machine.processes)

@@ -169,11 +169,11 @@ def with_length(made: Plan, task: Task, source: TrainingSet, seconds: float, spe
         seconds: of an iteration.
         spent: seconds of the time that are gone.
     """
-    given, batch = made.settings.time, made.settings.batch
+    given, batch = made.settings.time, made.config_settings().batch
     assert given is not None and batch is not None
     found = []
     possible, evaluation = (seconds_of(given) - spent) / seconds, made.evaluation
-    if "batch" not in made.given:
+    if any("batch" in decision.values for decision in made.decisions):
         images, processes = possible * batch, task.machine.processes
         least = SHORT_BATCH * (processes if task.machine.kind == "cuda" else 1)
         smaller = enough_steps(images, batch, least, processes)
@@ -198,4 +198,4 @@ def replan(made: Plan, task: Task, source: TrainingSet, *new: Decision, measured
         for old in made.decisions
         if (values := {name: value for name, value in old.values.items() if name not in later})
     ]
-    return plan(task.settings, task.machine, tried=(*kept, *new), source=source, measured=measured)
+    return plan(task.settings, task.machine, task.earlier, (*kept, *new), source, measured)

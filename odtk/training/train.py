@@ -396,7 +396,7 @@ def finish_interval(
 
     Args:
         terms: names of the losses that the meter has added up.
-        stop: number of the signal that ends the run here; 0: it continues.
+        stop: number of the signal that ends the run here, unless it is over anyway; 0: it continues.
         save_now: the last checkpoint is too old.
         scheduled: validation is due, and a checkpoint with it.
 
@@ -415,10 +415,11 @@ def finish_interval(
         run.saved_at, run.save_time = run.iteration, time.monotonic()
     if log is not None:
         log.training(run.iteration, losses, run.optimizer.param_groups[0]["lr"], speed)
-    if scheduled and run.validation is not None and not stop:
+    ends_here = bool(stop) and run.iteration < run.iters
+    if scheduled and run.validation is not None and not ends_here:
         validate(run, run.validation, log)
         end_early(run, log)
-    if stop and run.iteration < run.iters:
+    if ends_here:
         if log is not None:
             print_line(f"{signal.Signals(stop).name}: saved {run.config.path} at iteration {run.iteration}.")
         raise SystemExit(128 + stop)

@@ -343,6 +343,13 @@ def test_check_reports_every_fault_and_a_summary(coco) -> None:
     assert "boxes: width 18…18 (median 18), height 18…18 (median 18) pixels in the network's input" in text
     assert "width 50…50" in "\n".join(report.summary(60, 50))  # what --max-size caps
 
+    sizes = [9] * 9 + [100]  # 1 - 0.9 - 0.1 is below 0
+    entries = [box(i, 7, 4, [0, 0, s, s]) for i, s in enumerate(sizes)]
+    path, folder = coco(annotations=entries, images=[image(7, "large.png", width=120, height=120)])
+    PILImage.new("RGB", (120, 120)).save(folder / "large.png")
+    text = "\n".join(check(path, folder).summary(60, 100))
+    assert "small (below 32² pixels of the file) 90%, medium 0%, large (96² or more) 10%" in text
+
 
 def test_unreadable_pixels_have_a_reason(tmp_path) -> None:
     PILImage.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")

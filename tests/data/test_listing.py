@@ -39,6 +39,10 @@ def test_folders_files_and_patterns(folder: Path) -> None:
     assert found("notes.txt") == ["notes.txt"]  # named expressly: its kind is looked at, not its suffix
     assert found("*") == ["a.JPG", "b.png"]
 
+    (folder / "._b.png").write_bytes(b"macOS")
+    (folder / "folder.png").mkdir()
+    assert found(".") == ["a.JPG", "b.png", "sub/c.png"] and found("*") == ["a.JPG", "b.png"]
+
 
 def test_a_name_with_brackets_is_a_name(folder: Path) -> None:
     os.rename(folder / "b.png", folder / "b[1].png")

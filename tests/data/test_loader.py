@@ -22,7 +22,7 @@ from odtk.data.dataset import Dataset
 from odtk.data.loader import create_loader
 from odtk.data.records import Fault, Image
 from odtk.data.render import render
-from odtk.data.sampler import Sample, Sampler, color_matrix, random_crop, random_view, repeat_factors
+from odtk.data.sampler import Sample, Sampler, color_matrix, input_size, random_crop, random_view, repeat_factors
 from odtk.data.torch_loader import TorchLoader
 from odtk.model.detector import normalize
 
@@ -335,6 +335,18 @@ def test_a_part_of_an_image_shows_an_object_wherever_it_lies() -> None:
         seen = [count + one for count, one in zip(seen, inside, strict=True)]
         places.add((x1, y1))
     assert min(seen) > 60 and len(places) > 150, "either box as often, anywhere in the part"
+
+    window = (0, 0, 300, 300)  # a crop that keeps one of two
+    boxes = np.array([[10.0, 10.0, 20.0, 20.0], [700.0, 700.0, 20.0, 20.0]])
+    for _ in range(200):
+        x1, y1, x2, y2 = random_view(generator, window, frame, (2.0, 2.1), boxes).crop
+        assert x1 <= 20 < x2 and y1 <= 20 < y2
+
+
+def test_the_size_of_the_input_holds_nearly_all_images_and_is_never_empty() -> None:
+    assert input_size(records(20, width=640, height=480), 300, 400, 32) == (320, 416)
+    assert input_size(records(1, width=480, height=640), 300, 400, 32) == (416, 320)
+    assert input_size(records(1, width=4000, height=5), 256, 320, 32) == (32, 320)
 
 
 def test_scale_jitter_is_uniform_in_its_logarithm() -> None:

@@ -127,6 +127,7 @@ def test_the_client_drops_what_lies_in_the_padding_alone_as_odtk_does(client: Mo
     generator = np.random.default_rng(values)
     start, angle = generator.uniform(-10, 95, (400, 2)), generator.uniform(0, 2 * np.pi, (400, 1))
     boxes = np.hstack([start, start + generator.uniform(0, 40, (400, 2)), np.sin(angle), np.cos(angle)])[:, :values]
+    boxes[:, 4:] *= generator.uniform(0.1, 5, (400, 1))  # their length says nothing
     image = Image.new("RGB", (100, 33))  # scaled to 96 × 32 of 96 × 64
     kept = touches_image(torch.from_numpy(boxes)[None], torch.tensor([[96, 32]]))[0].numpy()
     assert 0.1 < kept.mean() < 0.9

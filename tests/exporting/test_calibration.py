@@ -155,6 +155,9 @@ def refuse_other_tables(config: ExportConfig, path: str, folder: Path) -> None:
     own = calibration_table.load_table(path)
     with pytest.raises(OdtkError, match="calibrated at 32×32, not 64×64"):
         calibration.load_or_calibrate(graph, dataclasses.replace(given, size=(64, 64)), own.model, Detector(C4))
+    other = dataclasses.replace(given, calibration_method={"entropy": "minmax"}.get(own.method, "entropy"))
+    with pytest.raises(OdtkError, match=rf"calibrated by {own.method}, not {other.calibration_method}: leave out"):
+        calibration.load_or_calibrate(graph, other, own.model, Detector(C4))
     (folder / "no.json").write_text("{}")
     with pytest.raises(OdtkError, match="is not a calibration table"):
         calibration.load_or_calibrate(

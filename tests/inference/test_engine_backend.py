@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from odtk.config import ModelConfig, OdtkError, PostprocessConfig
-from odtk.inference.backends import EngineBackend, open_backend, without_tf32
+from odtk.inference.backends import TF32, EngineBackend, open_backend
 from tests.exporting.test_metadata import GOOD
 from tests.random_models import detector_of, save
 
@@ -43,8 +43,17 @@ def test_a_checkpoint_in_fp32_computes_without_tf32(tf32, tmp_path: Path) -> Non
     assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
 
 
+def test_tf32_stays_off_until_the_last_thread_is_done(tf32) -> None:
+    one, other = TF32.off(), TF32.off()
+    with one:
+        other.__enter__()
+    assert not torch.backends.cudnn.allow_tf32
+    other.__exit__(None, None, None)
+    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
+
+
 def test_tf32_is_restored_after_an_error(tf32) -> None:
-    with pytest.raises(ValueError, match="no"), without_tf32():
+    with pytest.raises(ValueError, match="no"), TF32.off():
         raise ValueError("no")
     assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
 

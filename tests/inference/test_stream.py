@@ -157,9 +157,17 @@ def test_without_h264_the_video_is_mpeg4(tmp_path: Path, monkeypatch: pytest.Mon
 def test_frames_as_pictures(model: str, tmp_path: Path) -> None:
     source = make_video(tmp_path / "a.mp4", 5)
     folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in (".frame000002.jpg.123.tmp", ".mine.jpg.123.tmp"):
+        (folder / name).touch()
     argv = ["--every", 4, "--output", tmp_path / "o.jsonl", "--draw", folder, "--draw-threshold", 1]
     assert infer(model, source, *argv) == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["frame000000.jpg", "frame000004.jpg"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".frame000002.jpg.123.tmp",  # of an older odtk, which did not say of which machine
+        ".mine.jpg.123.tmp",
+        "frame000000.jpg",
+        "frame000004.jpg",
+    ]
     assert number_of(np.asarray(Image.open(folder / "frame000004.jpg"))) == 4
 
 

@@ -358,3 +358,9 @@ def test_predict_takes_a_video_only_as_a_stream(model: Model) -> None:
         model.predict("a.mp4")
     with pytest.raises(OdtkError, match="every: 0"):
         model.predict("a.mp4", stream=True, every=0)
+
+
+def test_what_is_for_a_video_is_refused_of_images(model: Model) -> None:
+    for given, word in (({"every": 2}, "every"), ({"track": True}, "track")):
+        with pytest.raises(OdtkError, match=f"{word} is for a video, and this is none"):
+            model.predict(np.zeros((64, 64, 3), np.uint8), stream=True, **given)

@@ -25,8 +25,8 @@ from odtk.model import checkpoint
 from odtk.settings import TrainSettings
 from odtk.training import rules, start
 from odtk.training.plan import Plan, plan
-from odtk.training.rules import Decision, Machine, decide, mirrored, upright
-from odtk.training.run import continued
+from odtk.training.rules import Decision, Machine, Situation, decide, mirrored, upright
+from odtk.training.run import Earlier, continued
 from odtk.training.start import Task, begin, trial
 from odtk.training.training_set import TrainingSet
 
@@ -67,7 +67,7 @@ def data(**changes: Any) -> Fingerprint:
 def decided(found: Fingerprint | None = None, machine: Machine = CPU, **given: Any) -> dict[str, tuple[Any, str]]:
     """What the rules decide, by setting: value and reason."""
     asked = TrainSettings.of({"model": "m.pth", "annotations": "a.json", **given})
-    _, decisions = decide(asked, found or data(), machine, lambda settings: 32.5)
+    decisions = decide(Situation(asked, found or data(), machine, lambda settings: 32.5))
     return {name: (value, one.reason) for one in decisions for name, value in one.values.items()}
 
 
@@ -216,6 +216,7 @@ def test_the_batch() -> None:
     little = dataclasses.replace(CPU, memory=3 << 30)
     value, reason = decided(machine=little)["batch"]
     assert value == 2 and "3 GiB" in reason and decided(machine=little)["norm"][0] == "frozen"
+    assert decided(machine=dataclasses.replace(little, processes=4))["batch"][0] == 8, "two in each process"
     assert decided(machine=dataclasses.replace(CPU, processes=3))["batch"][0] == 9
     one = dataclasses.replace(CPU, cores=1)
     value, reason = decided(machine=one, time="4m")["batch"]
@@ -421,6 +422,38 @@ def test_time_becomes_iterations_once(drawn: Path, tmp_path: Path, monkeypatch, 
     assert config.warmup == 1 and config.val_iters == 18 and "time" in config.settings["given"]
     line = next(line for line in capsys.readouterr().out.splitlines() if "--iters" in line)
     assert line.startswith("plan: --iters 18: --time 8m allows them, at 0.01 s")
+
+
+@pytest.mark.parametrize("flags", [["--head", "retinanet"], ["--head", "fcos"], ["--preset", "odtk"]])
+def test_time_is_the_length_of_a_run_without_rules(drawn: Path, tmp_path: Path, monkeypatch, capsys, flags) -> None:
+    monkeypatch.setattr(start, "trial", lambda *_, **__: 0.5)
+    monkeypatch.setattr(start.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(start, "train", lambda config, rank, world, source: runs.append(config))
+    runs: list[Any] = []
+    words = ["train", str(tmp_path / "m.pth"), "--annotations", str(drawn / "train.json"), "--devices", "cpu"]
+    words += ["--images", str(drawn / "train"), "--time", "2m", "--backbone", "ResNet18FPN", *flags]
+    assert main(words) == 0 and main([*words, "--val-annotations", str(drawn / "val.json")]) == 0
+    without, validated = runs
+    assert validated.val_data.images == str(drawn / "val"), "beside their annotations, though --images is given"
+    assert (without.data.batch, without.iters) == (2, 240), "no rule halves or doubles the batch"
+    cost = 6 * rules.EVALUATION_COST / 2  # in iterations; with the preset's larger images in training a little less
+    assert validated.iters == int(240 - rules.count_evaluations(240, cost) * cost) - ("--preset" in flags) < 240
+    assert "--iters 240: --time 2m allows them" in capsys.readouterr().out
+
+
+def test_a_resumed_run_that_is_given_a_time_validates_on_the_same_images(drawn: Path, tmp_path: Path, capsys) -> None:
+    asked = {"model": str(tmp_path / "m.pth"), "annotations": str(drawn / "train.json"), "batch": 4}
+    made = plan(TrainSettings.of(asked | {"iters": 9}), CPU)
+    earlier = Earlier((made.config.settings or {})["planned"], (1, 2, 3))
+    task = Task(TrainSettings.of(asked | {"time": "2m", "val_share": 0.2, "head": "dense"}), CPU, earlier)
+    again = plan(task.settings, CPU, earlier)
+    later = start.with_length(again, task, TrainingSet.of(task.settings), 0.5, 20.0)
+    assert later.config.held_out == again.config.held_out == (1, 2, 3)
+    assert later.config.iters < 200 and later.config.data.batch == 4
+    planned = (later.config.settings or {})["planned"]
+    assert planned["resize"] == earlier.planned["resize"] and planned["iters"].startswith("--time 2m allows them")
+    (line,) = later.lines()
+    assert line.startswith("plan: --iters ")
 
 
 def test_a_plan_knows_when_unlabeled_images_join(drawn: Path, tmp_path: Path) -> None:

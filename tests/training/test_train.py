@@ -385,6 +385,14 @@ def test_a_stop_before_the_first_iteration_leaves_no_lock(
     assert stop.value.code == 143 and os.listdir(tmp_path) == []
 
 
+def test_a_stop_in_the_last_iteration_comes_after_the_last_validation(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    stop_at(monkeypatch, 2, signal.SIGTERM)
+    train(with_validation(settings(tmp_path / "m.pth", dataset), iters=2, val_iters=2))
+    assert (tmp_path / "m.best.pth").exists() and "odtk export" in capsys.readouterr().out
+
+
 def test_a_run_removes_what_killed_ones_left(tmp_path: Path, dataset: Path) -> None:
     left = [".m.pth.123.tmp", ".m.pth.0123abcd-123-89abcdef.tmp", ".m.best.pth.0123abcd-123-89abcdef.tmp"]
     for name in (*left, ".other.pth.123.tmp"):

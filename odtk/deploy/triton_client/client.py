@@ -129,7 +129,8 @@ def touches_image(box, size):
     x1, y1, x2, y2 = (float(value) for value in box[:4])
     if len(box) == 4:
         return x1 < size[0] and y1 < size[1]
-    sin, cos = abs(float(box[4])), abs(float(box[5]))  # a turned box: from the circumscribed one
+    radians = math.atan2(float(box[4]), float(box[5]))  # of a turned box: from the circumscribed one
+    sin, cos = abs(math.sin(radians)), abs(math.cos(radians))
     width, height = x2 - x1 + 1, y2 - y1 + 1
     left = (x1 + x2 + 1 - width * cos - height * sin) / 2
     top = (y1 + y2 + 1 - width * sin - height * cos) / 2
