@@ -32,7 +32,7 @@ from odtk.config import InferConfig, LoaderConfig, PostprocessConfig
 from odtk.inference import infer, resume, shards
 from odtk.inference.backends import Backend
 from odtk.launch import launch
-from odtk.postprocess import Detections
+from odtk.postprocess import BatchDetections
 
 FOUND = 20  # boxes in every image
 ORIGINALS = 50  # image files that the others are links to
@@ -54,14 +54,16 @@ class StandIn(Backend):
         self.boxes = torch.cat([low, low + 1 + torch.rand(FOUND, 2, generator=generator) * 14], dim=1)
         self.places = torch.linspace(0.9, 0.1, FOUND)
 
-    def compute(self, images: torch.Tensor) -> Detections:
+    def compute(self, images: torch.Tensor) -> BatchDetections:
         n = len(images)
         shade = images.float().mean(dim=(1, 2, 3)).sigmoid()[:, None]  # [N, 1]
-        return Detections(shade * self.places, self.boxes.expand(n, -1, -1), (torch.arange(FOUND) % 2).expand(n, -1))
+        return BatchDetections(
+            shade * self.places, self.boxes.expand(n, -1, -1), (torch.arange(FOUND) % 2).expand(n, -1)
+        )
 
 
 class Slow(StandIn):
-    def compute(self, images: torch.Tensor) -> Detections:
+    def compute(self, images: torch.Tensor) -> BatchDetections:
         time.sleep(PAUSE)
         return super().compute(images)
 

@@ -38,7 +38,8 @@ class BoxCoder:
         head_values: V, the numbers that the head regresses per anchor.
         box_values: the numbers of a decoded box: 4, or 6 if it is rotated.
         decode: (numbers [..., V], placed anchors [..., 4 or 5] in px, stride, (width, height) of the level in px) →
-            boxes [..., box_values] in px, inclusive corners clamped to the level; never NaN.
+            boxes [..., box_values] in px, inclusive corners; never NaN, and clamped to the level, but for
+            turned ones of the dense head.
     """
 
     name: str

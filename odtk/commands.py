@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config import (
     ROTATED_ANGLES,
-    AugmentConfig,
     BenchmarkConfig,
     ExportConfig,
     InferConfig,
@@ -22,14 +21,10 @@ from .config import (
     ModelConfig,
     OdtkError,
     PostprocessConfig,
-    PretrainConfig,
     TilesConfig,
     VideoConfig,
 )
 from .settings import (
-    PRETRAIN_BATCH,
-    PRETRAIN_EPOCHS,
-    RESNET_OPTIONS,
     BenchmarkSettings,
     CheckSettings,
     ConvertSettings,
@@ -162,6 +157,7 @@ def pretrain(settings: PretrainSettings, master: str | None = None) -> str:
     """Trains a backbone as a classifier, or resumes that, and returns the path of its weights."""
     from . import launch
     from .data.labeled import list_labeled
+    from .training.configs import pretrain_config
     from .training.pretrain import pretrain
     from .training.run import continued
 
@@ -173,106 +169,8 @@ def pretrain(settings: PretrainSettings, master: str | None = None) -> str:
     return settings.model
 
 
-def pretrain_config(settings: PretrainSettings, world: int, images: int, classes: int) -> PretrainConfig:
-    """What each process of a pre-training is told."""
-    from math import ceil
-
-    from .model.backbones.catalog import normalization
-
-    batch = settings.batch or PRETRAIN_BATCH * world
-    epochs = settings.epochs or PRETRAIN_EPOCHS
-    iters = settings.iters or max(1, ceil(epochs * images / (batch * settings.accumulate)))
-    given = settings.given()
-    settings = settings.resolved(batch=batch, iters=iters, classes=classes)
-    data, val_data = pretrain_data(settings, world)
-    mean, std = normalization(settings.backbone)
-    assert settings.optimizer and settings.warmup is not None and settings.lr and settings.val_iters and settings.norm
-    assert settings.regularization_l2 is not None
-    resnet: dict[str, Any] = {RESNET_OPTIONS[name]: True for name in settings.resnet}
-    return PretrainConfig(
-        path=settings.model,
-        model=ModelConfig(
-            backbones=(settings.backbone,),
-            classes=classes,
-            mean=mean,
-            std=std,
-            norm=settings.norm,
-            resnet_width=settings.resnet_width,
-            grad_checkpoint=settings.grad_checkpoint,
-            **resnet,
-        ),
-        data=data,
-        val_data=val_data,
-        optimizer=settings.optimizer,
-        iters=iters,
-        milestones=(),
-        lr_schedule="cosine",
-        warmup=settings.warmup,
-        lr=settings.lr,
-        weight_decay=settings.regularization_l2,
-        precision=settings.precision or "mixed",
-        val_iters=settings.val_iters,
-        patience=settings.patience or 0,
-        override=settings.override,
-        override_settings=settings.override_settings,
-        accumulate=settings.accumulate,
-        clip_grad=settings.clip_grad or None,
-        ema=settings.ema or None,
-        logdir=settings.logdir,
-        post_metrics=settings.post_metrics,
-        log_to=settings.log_to,
-        seed=settings.seed,
-        settings={**settings.to_dict(), "given": given},
-        backbone_weights=None if settings.backbone_weights == "imagenet" else settings.backbone_weights,
-        label_smoothing=settings.label_smoothing,
-        teacher=settings.teacher,
-        teacher_labels=settings.teacher_labels,
-        teacher_weight=PretrainConfig.teacher_weight if settings.teacher_weight is None else settings.teacher_weight,
-        teacher_temperature=settings.teacher_temperature,
-        report=settings.report,
-        output=settings.output,
-    )
-
-
-def pretrain_data(settings: PretrainSettings, world: int) -> tuple[LoaderConfig, LoaderConfig | None]:
-    """What is trained on and what is validated on, from settings that are resolved."""
-    from .launch import share, workers_of
-
-    assert settings.batch
-    data = LoaderConfig(
-        images=settings.images or os.path.dirname(settings.labels or "") or ".",
-        annotations=settings.labels,
-        skip_damaged=settings.skip_damaged,
-        batch=share(settings.batch, world),
-        training=True,
-        repeat_threshold=settings.repeat_threshold,
-        square=settings.size,
-        center=settings.center,
-        augment=AugmentConfig(
-            flip=settings.augment_flip,
-            rotate=settings.augment_rotate,
-            area=(settings.augment_area[0], settings.augment_area[1]),
-            brightness=settings.augment_brightness,
-            contrast=settings.augment_contrast,
-            hue=settings.augment_hue,
-            saturation=settings.augment_saturation,
-        ),
-        loader=settings.loader,
-        workers=workers_of(world),
-        seed=settings.seed,
-        world=world,
-    )
-    val_data = None
-    if settings.validates:
-        folder = settings.val_images or os.path.dirname(settings.val_labels or "") or "."
-        val_data = dataclasses.replace(data, images=folder, annotations=settings.val_labels, training=False)
-    return data, val_data
-
-
 def plan(settings: PlanSettings) -> dict[str, Any]:
     """Prints what `odtk train` would decide, and returns the settings of that run by name."""
-    import dataclasses
-
     from . import launch
     from .files import atomic_write, check_writable
     from .training.plan import plan, this_machine

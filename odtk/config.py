@@ -39,7 +39,7 @@ class ModelConfig:
         rounded_anchors: rotated anchors as ODTK 0.2 drew them, sides rounded to whole pixels (model/anchors.py).
         norm: ``frozen`` (affine and statistics fixed), ``batch`` or ``group`` (32 groups).
         norm_eval: BatchNorm keeps its running statistics in training, its affine parameters still learn.
-        freeze_at: ResNet stages 1…freeze_at get no gradient (1 is the stem); 0 freezes nothing.
+        freeze_at: the backbone's stages 1…freeze_at get no gradient (1 is the stem); 0 freezes nothing.
         dcn: ResNet stages (2…5) whose 3×3 convolutions are deformable; ``dcn_modulated`` is version 2.
         caffe_stride: stride in the 1×1 convolution of a bottleneck instead of the 3×3.
         deep_stem, avg_down: ResNet-D, https://arxiv.org/abs/1812.01187.
@@ -120,7 +120,6 @@ class LossConfig:
     background_iou: float = 0.4  # below: background
     foreground_iou: float = 0.5  # at or above: foreground; between the two an anchor is ignored
     absolute_angle: bool = False
-    fcos_box_loss: str = "giou"  # or "iou"
 
 
 @dataclass(frozen=True)
@@ -335,7 +334,7 @@ class ExportConfig:
     calibration_images: str | None = None
     calibration_batches: int | None = None
     calibration_table: str | None = None
-    calibration_method: str | None = None  # entropy, percentile, minmax; None: by the head (exporting/calibration.py)
+    calibration_method: str | None = None  # entropy, percentile, minmax; None: by the head (settings/defaults.py)
     fp16_layers: tuple[str, ...] = ()  # layers kept out of INT8
     timing_cache: str | None = None
     workspace: int = 4 << 30  # bytes

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__, kernels
+from .categories import to_pairs
 from .config import OdtkError, to_dict
 from .deploy.manifest import describe as describe_bundle
 from .evaluation.benchmark import describe_devices
@@ -140,7 +141,7 @@ def describe_checkpoint(path: str) -> dict[str, Any]:
         "kind": found.kind,
         "versions": found.versions or "not stated",
         "model": to_dict(found.model),
-        "categories": None if found.categories is None else [[c.id, c.name] for c in found.categories],
+        "categories": to_pairs(found.categories),
         "settings": found.settings or "not stated (written by an odtk before 0.3, or by ODTK 0.2)",
         "iteration": training.get("iteration", "not a training run"),
         f"best {'AP' if found.kind == 'detector' else 'top-1'}": training.get("best", "none"),

@@ -40,7 +40,7 @@ def decode(
 
     Args:
         logits, boxes: raw levels (see the top of this file), of any float type and memory format.
-        anchors: per level [A, 4], or [A, 5] if rotated: inclusive corners in px at the cell (0, 0).
+        anchors: per level [A, 4], or [A, 5] where anchors are turned: inclusive corners in px at the cell (0, 0).
         strides: px per cell, per level.
         score_threshold: a candidate survives if its class probability, in [0, 1], is strictly above this.
         top_n: the number of candidates kept per image and level.

@@ -12,7 +12,7 @@ from .config import ModelConfig, PostprocessConfig
 
 
 @dataclass
-class Detections:
+class BatchDetections:
     """What was found in a batch. A row is used if its score is above zero; unused rows are zero and come last.
 
     Attributes:
@@ -34,12 +34,12 @@ def postprocess(
     strides: Sequence[int],
     model: ModelConfig,
     config: PostprocessConfig,
-) -> Detections:
+) -> BatchDetections:
     """Decodes the raw levels of a Detector (ops.decode) and suppresses all but the best of overlapping boxes (ops.nms).
 
     Args:
         logits, boxes: per level [N, A·C, h, w] and [N, A·V, h, w], V being the head_values of the model's box coder.
-        anchors: per level [A, 4], or [A, 5] if rotated, in px: what Detector.anchors() returns.
+        anchors: per level [A, 4], or [A, 5] where anchors are turned, in px: what Detector.anchors() returns.
         strides: px per cell, per level.
         model: says how the numbers of ``boxes`` are decoded.
         config: the thresholds and limits.
@@ -53,4 +53,4 @@ def postprocess(
         top_n=config.top_n,
         coder=model.box_coder,
     )
-    return Detections(*ops.nms(*candidates, threshold=config.nms_threshold, detections=config.detections))
+    return BatchDetections(*ops.nms(*candidates, threshold=config.nms_threshold, detections=config.detections))

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "odtk"
 RULE = (
     "data flows one way: text, config → settings → categories → boxes → box_coder → kernels → ops → postprocess → "
     "files, launch, ranks → data, model → exporting → inference → evaluation → training → "
-    "deploy → info → commands → api → cli, and data and model are apart"
+    "deploy → describe → commands → api → cli, and data and model are apart"
 )
 ORDER = [
     {"text"},

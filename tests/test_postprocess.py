@@ -11,7 +11,7 @@ from odtk import boxes as geometry
 from odtk import ops
 from odtk.box_coder import BOX_CODERS
 from odtk.config import LossConfig, ModelConfig, PostprocessConfig
-from odtk.postprocess import Detections, postprocess
+from odtk.postprocess import BatchDetections, postprocess
 from odtk.training.loss import detection_loss
 
 STRIDES = (8, 16)
@@ -72,7 +72,7 @@ def plant(
     heads[1][level][image, :, y, x] = numbers
 
 
-def run(heads, model: ModelConfig, **settings) -> Detections:
+def run(heads, model: ModelConfig, **settings) -> BatchDetections:
     config = PostprocessConfig(**settings)
     return postprocess(*heads, anchors=anchors_of(model), strides=STRIDES, model=model, config=config)
 

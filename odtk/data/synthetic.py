@@ -18,10 +18,9 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 
 from ..config import OdtkError
+from ..settings import SynthSettings
 
-SIDES = (0.18, 0.45)  # relative to the image's shorter side; log-uniform
 ELONGATION = (0.4, 0.65)  # height over width of a rotated shape
-OBJECTS = (2, 7)  # attempts per image
 OVERLAP = 0.1  # largest part of the smaller of two boxes that the other may cover
 SMOOTHING = 3  # shapes are drawn this many times larger and then reduced, for smooth edges
 JPEG_QUALITY = 90
@@ -40,11 +39,11 @@ class Scene:
         clutter: pieces of lines and blobs for each image, which are no objects.
     """
 
-    sides: tuple[float, float] = SIDES
-    objects: tuple[int, int] = OBJECTS
-    imbalance: float = 1.0
-    gray: bool = False
-    clutter: int = 0
+    sides: tuple[float, ...] = SynthSettings.object_size
+    objects: tuple[int, ...] = SynthSettings.objects
+    imbalance: float = SynthSettings.imbalance
+    gray: bool = SynthSettings.gray
+    clutter: int = SynthSettings.clutter
 
     def shares(self, classes: int) -> np.ndarray:
         """The probability of each class [classes]."""
@@ -80,11 +79,11 @@ ROTATED_SHAPES = {"ellipse": "circle", "rectangle": "square"} | {
 def synthesize(
     folder: str | Path,
     *,
-    images: int = 240,
-    size: tuple[int, int] = (240, 320),
-    seed: int = 0,
-    classes: int = 4,
-    rotated: bool = False,
+    images: int = SynthSettings.images,
+    size: tuple[int, ...] = SynthSettings.size,
+    seed: int = SynthSettings.seed,
+    classes: int = SynthSettings.classes,
+    rotated: bool = SynthSettings.rotated,
     scene: Scene | None = None,
 ) -> None:
     """Draws ``folder``/{train,val}/*.jpg and {train,val}.json; a fifth of the images is for validation.
@@ -114,7 +113,7 @@ def synthesize(
         _check_ours(folder)
         for part, count in (("train", images - held_out), ("val", held_out)):
             generator = np.random.default_rng([seed, part == "val"])
-            _draw_part(folder, part, count, size, names[:classes], rotated, generator, scene or Scene())
+            _draw_part(folder, part, count, (size[0], size[1]), names[:classes], rotated, generator, scene or Scene())
     except OSError as error:
         raise OdtkError(f"The dataset cannot be written to {folder}: {error}.") from None
 
@@ -241,7 +240,7 @@ def _background(generator: np.random.Generator, size: tuple[int, int]) -> tuple[
 
 
 def _place(
-    generator: np.random.Generator, size: tuple[int, int], name: str, rotated: bool, sides: tuple[float, float]
+    generator: np.random.Generator, size: tuple[int, int], name: str, rotated: bool, sides: tuple[float, ...]
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Places a shape inside an image of ``size`` (height, width), in pixels.
 

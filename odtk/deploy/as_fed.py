@@ -36,7 +36,7 @@ from ..exporting.metadata import ENGINES, Metadata
 from ..files import atomic_write
 from ..inference.backends import Backend, open_backend
 from ..inference.detect import Rows, detection_rows, gather_results
-from ..postprocess import Detections
+from ..postprocess import BatchDetections
 from ..ranks import silent
 from ..text import say
 
@@ -342,7 +342,7 @@ def fed_rows(
         del pairs[FEW:]
         shift = torch.zeros(found.boxes.shape[-1])
         shift[:4] = torch.tensor([x, y, x, y])
-        moved = Detections(found.scores, found.boxes - shift.to(found.boxes), found.classes)
+        moved = BatchDetections(found.scores, found.boxes - shift.to(found.boxes), found.classes)
         scales = torch.tensor([scale])
         sizes = None if in_padding else scales * torch.tensor([pixels.shape[1::-1]])
         fed = Batch(batch.images, batch.boxes, batch.labels, torch.tensor([image.id]), scales, sizes=sizes)

@@ -222,8 +222,8 @@ def costs(judged: Judgments, number: int = RESAMPLES) -> tuple[Interval, dict[in
     found = {}
     for kind in KINDS:
         gained = 100 * average_precision(matches_without(judged, kind), counts) - base
-        number = judged.missed.sum() if kind == MISSED else (judged.kind == kind).sum()
-        found[kind] = Cost(int(number), interval(gained))
+        made = judged.missed if kind == MISSED else judged.kind == kind
+        found[kind] = Cost(int(made.sum()), interval(gained))
     return interval(base), found
 
 

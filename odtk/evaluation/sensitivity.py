@@ -15,7 +15,7 @@ from ..exporting.calibration_table import CalibrationTable
 from ..exporting.precision import insert_qdq, quantizable_layers
 from ..exporting.session import open_session
 from ..ops import rotated_iou
-from ..postprocess import Detections
+from ..postprocess import BatchDetections
 
 MATCH_IOU = 0.5  # detections of a class that overlap at least so much are the same one
 
@@ -24,7 +24,7 @@ def measure_layer_costs(
     model: ModelProto,
     table: CalibrationTable,
     images: Sequence[np.ndarray],
-    detect: Callable[[Sequence[np.ndarray]], Detections],
+    detect: Callable[[Sequence[np.ndarray]], BatchDetections],
     score_threshold: float,
 ) -> dict[str, float]:
     """Layer → how much the detections change when this layer alone is quantized, in percent, highest first.
@@ -51,7 +51,9 @@ def measure_layer_costs(
     return {layer: round(cost, 3) for layer, cost in sorted(costs.items(), key=lambda item: -item[1])}
 
 
-def detection_change(expected: Sequence[Detections], actual: Sequence[Detections], score_threshold: float) -> float:
+def detection_change(
+    expected: Sequence[BatchDetections], actual: Sequence[BatchDetections], score_threshold: float
+) -> float:
     """How much detections differ, in percent: 0 for the same ones, 100 if nothing is in common.
 
     A detection weighs what its score exceeds the lowest score that is shown, so that one which drops out there changes
@@ -69,7 +71,7 @@ def detection_change(expected: Sequence[Detections], actual: Sequence[Detections
     return 100 * (1 - shared / everything) if everything > 0 else 0.0
 
 
-def shared_and_all(expected: Detections, actual: Detections, score_threshold: float) -> tuple[float, float]:
+def shared_and_all(expected: BatchDetections, actual: BatchDetections, score_threshold: float) -> tuple[float, float]:
     """The weight that the detections of one image have in common, and the weight of all; see detection_change."""
     # Where all rows are used, the least score is that of the last row: others may have been cut off below it.
     lowest = max(score_threshold, float(expected.scores[0, -1]), float(actual.scores[0, -1]))
@@ -88,7 +90,7 @@ def shared_and_all(expected: Detections, actual: Detections, score_threshold: fl
     return shared, greater + float(weights[1][free].sum())
 
 
-def same_class_iou(a: Detections, b: Detections) -> Tensor:
+def same_class_iou(a: BatchDetections, b: BatchDetections) -> Tensor:
     """IoU [D, D] of the boxes of two images' detections; 0 where the classes differ."""
     overlap = (rotated_iou if a.boxes.shape[-1] == 6 else iou)(a.boxes[0], b.boxes[0])
     return overlap * (a.classes[0][:, None] == b.classes[0][None, :])

@@ -35,7 +35,7 @@ from ..inference.detect import detect
 from ..inference.infer import loader_config, match_categories
 from ..model.checkpoint import build_detector, load
 from ..model.detector import Detector, normalize
-from ..postprocess import Detections, postprocess
+from ..postprocess import BatchDetections, postprocess
 from ..ranks import silent
 from ..text import plural, printable
 from .bootstrap import compare, matches_of
@@ -47,14 +47,14 @@ PRECISIONS = ("fp32", "fp16", "int8")  # from the highest to the lowest
 SENSITIVITY_IMAGES = 4
 
 
-def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: float = 0.3) -> Verdict:
+def verify(config: ExportConfig, *, annotations: str, images: str, max_ap_drop: float) -> Verdict:
     """Compares the exported file ``config.output`` with PyTorch in fp32, and with exports in each higher precision.
 
     Prints a table and writes OUTPUT.verify.json and OUTPUT.verify.html. An INT8 file that loses too much is written
     again, and so is its calibration table, with more layers in FP16.
 
     Args:
-        annotations: COCO JSON of the set.
+        annotations: of the set, in any format of layouts.py.
         images: its image folder.
         max_ap_drop: points of AP that the file may lose against PyTorch.
 
@@ -144,7 +144,7 @@ class TimedBackend:
         self.backend = backend
         self.milliseconds: list[float] = []
 
-    def __call__(self, images: Tensor) -> Detections:
+    def __call__(self, images: Tensor) -> BatchDetections:
         start = time.perf_counter()
         found = self.backend(images)
         found.scores.cpu()  # waits for the GPU
@@ -169,11 +169,11 @@ def load_or_measure_layer_costs(config: ExportConfig, evaluator: Evaluator, refe
     return table.layer_costs
 
 
-def postprocessing_of(detector: Detector, limits: PostprocessConfig) -> Callable[[Sequence[Any]], Detections]:
+def postprocessing_of(detector: Detector, limits: PostprocessConfig) -> Callable[[Sequence[Any]], BatchDetections]:
     """The function from a raw graph's outputs, the logits and then the boxes of all levels, to detections."""
     anchors, strides = detector.anchors(), detector.strides
 
-    def detections(outputs: Sequence[Any]) -> Detections:
+    def detections(outputs: Sequence[Any]) -> BatchDetections:
         levels = [torch.from_numpy(output) for output in outputs]
         logits, boxes = levels[: len(strides)], levels[len(strides) :]
         return postprocess(logits, boxes, anchors=anchors, strides=strides, model=detector.config, config=limits)

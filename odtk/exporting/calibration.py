@@ -14,6 +14,7 @@ from ..config import ExportConfig, LoaderConfig, OdtkError
 from ..data.dataset import Dataset
 from ..data.loader import create_loader
 from ..model.detector import Detector, normalize
+from ..settings import CALIBRATION_METHOD_OF_HEAD, CALIBRATION_METHODS
 from ..text import plural, printable
 from .calibration_table import CalibrationTable, load_table, save_table, table_path
 from .graph import with_outputs
@@ -23,8 +24,6 @@ from .session import open_session
 MAX_IMAGES = 500
 MIN_IMAGES = 8  # fewer are refused
 FEW_IMAGES = 100  # fewer get a warning
-METHODS = ("entropy", "percentile", "minmax")
-METHOD_OF_HEAD = {"dense": "percentile"}  # loses less there (docs/results.md); "entropy" for all others
 PERCENTILE = 0.9999  # share of the values inside the range of the method "percentile"
 
 
@@ -64,7 +63,7 @@ def load_or_calibrate(
         limit = min(limit, config.calibration_batches * config.batch[1])
     dataset = sample_images(config.calibration_images, limit, config.seed)
     images = calibration_images(dataset, config, detector)
-    method = config.calibration_method or METHOD_OF_HEAD.get(detector.config.head, "entropy")
+    method = config.calibration_method or CALIBRATION_METHOD_OF_HEAD[detector.config.head]
     ranges = activation_ranges(model, images, method, len(dataset.images))
     scales = scales_of(ranges)
     files = tuple(os.path.relpath(image.path, config.calibration_images) for image in dataset.images)
@@ -200,14 +199,15 @@ def activation_ranges(model: ModelProto, images: Iterable[np.ndarray], method: s
     Args:
         model: the raw float32 graph.
         images: each [1, 3, H, W] float32, normalized.
-        method: one of METHODS.
+        method: one of CALIBRATION_METHODS.
         total: number of images, for the progress.
 
     Raises:
         OdtkError: the method is unknown, or an activation is not finite.
     """
-    if method not in METHODS:
-        raise OdtkError(f"The calibration method {method!r} does not exist: use one of {', '.join(METHODS)}.")
+    if method not in CALIBRATION_METHODS:
+        known = ", ".join(CALIBRATION_METHODS)
+        raise OdtkError(f"The calibration method {method!r} does not exist: use one of {known}.")
     names = quantizable_activations(model.graph)
     session = open_session(with_outputs(model, names))
     histograms = {name: Histogram() for name in names}

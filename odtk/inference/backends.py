@@ -1,4 +1,4 @@
-"""Images → Detections, through PyTorch (.pth), ONNX Runtime (.onnx), TensorRT (.plan, .engine) or a Triton server.
+"""Images → BatchDetections, through PyTorch (.pth), ONNX Runtime (.onnx), TensorRT (.plan, .engine) or a Triton server.
 
 Importable without onnx: only export needs it.
 """
@@ -26,7 +26,7 @@ from ..exporting.session import open_session
 from ..model import checkpoint
 from ..model.detector import normalize
 from ..model.padding import padding_warning
-from ..postprocess import Detections, postprocess
+from ..postprocess import BatchDetections, postprocess
 from ..ranks import silent
 from ..text import first_line, plural, say
 from .served import Served, is_address
@@ -77,8 +77,8 @@ class Backend:
         """
         return None  # an exported file does not say; `odtk export` warns for its size
 
-    def __call__(self, images: Tensor) -> Detections:
-        """RGB images [N, 3, H, W] → Detections with boxes in pixels of these images.
+    def __call__(self, images: Tensor) -> BatchDetections:
+        """RGB images [N, 3, H, W] → BatchDetections with boxes in pixels of these images.
 
         Args:
             images: uint8 pixels, which every backend takes, or floats: pixels from 0 to 255 if ``input_type`` is
@@ -91,7 +91,7 @@ class Backend:
         computed = self.thresholds if self.metadata is None else self.metadata.thresholds
         return found if computed == self.thresholds else narrow(found, self.thresholds)
 
-    def compute(self, images: Tensor) -> Detections:
+    def compute(self, images: Tensor) -> BatchDetections:
         """As __call__, with the thresholds that are fixed in the file."""
         raise NotImplementedError
 
@@ -109,14 +109,14 @@ class Backend:
             return normalize(images, self.mean, self.std)
         return images if self.input_type == "uint8" else images.float()
 
-    def finished(self, outputs: Sequence[np.ndarray]) -> Detections:
+    def finished(self, outputs: Sequence[np.ndarray]) -> BatchDetections:
         """The outputs of an exported file, scores, boxes and classes, after the NMS that a graph may lack."""
         scores, boxes, classes = (torch.from_numpy(values) for values in outputs)
         assert self.metadata is not None
         if self.metadata.postprocessing == "candidates":  # rotated boxes: ONNX has no NMS for them
             threshold, detections = self.metadata.thresholds.nms_threshold, self.metadata.thresholds.detections
             scores, boxes, classes = ops.nms(scores, boxes, classes, threshold=threshold, detections=detections)
-        return Detections(scores, boxes, classes)
+        return BatchDetections(scores, boxes, classes)
 
     def apply_metadata(self, metadata: Metadata) -> None:
         """Sets the attributes to what an exported file says about itself."""
@@ -159,7 +159,7 @@ class TorchBackend(Backend):
         return padding_warning(self.detector, self.padding_share, share, "in these batches")
 
     @torch.inference_mode()
-    def compute(self, images: Tensor) -> Detections:
+    def compute(self, images: Tensor) -> BatchDetections:
         images = images.to(self.device)  # before normalization: uint8 are fewer bytes
         if images.dtype == torch.uint8:
             images = normalize(images, self.mean, self.std)
@@ -203,7 +203,7 @@ class OnnxBackend(Backend):
             raise OdtkError(f"The outputs of {path} are {metadata.postprocessing}, not detections: export it again.")
         self.name = f"{os.path.basename(path)} (ONNX Runtime, {self.session.get_providers()[0][:-17]})"
 
-    def compute(self, images: Tensor) -> Detections:
+    def compute(self, images: Tensor) -> BatchDetections:
         feed = {"images": self.as_input(images).contiguous().cpu().numpy()}
         return self.finished(self.session.run(None, feed))
 
@@ -216,7 +216,7 @@ class ServedBackend(Backend):
         self.apply_metadata(self.served.metadata)
         self.name = f"{address} (Triton)"
 
-    def compute(self, images: Tensor) -> Detections:
+    def compute(self, images: Tensor) -> BatchDetections:
         return self.finished(self.served.infer(self.as_input(images).contiguous().cpu().numpy()))
 
 
@@ -252,7 +252,7 @@ class EngineBackend(Backend):
         self.name = f"{os.path.basename(path)} (TensorRT {extension.tensorrt_version()})"
 
     @torch.inference_mode()
-    def compute(self, images: Tensor) -> Detections:
+    def compute(self, images: Tensor) -> BatchDetections:
         given = len(images)
         if self.max_batch and given > self.max_batch:
             raise OdtkError(f"{self.name} takes at most {plural(self.max_batch, 'image')} at a time, not {given}.")
@@ -268,7 +268,7 @@ class EngineBackend(Backend):
             classes = buffers["classes"][:given].long()
             for values in (scores, boxes, classes):
                 values.record_stream(current)  # the memory belongs to the engine's stream
-        return Detections(scores, boxes, classes)
+        return BatchDetections(scores, boxes, classes)
 
     @torch.inference_mode()
     def place(self, images: Tensor) -> Tensor:
@@ -428,9 +428,9 @@ def narrowed_thresholds(
     return dataclasses.replace(own, **changes)
 
 
-def narrow(found: Detections, thresholds: PostprocessConfig) -> Detections:
+def narrow(found: BatchDetections, thresholds: PostprocessConfig) -> BatchDetections:
     """The detections above a score, at most so many per image; the other rows are zero or cut off."""
     rows = slice(thresholds.detections)
     scores, boxes, classes = found.scores[:, rows], found.boxes[:, rows], found.classes[:, rows]
     kept = scores > thresholds.score_threshold  # [N, D]
-    return Detections(scores * kept, boxes * kept[..., None], classes * kept)
+    return BatchDetections(scores * kept, boxes * kept[..., None], classes * kept)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..boxes import circumscribe, coco_to_corners, corners, corners_to_coco
 from ..categories import Category
 from ..data.batch import Batch
-from ..postprocess import Detections
+from ..postprocess import BatchDetections
 from ..ranks import gather
 
 ProgressCallback = Callable[[int], None]  # called after each batch with its number of images
@@ -21,7 +21,7 @@ Rows = tuple[np.ndarray, np.ndarray]  # (image ids, detections), see detection_r
 
 
 def detect(
-    backend: Callable[[Tensor], Detections],
+    backend: Callable[[Tensor], BatchDetections],
     loader: Iterable[Batch],
     categories: Sequence[Category],
     *,
@@ -31,7 +31,7 @@ def detect(
     """Runs a backend over this process's share of the images and gathers the detections of all processes on rank 0.
 
     Args:
-        backend: images [N, 3, H, W] → Detections (boxes [N, D, 4], or [N, D, 6] with sin and cos, in pixels of the
+        backend: images [N, 3, H, W] → BatchDetections (boxes [N, D, 4], or [N, D, 6] with sin and cos, in pixels of the
             network's input, inclusive corners).
         loader: an inference loader, which gives each image once over all ranks.
         categories: in the order of the backend's class indices.
@@ -103,7 +103,9 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 
 @torch.inference_mode()
-def detect_batches(backend: Callable[[Tensor], Detections], loader: Iterable[Batch]) -> Iterator[tuple[Batch, Rows]]:
+def detect_batches(
+    backend: Callable[[Tensor], BatchDetections], loader: Iterable[Batch]
+) -> Iterator[tuple[Batch, Rows]]:
     """Runs a backend over batches and gives each with its detection_rows.
 
     It stays one batch behind: the device computes a batch while the detections of the one before are copied.
@@ -118,9 +120,9 @@ def detect_batches(backend: Callable[[Tensor], Detections], loader: Iterable[Bat
         yield pending[0], pending[1]()
 
 
-def start_copy(detections: Detections, batch: Batch) -> Callable[[], Rows]:
+def start_copy(detections: BatchDetections, batch: Batch) -> Callable[[], Rows]:
     """Starts to copy detections to the CPU; the function returned waits for the copy and gives its detection_rows."""
-    on_cpu = Detections(
+    on_cpu = BatchDetections(
         *(t.to("cpu", non_blocking=True) for t in (detections.scores, detections.boxes, detections.classes))
     )
     copied = None
@@ -136,7 +138,7 @@ def start_copy(detections: Detections, batch: Batch) -> Callable[[], Rows]:
     return rows
 
 
-def detection_rows(detections: Detections, batch: Batch) -> Rows:
+def detection_rows(detections: BatchDetections, batch: Batch) -> Rows:
     """The used rows of a batch's detections; a box that lies in the padding alone is none.
 
     Returns:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..categories import Category
+from ..categories import Category, to_pairs
 from ..config import InferConfig, LoaderConfig, OdtkError
 from ..data.records import Image
 from ..files import atomic_write, file_hash, locked, make_folder, os_error_reason
@@ -65,7 +65,7 @@ def describe_run(
     return {
         "model": model,
         "images": digest_of(images, set(mended)),
-        "categories": [[category.id, category.name] for category in categories],
+        "categories": to_pairs(categories),
         "version of odtk": __version__,
         "device": data.device.partition(":")[0],
         "number of processes": data.world,

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..categories import Category
+from ..categories import Category, to_pairs
 from ..config import OdtkError
 from ..files import atomic_write, file_hash, os_error_reason
 from .collect import Part, select
@@ -163,7 +163,7 @@ class ParquetFile:
         name = pa.dictionary(pa.int32(), pa.string())
         columns = [("image_id", pa.int64()), ("category_id", pa.int64()), ("category", name), ("score", pa.float64())]
         columns += [(side, pa.float64()) for side in BOX[:width]]
-        meta = {"categories": [[c.id, c.name] for c in categories], **about}
+        meta = {"categories": to_pairs(categories), **about}
         self.schema = pa.schema(columns, metadata={META: json.dumps(meta).encode()})
         self.ids = np.array([category.id for category in categories], dtype=np.int64)
         self.names = pa.array([category.name for category in categories], pa.string())

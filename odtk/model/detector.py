@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import ModelConfig, OdtkError, scale_and_shift
+from ..settings import RESNET_OPTIONS
 from .anchors import base_anchors
 from .backbones.catalog import BACKBONES
 from .backbones.feature_extractor import FeatureExtractor
@@ -17,12 +18,8 @@ from .heads import SharedTower, create_head
 from .layers import fold_batch_norms
 from .neck import FPN
 
-RESNET_OPTIONS = {  # fields of ModelConfig that only ResNets have, and their flags
-    "dcn": "--dcn",
-    "caffe_stride": "--resnet caffe-stride",
-    "deep_stem": "--resnet deep-stem",
-    "avg_down": "--resnet avg-down",
-    "zero_init": "--resnet zero-init",
+RESNETS_ONLY = {"dcn": "--dcn"} | {  # fields of ModelConfig that only ResNets have, and their flags
+    field: f"--resnet {name}" for name, field in RESNET_OPTIONS.items() if field != "norm_eval"
 }
 
 
@@ -108,6 +105,26 @@ def normalize(pixels: Tensor, mean: tuple[float, float, float], std: tuple[float
     return pixels.float().mul(scale).add_(shift)
 
 
+class Renormalize(nn.Module):
+    """Images [N, 3, H, W] as one model takes them → as another does."""
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, given: ModelConfig, wanted: ModelConfig) -> None:
+        super().__init__()
+        (scale, shift), (new_scale, new_shift) = (
+            [torch.tensor(values)[:, None, None] for values in scale_and_shift(model.mean, model.std)]
+            for model in (given, wanted)
+        )
+        self.register_buffer("factor", new_scale / scale)  # [3, 1, 1]
+        self.register_buffer("offset", new_shift - new_scale / scale * shift)
+        self.same = (given.mean, given.std) == (wanted.mean, wanted.std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images if self.same else images * self.factor + self.offset
+
+
 def _feature_extractor(backbone: nn.Module) -> FeatureExtractor:
     features = backbone.features if isinstance(backbone, FPN) else backbone
     assert isinstance(features, FeatureExtractor)
@@ -125,7 +142,7 @@ def check_model_config(config: ModelConfig) -> None:
             raise OdtkError(f"The backbone {name!r} does not exist: use one of {', '.join(BACKBONES)}.")
     if not config.backbones or len(set(config.backbones)) < len(config.backbones):
         raise OdtkError("A detector needs one or more backbones, each of them only once.")
-    options = [flag for name, flag in RESNET_OPTIONS.items() if getattr(config, name)]
+    options = [flag for name, flag in RESNETS_ONLY.items() if getattr(config, name)]
     if options and not any(name.startswith("ResNe") for name in config.backbones):
         raise OdtkError(f"{', '.join(options)}: only for ResNet backbones, and {config.backbones[0]} is not one.")
     if not 0.25 <= config.resnet_width <= 4:

@@ -31,13 +31,13 @@ class ModelSize:
     classification_parameters: int
 
 
-def model_sizes(height: int = 800, width: int = 1280) -> list[ModelSize]:
-    """The size of every backbone's detector for images of height×width pixels, counted without computing a value."""
+def model_sizes() -> list[ModelSize]:
+    """The size of every backbone's detector for an image of 800×1280 pixels, counted without computing a value."""
     rows = []
     for name in BACKBONES:
         with torch.device("meta"):
             detector = Detector(ModelConfig(backbones=(name,))).fold()
-            images = torch.empty(1, 3, height, width)
+            images = torch.empty(1, 3, 800, 1280)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             detector(images)
         classification = classification_parameters(name.removesuffix("FPN").removesuffix("C4"))

@@ -26,7 +26,7 @@ Other rooms import from odtk.settings itself, never from a file in it, so every 
 
 from .base import Settings
 from .data import CheckSettings, ConvertSettings, SynthSettings
-from .defaults import DENSE, PRESETS, VARIANTS
+from .defaults import CALIBRATION_METHOD_OF_HEAD, CALIBRATION_METHODS, DENSE, PRESETS, VARIANTS
 from .evaluate import EvaluateSettings, InfoSettings, VisualizeSettings
 from .export import ExportSettings
 from .fields import (
@@ -52,6 +52,8 @@ from .train_fields import RESNET_OPTIONS
 
 __all__ = [
     "ANGLE",
+    "CALIBRATION_METHODS",
+    "CALIBRATION_METHOD_OF_HEAD",
     "DENSE",
     "DEVICES",
     "DURATION",

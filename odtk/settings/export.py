@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from ..config import INPUT_TYPES, ExportConfig, OdtkError
+from .defaults import CALIBRATION_METHOD_OF_HEAD, CALIBRATION_METHODS
 from .fields import DEVICES, NUMBER, POSITIVE_INT, TEXT, flag, option, switch
 from .shared import FORMATS, WithSize, WithThresholds, model_field
 
@@ -56,8 +57,8 @@ class ExportSettings(WithSize, WithThresholds):
     calibration_method: str | None = option(
         None,
         "how the range of an activation is chosen",
-        choices=("entropy", "percentile", "minmax"),
-        shown="percentile with the dense head, entropy with others",
+        choices=CALIBRATION_METHODS,
+        shown="; ".join(f"{method} with --head {head}" for head, method in CALIBRATION_METHOD_OF_HEAD.items()),
     )
     opset: int = option(ExportConfig.opset, "ONNX operator set", POSITIVE_INT, "N")
     rotated_bbox: bool = switch(

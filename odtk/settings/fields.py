@@ -88,7 +88,8 @@ class Option:
         shown: the default in words, where it is not the field's own.
         section: heading in the help.
         positional: given without a flag.
-        changes_result: whether a resumed run with another value would end in other weights.
+        changes_result: whether a run refuses to be resumed with another value; of lengths and files it compares other
+            facts, or their contents.
     """
 
     help: str

@@ -246,7 +246,11 @@ class TrainFields(WithDevices, WithLoader, WithAnchors):
         section="model",
     )
     freeze_at: int = option(
-        ModelConfig.freeze_at, "ResNet stages 1 to N, the stem being 1, are not trained", COUNT, "N", section="model"
+        ModelConfig.freeze_at,
+        "stages 1 to N of backbones, the stem being 1, are not trained",
+        COUNT,
+        "N",
+        section="model",
     )
     grad_checkpoint: bool = switch("recompute activations to save memory", section="model", changes_result=False)
     dcn: tuple[int, ...] = option(

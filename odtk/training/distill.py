@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig, OdtkError, TrainConfig, scale_and_shift
+from ..config import ModelConfig, OdtkError, TrainConfig
 from ..model.checkpoint import build_detector, load, weights_hash
-from ..model.detector import Detector
+from ..model.detector import Detector, Renormalize
 from .sync_batch_norm import sum_over_ranks
 
 MOST_APART = 1.5  # strides that differ more are those of other levels, which follow each other by a factor of 2
@@ -45,20 +45,13 @@ class Teacher(nn.Module):
         hash: of its weights.
     """
 
-    factor: Tensor
-    offset: Tensor
-
     def __init__(self, detector: Detector, student: ModelConfig, scale: float = 1.0) -> None:
         super().__init__()
-        own, self.hash, self.scale = detector.config, weights_hash(detector.state_dict()), scale
+        self.hash, self.scale = weights_hash(detector.state_dict()), scale
         self.strides = tuple(stride / scale for stride in detector.strides)
-        self.stride, self.channels = detector.stride, own.pyramid_channels
+        self.stride, self.channels = detector.stride, detector.config.pyramid_channels
         self.backbones = detector.fold().requires_grad_(False).backbones
-        scales, shifts = zip(*(scale_and_shift(model.mean, model.std) for model in (own, student)), strict=True)
-        factor = torch.tensor(scales[0]) / torch.tensor(scales[1])  # pixels → the student's → the teacher's
-        self.same_pixels = scales[0] == scales[1] and shifts[0] == shifts[1]
-        self.register_buffer("factor", factor[:, None, None])  # [3] → [3, 1, 1]
-        self.register_buffer("offset", (torch.tensor(shifts[0]) - factor * torch.tensor(shifts[1]))[:, None, None])
+        self.renormalize = Renormalize(student, detector.config)
 
     def train(self, mode: bool = True) -> Teacher:
         """As nn.Module.train(), but it stays in eval mode."""
@@ -71,9 +64,7 @@ class Teacher(nn.Module):
         size = [max(1, round(side * self.scale / self.stride)) * self.stride for side in (height, width)]
         if size != [height, width]:
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=self.scale < 1)
-        if not self.same_pixels:
-            images = images * self.factor + self.offset
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = self.renormalize(images).contiguous(memory_format=torch.channels_last)
         return [feature for backbone in self.backbones.values() for feature in backbone(images)]
 
 

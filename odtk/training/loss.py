@@ -213,7 +213,7 @@ def _fcos_loss(
     ):
         raw = _view_by_anchor(level_boxes, model).float()  # [N, h, w, 1, 5]
         class_sum = class_sum + focal_loss(_view_by_anchor(level_logits, model), level_labels, loss.alpha, loss.gamma)
-        overlap = iou_loss(raw[..., :4].relu() * s, level_distances, kind=loss.fcos_box_loss)
+        overlap = giou_loss(raw[..., :4].relu() * s, level_distances)
         box_sum = box_sum + torch.where(level_labels >= 0, overlap * weight, 0).sum()
         entropy = F.binary_cross_entropy_with_logits(raw[..., 4], weight, reduction="none")
         centerness_sum = centerness_sum + torch.where(level_labels >= 0, entropy, 0).sum()
@@ -256,7 +256,7 @@ def _dense_loss(
         quality = torch.where(foreground, iou_of_distances(predicted.detach(), level_distances)[0], 0)
         class_sum = class_sum + quality_focal_loss(values, level_labels, quality)
         weight = torch.where(foreground, values.detach().float().sigmoid().amax(-1), 0)
-        box_sum = box_sum + (iou_loss(predicted, level_distances, kind="giou") * weight).sum()
+        box_sum = box_sum + (giou_loss(predicted, level_distances) * weight).sum()
         weight_sum = weight_sum + weight.sum()
     count = (labels >= 0).sum().float()
     return {"cls": (class_sum, count), "box": (BOX_WEIGHT * box_sum, weight_sum)}
@@ -367,27 +367,23 @@ def centerness_targets(distances: Tensor) -> Tensor:
     return (torch.minimum(start, end) / torch.maximum(start, end)).prod(-1).sqrt()
 
 
-def iou_loss(predicted: Tensor, target: Tensor, *, kind: str) -> Tensor:
-    """Loss between boxes that contain the same point.
+def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """1 − GIoU of boxes that contain the same point: https://arxiv.org/abs/1902.09630 alg. 1.
 
     Args:
         predicted, target: distances (l, t, r, b) [..., 4] of the point to the box's sides, ≥ 0, in pixels.
-        kind: ``iou``: −log IoU (UnitBox, https://arxiv.org/abs/1608.01471 eq. 1); ``giou``: 1 − GIoU
-            (https://arxiv.org/abs/1902.09630 alg. 1).
 
     Returns:
         [...], one loss per pair of boxes.
     """
     iou, union = iou_of_distances(predicted, target)
-    if kind == "iou":
-        return -iou.clamp(min=EPSILON).log()
     outer = torch.maximum(predicted, target)
     hull = ((outer[..., 0] + outer[..., 2]) * (outer[..., 1] + outer[..., 3])).clamp(min=EPSILON)
     return 1 - iou + (hull - union) / hull
 
 
 def iou_of_distances(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and union in px², both [...], of boxes given as in iou_loss."""
+    """IoU and union in px², both [...], of boxes given as in giou_loss."""
     inner = torch.minimum(predicted, target)
     intersection = (inner[..., 0] + inner[..., 2]) * (inner[..., 1] + inner[..., 3])
     areas = [(box[..., 0] + box[..., 2]) * (box[..., 1] + box[..., 3]) for box in (predicted, target)]

@@ -10,31 +10,20 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import yaml
 
-from ..config import (
-    ROTATED_ANGLES,
-    AugmentConfig,
-    LoaderConfig,
-    LossConfig,
-    ModelConfig,
-    OdtkError,
-    PostprocessConfig,
-    TrainConfig,
-)
+from ..config import OdtkError, PostprocessConfig, TrainConfig
 from ..data.coco import categories_of
 from ..data.fingerprint import Fingerprint, fingerprint
-from ..data.layouts import image_folder, with_split
 from ..data.split import validation_split
-from ..launch import parse_devices, share, under_torchrun, workers_of
-from ..model.backbones.catalog import normalization
+from ..launch import parse_devices, under_torchrun
 from ..model.sizes import gflops_per_megapixel
 from ..model.weights import PACKAGES, packaged_files
-from ..settings import RESNET_OPTIONS, TrainSettings
+from ..settings import TrainSettings
 from ..text import plural
+from .configs import model_config, train_config
 from .rules import Decision, Machine, Situation, count_evaluations, decide, is_planned
 from .run import Earlier
 from .training_set import TrainingSet
@@ -221,142 +210,3 @@ def count_categories(content: dict, path: str) -> int:
     if not categories:
         raise OdtkError(f"The annotations {path} have no categories: add them, one per class.")
     return len({str(category.get("id")) for category in categories})  # a wrong id is refused with the dataset
-
-
-def train_config(settings: TrainSettings, world: int, images: str, held_out: tuple[int, ...] = ()) -> TrainConfig:
-    """The stages' own configs, from settings that are resolved, and from the folder of the images.
-
-    Args:
-        held_out: ids of the images that are validated on instead of trained on.
-    """
-    assert settings.batch and settings.iters and settings.jitter and settings.lr
-    assert settings.augment_crop is not None and settings.augment_scale
-    assert settings.augment_brightness is not None and settings.augment_contrast is not None
-    assert settings.augment_hue is not None and settings.augment_saturation is not None
-    assert settings.optimizer and settings.lr_schedule and settings.regularization_l2 is not None
-    assert settings.milestones is not None and settings.warmup is not None and settings.val_iters
-    data = LoaderConfig(
-        images=images,
-        annotations=settings.annotations,
-        skip_damaged=settings.skip_damaged,
-        batch=share(settings.batch, world),
-        training=True,
-        resize=settings.resize,
-        max_size=settings.max_size,
-        jitter=(settings.jitter[0], settings.jitter[1]),
-        repeat_threshold=settings.repeat_threshold,
-        rotated=settings.rotated_bbox,
-        absolute_angle=settings.absolute_angle,
-        augment=AugmentConfig(
-            flip=settings.augment_flip,
-            crop=settings.augment_crop,
-            scale=(settings.augment_scale[0], settings.augment_scale[1]),
-            rotate=settings.augment_rotate,
-            free_rotate=(settings.augment_free_rotate[0], settings.augment_free_rotate[1]),
-            brightness=settings.augment_brightness,
-            contrast=settings.augment_contrast,
-            hue=settings.augment_hue,
-            saturation=settings.augment_saturation,
-        ),
-        loader=settings.loader,
-        workers=workers_of(world),
-        seed=settings.seed,
-        world=world,
-    )
-    val_data = None
-    if held_out:
-        val_data = dataclasses.replace(data, training=False)
-    elif settings.val_annotations:
-        val_annotations = with_split(settings.val_annotations, "val", strict=True)
-        own = settings.val_images or image_folder(val_annotations, settings.images)
-        val_data = dataclasses.replace(data, images=own, annotations=val_annotations, training=False)
-    return TrainConfig(
-        path=settings.model,
-        model=model_config(settings),
-        data=data,
-        val_data=val_data,
-        loss=LossConfig(
-            background_iou=settings.anchor_ious[0],
-            foreground_iou=settings.anchor_ious[1],
-            absolute_angle=settings.absolute_angle,
-        ),
-        optimizer=settings.optimizer,
-        iters=settings.iters,
-        held_out=held_out,
-        patience=settings.patience or 0,
-        lr_schedule=settings.lr_schedule,
-        milestones=settings.milestones,
-        schedule=settings.schedule,
-        warmup=settings.warmup,
-        gamma=settings.gamma,
-        lr=settings.lr,
-        weight_decay=settings.regularization_l2,
-        precision=settings.precision or "mixed",
-        val_iters=settings.val_iters,
-        fine_tune=settings.fine_tune,
-        backbone_weights=settings.backbone_weights,
-        **unlabeled_config(settings, world),
-        teacher=settings.teacher,
-        teacher_scale=settings.teacher_scale,
-        teacher_weight=settings.teacher_weight,
-        override=settings.override,
-        override_settings=settings.override_settings,
-        accumulate=settings.accumulate,
-        clip_grad=settings.clip_grad or None,
-        ema=settings.ema or None,
-        logdir=settings.logdir,
-        post_metrics=settings.post_metrics,
-        log_to=settings.log_to,
-        seed=settings.seed,
-        settings=settings.to_dict(),
-    )
-
-
-def unlabeled_config(settings: TrainSettings, world: int) -> dict[str, Any]:
-    """The fields of TrainConfig that say what is learned from images without boxes, by name; none without such images.
-
-    Raises:
-        OdtkError: their batch cannot be shared out.
-    """
-    if not settings.unlabeled:
-        return {}
-    assert settings.unlabeled_batch
-    found = {
-        "unlabeled": settings.unlabeled,
-        "unlabeled_batch": share(settings.unlabeled_batch, world, "unlabeled_batch"),
-        "unlabeled_loss": settings.unlabeled_loss,
-        "unlabeled_colors": settings.unlabeled_colors,
-    }
-    if settings.unlabeled_loss != "none":
-        found |= {"unlabeled_weight": settings.unlabeled_weight, "burn_in": settings.burn_in}
-    return found
-
-
-def model_config(settings: TrainSettings) -> ModelConfig:
-    """The detector that resolved settings describe."""
-    assert settings.classes and settings.norm
-    assert settings.last_level and settings.pyramid_channels and settings.head_channels and settings.head_convs
-    mean, std = normalization(settings.backbone[0])
-    resnet: dict[str, Any] = {RESNET_OPTIONS[name]: True for name in settings.resnet}
-    return ModelConfig(
-        backbones=settings.backbone,
-        head=settings.head,
-        classes=settings.classes,
-        last_level=settings.last_level,
-        pyramid_channels=settings.pyramid_channels,
-        head_channels=settings.head_channels,
-        head_convs=settings.head_convs,
-        mean=mean,
-        std=std,
-        padding="black" if settings.head == "dense" else "mean",  # DeepStream pads with black
-        ratios=settings.anchor_ratios,
-        scales=settings.anchor_scales,
-        angles=() if not settings.rotated_bbox else ROTATED_ANGLES if settings.head == "retinanet" else (0.0,),
-        norm=settings.norm,
-        freeze_at=settings.freeze_at,
-        resnet_width=settings.resnet_width,
-        dcn=tuple(sorted(set(settings.dcn))),
-        dcn_modulated=not settings.dcn_v1,
-        grad_checkpoint=settings.grad_checkpoint,
-        **resnet,
-    )

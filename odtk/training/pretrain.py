@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..categories import Category
-from ..config import OdtkError, PretrainConfig, best_path, scale_and_shift
+from ..config import OdtkError, PretrainConfig, best_path
 from ..data.batch import Batch
 from ..data.dataset import Dataset
 from ..data.labeled import list_labeled, read_labeled
@@ -27,6 +27,7 @@ from ..files import atomic_write, check_writable, write_json
 from ..launch import exit_on_stop_signals
 from ..model.checkpoint import Checkpoint, load, load_weights, weights_hash
 from ..model.classifier import Classifier
+from ..model.detector import Renormalize
 from ..model.weights import load_backbone
 from ..ranks import CpuGroup, gather
 from ..text import plural, printable
@@ -152,20 +153,10 @@ class Teacher(nn.Module):
         hash: of its weights.
     """
 
-    factor: Tensor
-    offset: Tensor
-
     def __init__(self, network: Classifier, student: PretrainConfig) -> None:
         super().__init__()
         self.network, self.hash = network.eval().requires_grad_(False), weights_hash(network.state_dict())
-        own, other = (
-            [
-                torch.tensor(values)[:, None, None] for values in scale_and_shift(model.mean, model.std)
-            ]  # [3] → [3, 1, 1]
-            for model in (network.config, student.model)
-        )
-        self.register_buffer("factor", own[0] / other[0])  # the student's pixels → the teacher's
-        self.register_buffer("offset", own[1] - own[0] / other[0] * other[1])
+        self.renormalize = Renormalize(student.model, network.config)
 
     def train(self, mode: bool = True) -> Teacher:
         """As nn.Module.train(), but it stays in eval mode."""
@@ -174,7 +165,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] as the student takes them → logits [N, K]."""
-        return self.network((images * self.factor + self.offset).contiguous(memory_format=torch.channels_last))
+        return self.network(self.renormalize(images).contiguous(memory_format=torch.channels_last))
 
 
 def load_teacher(config: PretrainConfig, categories: tuple[Category, ...]) -> Teacher:

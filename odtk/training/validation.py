@@ -20,7 +20,7 @@ from ..evaluation.evaluate import STATS, Metrics, evaluate
 from ..inference.detect import detect
 from ..inference.drawing import LEGIBLE, annotate, coco_to_shapes
 from ..model.detector import Detector
-from ..postprocess import Detections, postprocess
+from ..postprocess import BatchDetections, postprocess
 from ..ranks import CpuGroup
 from .log import Validated, classes_line
 from .training_set import TrainingSet
@@ -76,7 +76,7 @@ class Validation:
         folded = detector.fold().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         anchors = [level.to(self.config.data.device) for level in detector.anchors()]
 
-        def backend(images: Tensor) -> Detections:
+        def backend(images: Tensor) -> BatchDetections:
             with autocast:
                 logits, boxes = folded(images.contiguous(memory_format=torch.channels_last))
             return postprocess(

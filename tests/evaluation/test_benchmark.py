@@ -17,7 +17,7 @@ from odtk.data.loader import create_loader
 from odtk.evaluation import benchmark
 from odtk.model import checkpoint
 from odtk.model.detector import Detector
-from odtk.postprocess import Detections
+from odtk.postprocess import BatchDetections
 
 
 def test_latency_and_throughput_are_those_of_the_backend() -> None:
@@ -65,11 +65,11 @@ class Slow:
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
 
-    def __call__(self, images: torch.Tensor) -> Detections:
+    def __call__(self, images: torch.Tensor) -> BatchDetections:
         self.seen.append(images)
         time.sleep(0.005)
         n = len(images)
-        return Detections(torch.zeros(n, 1), torch.zeros(n, 1, 4), torch.zeros(n, 1, dtype=torch.int64))
+        return BatchDetections(torch.zeros(n, 1), torch.zeros(n, 1, 4), torch.zeros(n, 1, dtype=torch.int64))
 
 
 def test_runs_from_files_take_every_image_pass_after_pass(tmp_path: Path) -> None:

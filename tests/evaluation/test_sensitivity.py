@@ -14,19 +14,19 @@ from onnx import TensorProto, helper, numpy_helper
 from odtk.evaluation.sensitivity import detection_change, measure_layer_costs
 from odtk.exporting.calibration_table import CalibrationTable
 from odtk.exporting.precision import quantizable_layers
-from odtk.postprocess import Detections
+from odtk.postprocess import BatchDetections
 
 BOX = (10.0, 10.0, 49.0, 49.0)  # 40×40 pixels
 
 
-def detections(*rows: tuple[float, tuple[float, ...], int], size: int = 4) -> Detections:
+def detections(*rows: tuple[float, tuple[float, ...], int], size: int = 4) -> BatchDetections:
     """(score, box, class) rows of one image, and unused rows up to ``size``."""
     unused = [(0.0, (0.0,) * len(rows[0][1] if rows else BOX), 0)] * (size - len(rows))
     scores, boxes, classes = zip(*rows, *unused, strict=True)
-    return Detections(torch.tensor([scores]), torch.tensor([boxes]), torch.tensor([classes]))
+    return BatchDetections(torch.tensor([scores]), torch.tensor([boxes]), torch.tensor([classes]))
 
 
-def change(expected: Detections, actual: Detections) -> float:
+def change(expected: BatchDetections, actual: BatchDetections) -> float:
     assert detection_change([expected], [actual], 0.05) == pytest.approx(detection_change([actual], [expected], 0.05))
     return detection_change([expected], [actual], 0.05)
 
@@ -66,13 +66,13 @@ def test_rotated_boxes_are_compared_as_polygons() -> None:
     assert found == pytest.approx(100 * (1 - 0.7071), abs=0.1)
 
 
-def scores_of(outputs: Sequence[np.ndarray]) -> Detections:
+def scores_of(outputs: Sequence[np.ndarray]) -> BatchDetections:
     """One detection per channel of the first output, whose mean is its score; the second output moves the boxes."""
     scores = torch.from_numpy(outputs[0]).mean((2, 3)).sigmoid()
     order = scores[0].argsort(descending=True)
     shift = torch.from_numpy(outputs[1]).mean()
     boxes = (torch.tensor(BOX) + shift).expand(1, len(order), 4)
-    return Detections(scores[:, order], boxes, order[None])
+    return BatchDetections(scores[:, order], boxes, order[None])
 
 
 def two_heads(spoiled: str) -> onnx.ModelProto:

@@ -22,7 +22,7 @@ from odtk.exporting.engine import require_tensorrt
 from odtk.inference import backends
 from odtk.inference.detect import detect_batches
 from odtk.inference.infer import loader_config
-from odtk.postprocess import Detections
+from odtk.postprocess import BatchDetections
 from tests.random_models import detector_of, pixels_of, save
 
 SIZE = (192, 256)
@@ -38,7 +38,7 @@ def images_of(batch: int) -> Tensor:
     return pixels_of(batch, SIZE).cuda()
 
 
-def unmatched(found: Detections, expected: Detections, *, score: float, pixels: float) -> float:
+def unmatched(found: BatchDetections, expected: BatchDetections, *, score: float, pixels: float) -> float:
     """Share of the better half of `expected` that `found` lacks: same class, score and every corner within the bounds.
 
     Near-equal scores may change places or survive the NMS in each other's stead, so rows are matched, not compared.

@@ -9,7 +9,7 @@ import torch
 from odtk.categories import Category
 from odtk.data.batch import Batch
 from odtk.inference import detect
-from odtk.postprocess import Detections
+from odtk.postprocess import BatchDetections
 
 CATEGORIES = (Category(4, "cat"), Category(9, "dog"))
 
@@ -25,11 +25,11 @@ def batch(ids: list[int], scale: tuple[float, float] = (1.0, 1.0)) -> Batch:
     )
 
 
-def detections(rows: list[list[tuple]], values: int = 4, columns: int = 3) -> Detections:
+def detections(rows: list[list[tuple]], values: int = 4, columns: int = 3) -> BatchDetections:
     """Rows of (score, class, box) per image, padded with zeros to D columns."""
     n = len(rows)
     classes = torch.zeros(n, columns, dtype=torch.long)
-    found = Detections(torch.zeros(n, columns), torch.zeros(n, columns, values), classes)
+    found = BatchDetections(torch.zeros(n, columns), torch.zeros(n, columns, values), classes)
     for i, row in enumerate(rows):
         for j, (score, label, box) in enumerate(row):
             found.scores[i, j], found.classes[i, j], found.boxes[i, j] = score, label, torch.tensor(box)

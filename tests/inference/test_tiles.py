@@ -20,7 +20,7 @@ from odtk.inference import tiles
 from odtk.inference.backends import Backend
 from odtk.inference.predict import Model
 from odtk.inference.tiles import is_cut, merge, pieces, windows_of
-from odtk.postprocess import Detections
+from odtk.postprocess import BatchDetections
 from tests.random_models import detector_of, save
 
 SIZE: dict[str, Any] = {"device": "cpu", "resize": 48, "max_size": 80}
@@ -120,11 +120,11 @@ class Bright(Backend):
     size, rotated, precision, thresholds = None, False, "fp32", PostprocessConfig(detections=40)
     largest = 0
 
-    def __call__(self, images: Tensor) -> Detections:
+    def __call__(self, images: Tensor) -> BatchDetections:
         from scipy.ndimage import find_objects, label
 
         self.largest = max(self.largest, len(images))
-        found = Detections(
+        found = BatchDetections(
             torch.zeros(len(images), 40), torch.zeros(len(images), 40, 4), torch.zeros(len(images), 40).long()
         )
         values = images.float().mean(1)

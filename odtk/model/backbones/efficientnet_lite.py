@@ -138,7 +138,7 @@ class EfficientNetLite(FeatureExtractor):
         return [stem, *(blocks[a:b] for a, b in zip(starts, (*starts[1:], ends[6]), strict=True))]
 
 
-def round_channels(channels: float, divisor: int = 8) -> int:
+def round_channels(channels: float) -> int:
     """The nearest multiple of 8, but never less than nine tenths."""
-    near = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-    return near + divisor if near < 0.9 * channels else near
+    near = max(8, int(channels + 4) // 8 * 8)
+    return near + 8 if near < 0.9 * channels else near
