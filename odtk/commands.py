@@ -172,13 +172,19 @@ def pretrain(settings: PretrainSettings, master: str | None = None) -> str:
 def plan(settings: PlanSettings) -> dict[str, Any]:
     """Prints what `odtk train` would decide, and returns the settings of that run by name."""
     from . import launch
-    from .files import atomic_write, check_writable
+    from .data.listing import list_images
+    from .data.tars import is_tar
+    from .files import atomic_write, check_writable, need_file
     from .training.plan import plan, this_machine
 
     if settings.output:
         check_writable(settings.output)
     given = {name: getattr(settings, name) for name in settings.given() if name != "output"}
     asked = TrainSettings.layered({"model": settings.model}, given)
+    if asked.teacher:
+        need_file(asked.teacher, "checkpoint for --teacher")
+    if asked.unlabeled and not is_tar(asked.unlabeled[0]):
+        list_images(asked.unlabeled)
     made = plan(asked, this_machine(asked, launch.world_size(asked.devices)))
     for line in made.lines():
         say(line)

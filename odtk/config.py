@@ -237,6 +237,11 @@ class RunConfig:
     seed: int = 0
     settings: dict[str, Any] | None = None  # those of the command as plain values, for the checkpoint
 
+    def if_moved(self, flag: str) -> str:
+        """What to do where a file is missing whose place a run that is resumed remembers; nothing for a new run."""
+        resumes = os.path.exists(self.path) and not self.override
+        return f" If it has moved since {self.path} began, pass {flag} with its new place." if resumes else ""
+
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):

@@ -277,7 +277,8 @@ class Loader:
     def _report_damage(self, sample: Sample, error: ImageError) -> None:
         if sample.image.path not in self.damaged:
             self.damaged.add(sample.image.path)
-            what = "is replaced by padding and counts nothing" if self.config.training else "gets no detections"
+            counts_not = self.config.training or self.config.square is not None  # a classifier's, too
+            what = "is replaced by padding and counts nothing" if counts_not else "gets no detections"
             print(
                 f"Warning: {printable(sample.image.path)} (image {sample.image.id}) {what}: {error} "
                 f"({plural(len(self.damaged), 'damaged image')} so far).",

@@ -87,7 +87,7 @@ class Dataset:
         if refused and all(fault.rule == DAMAGED for fault in refused):
             raise OdtkError(
                 f"The dataset was refused: {list_damaged(damaged)}; mend or remove these files, or leave them out "
-                "(--skip-damaged in training, infer without --strict)."
+                "(--skip-damaged; infer does so without --strict)."
             )
         if refused:
             first = next(fault for fault in refused if fault.rule != DAMAGED)

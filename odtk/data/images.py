@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,7 +27,21 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image as PILImage
 
-EXTENSIONS = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+EXTENSIONS = {
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jp2",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+}
 # What Pillow may take a file for, whatever its name says. Others start programs (EPS: Ghostscript) or are no photos.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 LARGE = 25_000_000  # pixels: from here on images are decoded one at a time, as each takes a multiple of 3 bytes a pixel
@@ -46,7 +61,7 @@ UPRIGHT = {
     8: PILImage.Transpose.ROTATE_90,
 }
 SWAPS_SIDES = {5, 6, 7, 8}
-
+FLOATS = "its pixels are floats, whose range is not known"
 
 _one_large_image = threading.Lock()
 
@@ -59,14 +74,25 @@ class MissingImage(ImageError):
     """An image file that does not exist."""
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that systems and tools keep for themselves: ._a.jpg (macOS), .thumbnails …"""
+    return name.startswith(".") or name == "@eaDir"  # of Synology's storage
+
+
 def is_image(name: str) -> bool:
-    """Whether a file is an image by its name; macOS writes ._NAME.jpg beside each file, which is none."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not os.path.basename(name).startswith("._")
+    """Whether a file is an image by its name."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not is_hidden(os.path.basename(name))
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images in a folder and those below it, sorted; links to folders are not followed."""
-    return sorted(Path(place, name) for place, _, names in os.walk(folder) for name in names if is_image(name))
+    """The images in a folder and those below it, sorted; links to folders are followed, hidden folders are not."""
+    found, seen = [], {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        found += [Path(place, name) for name in names if is_image(name)]
+        below = {os.path.realpath(os.path.join(place, name)): name for name in folders if not is_hidden(name)}
+        folders[:] = [name for target, name in below.items() if target not in seen]  # a circle of links ends
+        seen.update(below)
+    return sorted(found)
 
 
 @dataclass(frozen=True)
@@ -98,9 +124,13 @@ def read_header(source: Path | BinaryIO) -> Header:
         ImageError: it is empty, truncated (JPEG and PNG) or not an image of a known format.
     """
     try:
+        if isinstance(source, Path) and not stat.S_ISREG(os.stat(source).st_mode):  # nobody may write to a pipe
+            raise ImageError("it is no regular file")
         with open(source, "rb") if isinstance(source, Path) else nullcontext(source) as file, open_image(file) as image:
             if image.format in END_MARKS:
                 _check_end_of_file(file, image.format)
+            if image.mode == "F":
+                raise ImageError(FLOATS)
             depth = _bit_depth(file, image)
             plain = (
                 image.format in ("JPEG", "MPO", "PNG")
@@ -164,7 +194,7 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
         ImageError: no rule fits.
     """
     if image.mode == "F":
-        raise ImageError("its pixels are floats, whose range is not known")
+        raise ImageError(FLOATS)
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips to white
         high_byte = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
         image = PILImage.fromarray(high_byte)

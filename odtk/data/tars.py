@@ -143,7 +143,7 @@ def tar_sources(images: object) -> tuple[str, ...]:
     given: Sequence[Any] = [images] if isinstance(images, (str, os.PathLike)) else list(images)  # type: ignore[call-overload]
     tars = tuple(os.fspath(one) for one in given if is_tar(one))
     if tars and len(tars) < len(given):
-        raise OdtkError("--images takes either tar files or folders and image files, not both at once.")
+        raise OdtkError("Either tar files are given, or folders and image files, but not both at once.")
     for url in tars:
         if not url.partition("?")[0].lower().endswith(".tar"):
             raise OdtkError(f"{url} is not the address of a .tar: images on other machines are read from tar files.")

@@ -98,4 +98,5 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, before
                 grad, part, weight[:, :, :3, :3].contiguous(), None, (stride, stride), (0, 0), (1, 1), False, (0, 0),
                 channels, (False, True, False),
             )  # fmt: skip
-    return gradient[:, :, :size, :size]
+    # With the weight's own strides, which DistributedDataParallel has memory for.
+    return torch.empty_like(weight).copy_(gradient[:, :, :size, :size])

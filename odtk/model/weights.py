@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config import OdtkError
+from ..config import ModelConfig, OdtkError
 from ..text import plural, printable
 from .backbones.feature_extractor import FeatureExtractor
 from .checkpoint import kind_of, load, read_dictionary
@@ -53,29 +53,35 @@ def initialize_weights(detector: Detector, *, fine_tune: str | None, backbone_we
         print_loaded(fine_tune, loaded, unmatched)
     elif backbone_weights != "none":
         for name, features in detector.feature_extractors().items():
-            load_backbone(name, features, backbone_weights, detector.config.resnet_width)
+            load_backbone(name, features, backbone_weights, detector.config)
 
 
-def load_backbone(name: str, features: FeatureExtractor, path: str | None, width: float) -> None:
+def load_backbone(name: str, features: FeatureExtractor, path: str | None, model: ModelConfig) -> None:
     """Loads what fits of a file into the feature extractor of a backbone, and prints which weights those are.
 
     Args:
         path: as initialize_weights' ``backbone_weights``, but not "none".
-        width: ModelConfig.resnet_width.
+        model: that it is part of.
 
     Raises:
-        OdtkError: as initialize_weights.
+        OdtkError: as initialize_weights; a classifier's backbone is built otherwise; or frozen norms would be left
+            without the statistics that they stand for.
     """
-    if path is None and width != 1:
+    if path is None and model.resnet_width != 1:
         raise OdtkError(
-            f"There are no ImageNet weights for {name} of --resnet-width {width:g}: pass --backbone-weights none to "
-            "train from scratch, or a file of your own."
+            f"There are no ImageNet weights for {name} of --resnet-width {model.resnet_width:g}: pass "
+            "--backbone-weights none to train from scratch, or a file of your own."
         )
-    weights = imagenet_weights(name) if path is None else read_weights(path, name)
+    weights = imagenet_weights(name) if path is None else read_weights(path, name, model)
     loaded, unmatched = load_matching(features, weights)
     if not loaded:
         source = path or "the file of ImageNet weights"
         raise OdtkError(f"{source} has no tensor that fits {name}: pass a file for it as --backbone-weights.")
+    if model.norm == "frozen" and (count := sum(name.endswith("running_var") for name in unmatched)):
+        raise OdtkError(
+            f"{path or 'The file of ImageNet weights'} has no statistics for {plural(count, 'norm')} of {name}, which "
+            "--norm frozen would keep at 0 and 1: pass --norm batch or --norm group."
+        )
     print_loaded(path or f"ImageNet, for {name}", loaded, unmatched)
 
 
@@ -89,14 +95,23 @@ def print_loaded(source: str, loaded: list[str], unmatched: list[str]) -> None:
         print(f"{text} ({plural(len(names), 'tensor')}): {', '.join(modules) or 'nothing'}.", flush=True)
 
 
-def read_weights(path: str, backbone: str | None = None) -> dict[str, Tensor]:
+def backbone_flags(model: ModelConfig) -> dict[str, str]:
+    """The flags, with their values, that say how a backbone is built beside its name; none where it is usual."""
+    named = {"caffe_stride": "caffe-stride", "deep_stem": "deep-stem", "avg_down": "avg-down"}
+    built = " ".join(word for name, word in named.items() if getattr(model, name))
+    flags = {"--norm": "group" if model.norm == "group" else "", "--resnet": built}
+    flags["--resnet-width"] = "" if model.resnet_width == 1 else f"{model.resnet_width:g}"
+    return {flag: value for flag, value in flags.items() if value}
+
+
+def read_weights(path: str, backbone: str | None = None, model: ModelConfig | None = None) -> dict[str, Tensor]:
     """The tensors in a file of weights by name, whether they are its content or under the key "state_dict".
 
     The prefix ``module.`` of DistributedDataParallel is removed from the names. Of a classifier (`odtk pretrain`) they
     are those of its feature extractor.
 
     Args:
-        backbone: that they are for; a classifier with another is refused.
+        backbone, model: that they are for; a classifier with another one, or one that is built otherwise, is refused.
 
     Raises:
         OdtkError: as checkpoint.read_dictionary, or a weight is not finite.
@@ -107,6 +122,10 @@ def read_weights(path: str, backbone: str | None = None) -> dict[str, Tensor]:
         own = extractor_name(found.model.backbones[0])
         if backbone is not None and extractor_name(backbone) != own:
             raise OdtkError(f"{path} holds a classifier with {own}, whose weights do not fit {backbone}.")
+        if model is not None and (given := backbone_flags(model)) != (needed := backbone_flags(found.model)):
+            wanted = [f"pass {flag} {value}" for flag, value in needed.items() if given.get(flag) != value]
+            wanted += [f"leave out {flag} {value}" for flag, value in given.items() if flag not in needed]
+            raise OdtkError(f"{path} holds a {own} that is built otherwise: {', '.join(wanted)}.")
         named = found.state_dict.items()
         return {name.removeprefix(FEATURES): value for name, value in named if name.startswith(FEATURES)}
     inner = content.get("state_dict", content)

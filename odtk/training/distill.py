@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig, OdtkError, TrainConfig
 from ..model.checkpoint import build_detector, load, weights_hash
 from ..model.detector import Detector, Renormalize
+from ..text import printable
 from .sync_batch_norm import sum_over_ranks
 
 MOST_APART = 1.5  # strides that differ more are those of other levels, which follow each other by a factor of 2
@@ -78,7 +79,7 @@ def load_teacher(config: TrainConfig) -> Teacher:
     try:
         checkpoint = load(config.teacher)
     except OdtkError as error:
-        raise OdtkError(f"--teacher: {error}") from error
+        raise OdtkError(f"--teacher: {error}{config.if_moved('--teacher')}") from error
     scale = config.teacher_scale
     if scale is None:
         scale = (checkpoint.setting("resize") or config.data.resize) / config.data.resize
@@ -111,6 +112,14 @@ class Student(nn.Module):
         alike = width == teacher.channels and len({own for own, _ in self.pairs}) == len(self.pairs)
         adapters = () if alike else (nn.Conv2d(width, teacher.channels, 1) for _ in self.pairs)
         self.adapters = nn.ModuleList(adapters)
+
+    def line(self, path: str, teacher: Teacher) -> str:
+        """What is taught by the teacher of this path, in one line."""
+        pairs = [f"{self.detector.strides[own]} by {teacher.strides[other]:.3g}" for own, other in self.pairs]
+        alone = [str(s) for i, s in enumerate(self.detector.strides) if i not in {own for own, _ in self.pairs}]
+        size = "" if teacher.scale == 1 else f" sees the images {teacher.scale:.3g} times as large and"
+        rest = f"; of {', '.join(alone)} pixels by none" if alone else ""
+        return f"{printable(path)}{size} teaches, by the pixels between cells, levels of {', '.join(pairs)}{rest}."
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """As Detector.forward, and the features [N, teacher's channels, h, w] of each pair."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -28,7 +29,7 @@ from ..launch import exit_on_stop_signals
 from ..model.checkpoint import Checkpoint, load, load_weights, weights_hash
 from ..model.classifier import Classifier
 from ..model.detector import Renormalize
-from ..model.weights import load_backbone
+from ..model.weights import backbone_flags, load_backbone
 from ..ranks import CpuGroup, gather
 from ..text import plural, printable
 from .log import Validated, print_line
@@ -44,6 +45,8 @@ from .run import (
     trained_weights,
 )
 from .train import announce, distributed, take_up, train_loop
+
+LISTED = 10  # classes in a line
 
 
 def pretrain(config: PretrainConfig, rank: int = 0, world: int = 1) -> None:
@@ -96,11 +99,12 @@ class ClassifierRun(Run):
         return f"{self.config.model.backbones[0]} as a classifier of {side}×{side} pixels"
 
     def closing(self) -> str:
-        path, backbone = best_of(self), self.config.model.backbones[0]
+        path, model = best_of(self), self.config.model
         known = path != self.config.path
-        said = f"{path} is the best: top-1 {self.best_score:.3f}" if known else f"{path} is trained"
+        said = f"{path} is the best of the run: top-1 {self.best_score:.3f}" if known else f"{path} is trained"
         if self.validation is None:
             said += "; --val-images would say how well"
+        backbone = " ".join([model.backbones[0], *(f"{flag} {value}" for flag, value in backbone_flags(model).items())])
         next_command = f"odtk train MODEL.pth --annotations PATH --backbone {backbone} --backbone-weights"
         return printable(f"{said}. Next: {next_command} {shlex.quote(path)}")
 
@@ -175,7 +179,10 @@ def load_teacher(config: PretrainConfig, categories: tuple[Category, ...]) -> Te
         OdtkError: the file cannot be read, or its classifier knows other classes.
     """
     assert config.teacher is not None
-    found = load(config.teacher, "classifier")
+    try:
+        found = load(config.teacher, "classifier")
+    except OdtkError as error:
+        raise OdtkError(f"--teacher: {error}{config.if_moved('--teacher')}") from error
     if found.categories != categories:
         names = ", ".join(category.name for category in found.categories or ())
         raise OdtkError(f"--teacher {config.teacher} knows other classes ({names}) than the images to train on have.")
@@ -230,7 +237,16 @@ def set_up(config: PretrainConfig, rank: int, world: int) -> ClassifierRun:
     take_up(run, resumed)
     if rank == 0:
         announce(run, dtype, world)
+        print_line(classes_line(dataset))
     return run
+
+
+def classes_line(dataset: Dataset) -> str:
+    """How many images there are of each class, the largest first."""
+    counts = Counter(int(image.labels[0]) for image in dataset.images).most_common()
+    parts = [f"{printable(dataset.categories[label].name)} {count}" for label, count in counts[:LISTED]]
+    more = f" and {len(counts) - LISTED} more" if len(counts) > LISTED else ""
+    return f"{plural(len(dataset.images), 'image')} of {len(counts)} classes: {', '.join(parts)}{more}."
 
 
 def create_model(
@@ -246,8 +262,7 @@ def create_model(
     elif rank == 0:
         network.initialize()
         if config.backbone_weights != "none":
-            name, width = config.model.backbones[0], config.model.resnet_width
-            load_backbone(name, network.features, config.backbone_weights, width)
+            load_backbone(config.model.backbones[0], network.features, config.backbone_weights, config.model)
     network.to(torch.device(config.data.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network, distributed(network, network, ranks, world)
 
@@ -269,7 +284,7 @@ class ClassValidation:
         own = replace(config.val_data, training=False, stride=stride, **config.model.pixels)
         own = replace(own, rank=data.rank, world=data.world, device=data.device)
         self.names = [category.name for category in trained.categories]
-        listing = list_labeled(str(own.images), own.annotations)
+        listing = list_labeled(str(own.images), own.annotations, part="val-")
         self.dataset = read_labeled(listing, self.names).accepted(own.skip_damaged)
         self.source, self.ranks = str(listing.source), ranks
         self.loader = create_loader(self.dataset, own)
@@ -327,6 +342,7 @@ def conclude(run: ClassifierRun, validation: ClassValidation) -> None:
     print_line(headline(found, len(said.labels)))
     if config.output:
         write_json(found.to_dict(), config.output)
+        print_line(f"Wrote {config.output}")
     if config.report:
         title = f"{os.path.basename(best_of(run))} on {validation.source}"
         with atomic_write(config.report) as file:

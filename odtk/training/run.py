@@ -56,7 +56,8 @@ SETTINGS: dict[str, type[TrainSettings] | type[PretrainSettings]] = {
     "classifier": PretrainSettings,
 }  # by RunConfig.KIND
 S = TypeVar("S", TrainSettings, PretrainSettings)
-ANEW = {"model", "annotations", "devices", "override", "override_settings"}  # settings that a resumed run is given anew
+# Settings that a resumed run is given anew: of these, those that it began with say nothing.
+ANEW = {"model", "annotations", "devices", "override", "override_settings", "report", "output"}
 SCHEDULE = ("optimizer", "lr", "iters", "schedule", "warmup", "milestones", "gamma")  # what a step depends on
 
 
@@ -319,6 +320,13 @@ def find_run(config: RunConfig, categories: tuple[Category, ...]) -> Checkpoint 
         )
     if fault := run_fault(found):
         raise OdtkError(damaged_run(config.path, fault))
+    if config.KIND == "classifier" and found.categories != categories:
+        old, new = ({category.name for category in of or ()} for of in (found.categories, categories))
+        changed = [f"{'new' if name in new else 'missing'}: {name}" for name in sorted(old ^ new)]
+        raise OdtkError(
+            f"{config.path} was trained on other classes than those of {source_of(config)} "
+            f"({', '.join(changed)}): {advice}."
+        )
     if changes := model_changes(found.model, config.model):
         raise OdtkError(
             f"{config.path} is a run of another model ({', '.join(changes)}): resume it as it was, {advice}."
@@ -365,7 +373,8 @@ def refuse_other_settings(config: RunConfig, found: Checkpoint) -> None:
 
 def model_changes(old: ModelConfig, new: ModelConfig) -> list[str]:
     """What a resumed run may not change about its model and does: ``--flag old → new``."""
-    names = [field.name for field in fields(ModelConfig) if field.name not in MAY_CHANGE]
+    may = MAY_CHANGE | ({"mean", "std"} if old.backbones != new.backbones else set())  # which follow from it
+    names = [field.name for field in fields(ModelConfig) if field.name not in may]
     pairs = [(name, as_given(name, getattr(old, name)), as_given(name, getattr(new, name))) for name in names]
     return [f"{flag(FLAGS.get(n, n))} {in_words(a)} → {in_words(b)}" for n, a, b in pairs if a != b]
 
@@ -400,6 +409,10 @@ def continued(settings: S) -> tuple[S, Earlier | None]:
         for name in LENGTH:
             if name == "iters" or name in planned:
                 kept.pop(name, None)
+    if now.get("unlabeled_loss") == "none":  # then there is nothing that these are of
+        for name in ("burn_in", "unlabeled_weight"):
+            kept.pop(name, None)
+        kept["ema"] = old.get("ema") or 0.0  # which pseudo-labels brought with them
     if isinstance(settings, TrainSettings) and settings.annotations != old.get("annotations"):
         kept.pop("images", None)
     return cls.layered({**kept, **now}), Earlier(planned, tuple(old.get("held_out", ())))

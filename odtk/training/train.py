@@ -290,8 +290,11 @@ def set_up(config: TrainConfig, rank: int, world: int, source: TrainingSet, *, q
     take_up(run, resumed)
     if rank == 0 and not quiet:
         announce(run, dtype, world)
-        if unlabeled is not None and not run.ended and run.iteration < run.iters:
-            print_line(unlabeled.line(config))
+        if not run.ended and run.iteration < run.iters:
+            if student is not None and teacher is not None and config.teacher is not None:
+                print_line(student.line(config.teacher, teacher))
+            if unlabeled is not None:
+                print_line(unlabeled.line(config))
     return run
 
 

@@ -79,7 +79,9 @@ class Unlabeled:
         if config.unlabeled_loss != "none":
             said += f", from iteration {config.burn_in + 1} on, by {config.unlabeled_loss}"
         if config.unlabeled_loss == "pseudo-labels":
-            said += f" for the best {100 * self.share:.2g} % of the points, as many as the boxes of labeled images take"
+            said += (
+                f" for the best {100 * self.share:.2g} % of the points, as many as the boxes of a labeled image take"
+            )
         if config.unlabeled_colors:
             said += f"; {100 * config.unlabeled_colors:g} % of the labeled images take on their colors"
         return f"{said}."
@@ -115,7 +117,7 @@ def open_unlabeled(
     try:
         given = Dataset.load(None, own.images, rotated=config.model.rotated, skip_damaged=True)
     except OdtkError as error:
-        raise OdtkError(f"--unlabeled: {error}") from error
+        raise OdtkError(f"--unlabeled: {error}{config.if_moved('--unlabeled')}") from error
     known = {os.path.realpath(image.path) for part in (labeled, validated) if part is not None for image in part.images}
     dataset = given.part([image.id for image in given.images if os.path.realpath(image.path) in known], rest=True)
     if not dataset.images:
@@ -125,19 +127,22 @@ def open_unlabeled(
 
 
 def foreground_share(dataset: Dataset, data: LoaderConfig, detector: Detector, loss: LossConfig) -> float:
-    """The part of a detector's points that the boxes of labeled images take, by its head's rule. No image is read."""
+    """The part of a detector's points that boxes take where there are some, by its head's rule. No image is read."""
     whole = replace(data, batch=data.batch * data.world, rank=0, world=1)  # the same for any number of processes
     sampler, model = Sampler(dataset, whole), replace(detector.config, classes=1)
     anchors = [level.cpu() for level in detector.anchors()]
-    taken = points = 0.0
-    for number in range(math.ceil(min(COUNTED_IMAGES, len(dataset.images)) / whole.batch)):
+    taken = points = images = 0.0
+    for number in range(math.ceil(len(dataset.images) / whole.batch)):
         plan = sampler.plan(number)
         shapes = [(math.ceil(plan.height / s), math.ceil(plan.width / s)) for s in detector.strides]
         for sample in plan.samples:
-            points += model.num_anchors * sum(h * w for h, w in shapes)
-            if len(sample.boxes):
+            if len(sample.boxes):  # of empty images, which may be many, nothing is to be learned here
+                images += 1
+                points += model.num_anchors * sum(h * w for h, w in shapes)
                 taken += foreground(sample.boxes, shapes, anchors, detector.strides, model, loss)
-    return taken / points
+        if images >= COUNTED_IMAGES:
+            break
+    return taken / points if points else 0.0
 
 
 def foreground(

@@ -1,5 +1,6 @@
 """Image files: the formats that are opened, and large images."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -76,6 +77,17 @@ def test_pixels_are_those_of_pillow(tmp_path: Path) -> None:
     picture.save(tmp_path / "a.png")
     assert np.array_equal(decode(tmp_path / "a.png"), np.asarray(picture))
     assert np.array_equal(decode(tmp_path / "a.png", 6), np.rot90(np.asarray(picture), -1))
+
+
+def test_what_is_no_regular_file_or_of_floats_is_damaged(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")  # nobody writes to it: opening it would wait forever
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("pipe.jpg", "folder.jpg"):
+        with pytest.raises(ImageError, match="it is no regular file"):
+            read_header(tmp_path / name)
+    PILImage.new("F", (4, 4)).save(tmp_path / "a.tif")
+    with pytest.raises(ImageError, match="its pixels are floats"):
+        read_header(tmp_path / "a.tif")
 
 
 def test_a_file_that_shrinks_while_its_header_is_read_ends_no_process(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_subfolder_is_a_class(folder: Path) -> None:
 )
 def test_a_csv_names_files_and_classes(folder: Path, lines: tuple[str, ...]) -> None:
     if lines[0].startswith("1.png"):
-        with pytest.raises(OdtkError, match=r"labels.csv, row 3: ../a/3.jpg must be a path within .*images/b"):
+        with pytest.raises(OdtkError, match=r"labels.csv, line 3: ../a/3.jpg is not in .*images/b; --images names"):
             list_labeled(folder / "b", csv(folder, *lines))
         return
     listing = list_labeled(None, csv(folder, *lines))
@@ -72,9 +72,12 @@ def test_a_csv_names_files_and_classes(folder: Path, lines: tuple[str, ...]) -> 
         ((), "has no lines"),
         (("file,class",), "no line below its first"),
         (("a/3.jpg,a,x",), "a CSV of 3 columns needs a first line that names the columns"),
-        (("a/3.jpg,a", "b/1.png,"), "row 2: it needs a file name and a class"),
-        (("a/3.jpg,a", "a/3.jpg,b"), "row 2: a/3.jpg is b here and a before"),
-        (("/etc/x.png,a",), "row 1: /etc/x.png must be a path within"),
+        (("a/3.jpg,a", "b/1.png,"), "line 2: it needs a file name and a class"),
+        (("a/3.jpg,a", "a/3.jpg,b"), "line 2: a/3.jpg is b here and a before"),
+        (("a/3.jpg,a", "", "./a/3.jpg,b"), "line 3: a/3.jpg is b here and a before"),
+        (("/etc/x.png,a",), "line 1: /etc/x.png is not in"),
+        (("a/3.jpg,a", "b\0.png,a"), "line 2: .* is not in"),
+        (("img,target", "a/3.jpg,a"), r"1 file not found in .*: img; .* \(file or .* and class or .* names of columns"),
         (("a/4.jpg,a", "b/1.png,b"), "1 file not found in .*: a/4.jpg; mend the names"),
     ],
 )
@@ -84,6 +87,45 @@ def test_csvs_that_are_refused(folder: Path, lines: tuple[str, ...], sentence: s
         path.write_text("")
     with pytest.raises(OdtkError, match=sentence):
         read_labeled(list_labeled(None, path)).accepted(False)
+
+
+def test_csvs_of_spreadsheets_and_other_systems_are_read(folder: Path) -> None:
+    path = folder / "labels.csv"
+    rows = [("file", "class"), ("b/1.png", "b"), (str(folder / "b" / "deep" / "2.png"), "b"), ("a\\3.jpg", "a")]
+    for mark, encoding, end in (
+        (";", "utf-8", "\r\n"),
+        ("\t", "utf-16", "\n"),
+        (",", "utf-8-sig", "\r"),
+        (",", "utf-16-le", "\n"),
+    ):
+        text = end.join(mark.join(row) for row in rows)
+        path.write_bytes(text.encode(encoding))
+        if encoding == "utf-16-le":  # without a mark of its order nothing says so
+            with pytest.raises(OdtkError, match=r"labels\.csv"):
+                list_labeled(folder, path)
+            continue
+        assert labels_of(read_labeled(list_labeled(None, path))) == {"3.jpg": "a", "1.png": "b", "2.png": "b"}
+    path.write_bytes("a/3.jpg,größer".encode("latin-1"))
+    with pytest.raises(OdtkError, match="is no text in UTF-8: save it as a CSV in UTF-8"):
+        list_labeled(None, path)
+
+
+def test_messages_name_the_flags_that_were_given(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(OdtkError, match="none does not exist: give .* with --val-images"):
+        list_labeled(tmp_path / "none", None, part="val-")
+    with pytest.raises(OdtkError, match="3.jpg is a file: give .* with --images"):
+        list_labeled(folder / "a" / "3.jpg", None)
+    with pytest.raises(OdtkError, match="Cannot read --val-labels .*none.csv"):
+        list_labeled(None, tmp_path / "none.csv", part="val-")
+
+
+def test_the_folder_above_the_splits_is_not_taken_for_classes(folder: Path) -> None:
+    (folder / "a").rename(folder / "Train")
+    (folder / "b").rename(folder / "val")
+    with pytest.raises(OdtkError, match="holds Train and val, which are no classes: give --images .*Train"):
+        list_labeled(folder, None)
+    (folder / "val").rename(folder / "bus")
+    assert list_labeled(folder, None).classes == ("Train", "bus"), "one class may have such a name"
 
 
 def test_folders_that_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -96,7 +138,7 @@ def test_folders_that_are_refused(folder: Path, tmp_path: Path) -> None:
         read_labeled(listing, ["b", "c"])
     assert labels_of(read_labeled(listing, ["c", "b", "a"]))["3.jpg"] == "a", "labels are those of the training set"
     (folder / "c").mkdir()
-    with pytest.raises(OdtkError, match="/c of a class has no images"):
+    with pytest.raises(OdtkError, match="/c, a class, has no images"):
         list_labeled(folder, None)
 
 

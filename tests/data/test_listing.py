@@ -41,7 +41,17 @@ def test_folders_files_and_patterns(folder: Path) -> None:
 
     (folder / "._b.png").write_bytes(b"macOS")
     (folder / "folder.png").mkdir()
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails" / "b.png").touch()
     assert found(".") == ["a.JPG", "b.png", "sub/c.png"] and found("*") == ["a.JPG", "b.png"]
+
+
+def test_links_to_folders_are_followed_once(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    (other / "d.jfif").touch()
+    (other / "back").symlink_to(folder)  # a circle
+    (folder / "linked").symlink_to(other)
+    assert names(list_images(folder), folder) == ["a.JPG", "b.png", "linked/d.jfif", "sub/c.png"]
 
 
 def test_a_name_with_brackets_is_a_name(folder: Path) -> None:

@@ -328,7 +328,7 @@ def test_sources_that_make_no_sense_are_refused(data: Path, tmp_path: Path) -> N
         ("ftp://localhost/a.tar", "^ftp:// cannot be read: tar files are read from http, https, s3 and file.$"),
         (f"zip://{shards}/a.tar", "^zip:// cannot be read: tar files are read from"),
         (f"simplecache::file://{shards}/a.tar", "^simplecache::file:// cannot be read"),
-        ([f"{shards}/*.tar", str(data / "images")], "either tar files or folders"),
+        ([f"{shards}/*.tar", str(data / "images")], "not both at once"),
         ([f"{shards}/*.tar", str(tmp_path / "again.tar")], "000.jpg is in .*train-000.tar and again in .*again.tar"),
         (str(tmp_path / "none.tar"), "There are no images"),
     ):

@@ -72,6 +72,14 @@ def test_bfloat16_agrees_with_torch_to_its_rounding(conv: nn.Conv2d, monkeypatch
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.01 * float(b.abs().max()))
 
 
+def test_gradients_have_the_strides_of_their_weights() -> None:
+    """DistributedDataParallel warns of others, and copies them."""
+    conv = DepthwiseConv2d(8, 5).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.autocast("cpu", torch.bfloat16):
+        conv(torch.randn(2, 8, 9, 9)).sum().backward()
+    assert conv.weight.grad is not None and conv.weight.grad.stride() == conv.weight.stride() == (25, 1, 5, 1)
+
+
 def test_a_frozen_convolution_passes_its_gradient_on() -> None:
     conv = DepthwiseConv2d(4, 5).requires_grad_(False)
     (_, dx) = outputs_and_gradients(conv, torch.randn(1, 4, 8, 8))

@@ -232,6 +232,16 @@ def test_onnx_runtime_gives_the_same_levels_for_any_batch(changes: dict, tmp_pat
             torch.testing.assert_close(torch.from_numpy(ours), reference, atol=1e-4, rtol=1e-4)
 
 
+def test_frozen_norms_are_never_left_without_statistics(tmp_path: Path) -> None:
+    frozen = Detector(replace(SMALL, norm="frozen"))
+    (features,) = frozen.feature_extractors().values()
+    weights = {name: value for name, value in features.state_dict().items() if "running" not in name}
+    torch.save(weights, tmp_path / "w.pth")
+    with pytest.raises(OdtkError, match=r"has no statistics for \d+ norms of .*--norm frozen would keep at 0 and 1"):
+        initialize_weights(frozen, fine_tune=None, backbone_weights=str(tmp_path / "w.pth"))
+    initialize_weights(Detector(replace(SMALL, norm="group")), fine_tune=None, backbone_weights=str(tmp_path / "w.pth"))
+
+
 def test_a_narrow_resnet_has_no_weights_of_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("odtk.model.weights.imagenet_weights", lambda name: pytest.fail("it looks for some"))
     narrow = Detector(replace(SMALL, resnet_width=0.5))

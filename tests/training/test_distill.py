@@ -212,11 +212,16 @@ def test_what_a_taught_run_refuses(tmp_path: Path, dataset: Path, capsys: pytest
     assert not Path(path).exists()
 
     odtk.train(path, **given, teacher=str(tmp_path / "one.pth"))
+    assert "one.pth teaches, by the pixels between cells, levels of 16 by 16." in capsys.readouterr().out
     before = Path(path).read_bytes()
     with pytest.raises(OdtkError, match=f"{path} was taught by other weights, so it cannot be continued by --teacher"):
         odtk.train(path, **given, teacher=str(tmp_path / "two.pth"))
     assert Path(path).read_bytes() == before
     (tmp_path / "one.pth").rename(tmp_path / "moved.pth")
+    with pytest.raises(
+        OdtkError, match="--teacher: There is no checkpoint .*one.pth.* pass --teacher with its new place"
+    ):
+        odtk.train(path, **{**given, "iters": 2})
     odtk.train(path, **{**given, "iters": 2}, teacher=str(tmp_path / "moved.pth"))  # the same weights elsewhere
     assert training_of(path)["iteration"] == 2
 

@@ -83,7 +83,10 @@ def test_it_learns_and_a_detector_starts_from_its_file(
     more = ("--report", "r.html", "--output", "o.json", "--logdir", "log", "--val-iters", "12")
     assert main(["pretrain", "w.pth", *SMALL, *flags, *more]) == 0
     said = capsys.readouterr().out
-    assert "w.best.pth is the best: top-1 1.000. Next: odtk train" in said and "top-1 1.000 of 12 images" in said
+    assert "12 images of 2 classes: green 6, red 6." in said and "Wrote o.json" in said and "Wrote r.html" in said
+    assert "w.best.pth is the best of the run: top-1 1.000. Next: odtk train" in said
+    assert "--backbone ResNet18C4 --resnet-width 0.25 --backbone-weights w.best.pth" in said
+    assert "top-1 1.000 of 12 images" in said
     figures = json.loads(Path("o.json").read_text())
     assert figures["top-1"] == 1 and [c["support"] for c in figures["classes"]] == [6, 6]
     assert "Every answer is right." in Path("r.html").read_text()
@@ -106,7 +109,19 @@ def test_it_learns_and_a_detector_starts_from_its_file(
         OdtkError, match="w.best.pth holds a classifier, not a detector: start from .*--backbone-weights"
     ):
         files.load("w.best.pth")
+    changes: dict[str, Any]
+    for changes, words in (
+        ({"norm": "group"}, "leave out --norm group"),
+        ({"resnet_width": 0.5}, "pass --resnet-width 0.25"),
+        ({"resnet_width": 1.0, "deep_stem": True}, "pass --resnet-width 0.25, leave out --resnet deep-stem"),
+    ):
+        built = dataclasses.replace(ModelConfig(backbones=("ResNet18FPN",), resnet_width=0.25), **changes)
+        with pytest.raises(OdtkError, match=rf"w.best.pth holds a ResNet18 that is built otherwise: {words}\."):
+            initialize_weights(Detector(built), fine_tune=None, backbone_weights="w.best.pth")
+    Path("o.json").unlink()
+    Path("r.html").unlink()
     assert main(["pretrain", "w.pth", *SMALL, *flags]) == 0, "a run that is over says what it is worth"
+    assert not Path("o.json").exists() and not Path("r.html").exists(), "files of a command, not of a run"
     said = capsys.readouterr().out
     assert "w.pth is trained: 24 iterations are done" in said and "top-1 1.000 of 12 images" in said
 
@@ -165,7 +180,7 @@ def test_what_a_resumed_run_refuses(tmp_path: Path, images: Path, capsys: pytest
     for name in ("blue", "red"):
         (other / name).mkdir(parents=True)
         (other / name / "1.png").write_bytes((images / "red" / "1.png").read_bytes())
-    assert f"was trained on other categories than those of {other}" in refused("--images", str(other))
+    assert f"was trained on other classes than those of {other} (" in refused("--images", str(other))
     anew = ("--images", str(other), "--override", "--teacher", teacher)
     assert "knows other classes (green, red) than the images to train on have" in refused(*anew)
     (other / "blue").rename(other / "green")

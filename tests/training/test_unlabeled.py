@@ -172,6 +172,15 @@ def test_the_region_is_as_large_as_what_boxes_take(tmp_path: Path, dataset: Path
     halves = dataclasses.replace(data, stride=16, batch=3, world=2, rank=1)
     assert foreground_share(labeled, halves, detector, LossConfig()) == share
 
+    first, *rest = labeled.images
+    empty = [dataclasses.replace(image, boxes=image.boxes[:0], labels=image.labels[:0]) for image in rest]
+    small = dataclasses.replace(data, stride=16, batch=1)
+    alone, sparse = (
+        foreground_share(dataclasses.replace(labeled, images=images), small, detector, LossConfig())
+        for images in ([first], [*empty, first])
+    )
+    assert alone == sparse > 0
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
@@ -334,6 +343,13 @@ def test_what_a_run_with_unlabeled_images_refuses(tmp_path: Path, dataset: Path)
     assert Path(path).read_bytes() == before
     odtk.train(path, **{**given, "iters": 3}, unlabeled=fewer, override_settings=True)
     assert training_of(path)["iteration"] == 3
+    begun = {"unlabeled": fewer, "unlabeled_loss": "pseudo-labels", "burn_in": 1, "override_settings": True}
+    odtk.train(path, **{**given, "iters": 4}, **begun)
+    plain = {"unlabeled": fewer, "unlabeled_loss": "none", "override_settings": True}
+    odtk.train(path, **{**given, "iters": 5}, **plain)
+    assert training_of(path)["iteration"] == 5 and files.load(path).setting("unlabeled_loss") == "none"
+    with pytest.raises(OdtkError, match=f"gone does not exist.* If it has moved since {path} began, pass --unlabeled"):
+        odtk.train(path, **{**given, "iters": 6}, **{**plain, "unlabeled": str(tmp_path / "gone")})
 
 
 def test_colors_alone_are_learned_by_default(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture) -> None:
