@@ -1,6 +1,7 @@
 """What pre-training on the objects of a dataset is worth to its detector: AP from scratch, from crops, from ImageNet.
 
     python benchmarks/pretraining.py shared/data/bccd runs/pretraining --iters 512 --seeds 0 1 [--labels 10]
+        [--starts scratch "crops, frozen norms"]
 
 The folder of the dataset has train.json, train/, val.json and val/. Crops of both sets are cut, a backbone is trained
 to classify those of the training set, from scratch and from ImageNet's weights, and detectors of one variant are
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--pretrain-iters", type=int, default=400)
     parser.add_argument("--labels", type=float, default=100, help="percent of the images with boxes; crops are of all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--starts", nargs="+", help="those of the table to run; all without it")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     labels = args.data / "train.json"
@@ -106,7 +108,8 @@ def main() -> None:
             "ImageNet, frozen norms": {"norm": "frozen"},
             "ImageNet, then crops, frozen norms": {"backbone_weights": both, "norm": "frozen"},
         }
-        for name, start in starts.items():
+        for name in args.starts or starts:
+            start = starts[name]
             path = args.output / f"{labels.stem}-{name.replace(', ', '-').replace(' ', '-')}{seed}.pth"
             ap, ap50, minutes = detector_ap(args, labels, path, seed, start)
             rows.append(f"| {name} | {seed} | {ap:.3f} | {ap50:.3f} | {minutes:.1f} |")
