@@ -361,6 +361,11 @@ def test_a_lost_connection_comes_back(data: Path, server, capsys) -> None:
 def test_a_connection_that_does_not_come_back_is_named(data: Path, server) -> None:
     source = f"{address(server)}/train-{{000..001}}.tar"
     dataset = Dataset.load(data / "annotations.json", source)
+    server.failures[:] = [403]
+    with pytest.raises(OdtkError, match=r"Cannot read http://.*: HTTP 403"):
+        dataset.images[0].decode()
+    assert not server.failures  # not tried again
+
     loader = create_loader(dataset, LoaderConfig("", loader="torch", batch=2, resize=48))
     server.failures[:] = [503] * 1000
     with pytest.raises(
@@ -368,10 +373,6 @@ def test_a_connection_that_does_not_come_back_is_named(data: Path, server) -> No
     ):
         list(loader)
     assert not loader.damaged  # an image that cannot be had is not a damaged one
-    server.failures[:] = [403]
-    with pytest.raises(OdtkError, match=r"Cannot read http://.*: HTTP 403"):
-        dataset.images[0].decode()
-    assert not server.failures  # not tried again
 
 
 def test_a_server_that_is_gone(data: Path, server) -> None:
