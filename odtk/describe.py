@@ -37,6 +37,11 @@ PACKAGES = (
     "matplotlib",
 )
 
+OF_DETECTORS = {  # fields of ModelConfig that say nothing of a classifier
+    *("head", "last_level", "pyramid_channels", "head_channels", "head_convs", "padding"),
+    *("ratios", "scales", "angles", "rounded_anchors", "dcn", "dcn_modulated"),
+}
+
 
 def environment() -> dict[str, Any]:
     """What `odtk info --json` prints: versions, devices, and abilities()."""
@@ -135,12 +140,14 @@ def describe_file(path: str) -> dict[str, Any]:
 def describe_checkpoint(path: str) -> dict[str, Any]:
     """The model, categories, settings and progress of a checkpoint."""
     found = load(path, None)
-    training = found.training or {}
+    training, model = found.training or {}, to_dict(found.model)
+    if found.kind == "classifier":
+        model = {name: value for name, value in model.items() if name not in OF_DETECTORS}
     return {
         "file": path,
         "kind": found.kind,
         "versions": found.versions or "not stated",
-        "model": to_dict(found.model),
+        "model": model,
         "categories": to_pairs(found.categories),
         "settings": found.settings or "not stated (written by an odtk before 0.3, or by ODTK 0.2)",
         "iteration": training.get("iteration", "not a training run"),

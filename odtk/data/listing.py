@@ -36,7 +36,8 @@ def _list_one(source: str) -> list[Path]:
     if os.path.isdir(path):
         paths = images_in(path)
         if not paths:
-            raise OdtkError(f"The folder {path} has no images ({', '.join(sorted(EXTENSIONS))}).")
+            tars = f"; of its tar files, pass {path / '*.tar'}" if any(path.glob("*.tar")) else ""
+            raise OdtkError(f"The folder {path} has no images ({', '.join(sorted(EXTENSIONS))}){tars}.")
         return paths
     if not glob.has_magic(source):
         raise OdtkError(f"The image or folder {path} does not exist: give the right one.")

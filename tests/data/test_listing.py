@@ -54,6 +54,12 @@ def test_links_to_folders_are_followed_once(folder: Path, tmp_path_factory: pyte
     assert names(list_images(folder), folder) == ["a.JPG", "b.png", "linked/d.jfif", "sub/c.png"]
 
 
+def test_a_folder_of_tar_files_says_how_to_name_them(tmp_path: Path) -> None:
+    (tmp_path / "train-000.tar").touch()
+    with pytest.raises(OdtkError, match=rf"has no images \(.*\); of its tar files, pass {tmp_path}/\*\.tar\."):
+        list_images(tmp_path)
+
+
 def test_a_name_with_brackets_is_a_name(folder: Path) -> None:
     os.rename(folder / "b.png", folder / "b[1].png")
     assert names(list_images(str(folder / "b[1].png")), folder) == ["b[1].png"]

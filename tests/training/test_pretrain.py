@@ -91,7 +91,9 @@ def test_it_learns_and_a_detector_starts_from_its_file(
     assert figures["top-1"] == 1 and [c["support"] for c in figures["classes"]] == [6, 6]
     assert "Every answer is right." in Path("r.html").read_text()
     assert "F1 of each class" in Path("log/run.html").read_text()
-    assert describe_file("w.best.pth")["best top-1"] == 1 and describe_file("w.best.pth")["kind"] == "classifier"
+    said = describe_file("w.best.pth")
+    assert said["best top-1"] == 1 and said["kind"] == "classifier"
+    assert said["model"]["resnet_width"] == 0.25 and "head" not in said["model"]
 
     trained = files.load("w.best.pth", "classifier").state_dict
     detector = Detector(ModelConfig(backbones=("ResNet18FPN",), classes=3, resnet_width=0.25))
