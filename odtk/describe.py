@@ -16,9 +16,9 @@ from .config import OdtkError, to_dict
 from .deploy.manifest import describe as describe_bundle
 from .evaluation.benchmark import describe_devices
 from .exporting.engine import require_tensorrt
+from .files import has_module
 from .inference.backends import open_backend
 from .model.checkpoint import load
-from .model.weights import has_module
 from .ranks import silent
 from .text import in_words, printable
 

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -200,6 +201,15 @@ def open_output(path: str) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         raise OdtkError(f"Cannot write {path}: {os_error_reason(error)}.") from error
+
+
+def has_module(name: str) -> bool:
+    """Whether a module is installed; it is not imported."""
+    try:
+        found = importlib.util.find_spec(name)
+        return found is not None and found.origin is not None  # without an origin it is a mere folder of this name
+    except ModuleNotFoundError:  # the package that contains it is missing
+        return False
 
 
 def cache_folder(name: str) -> Path:

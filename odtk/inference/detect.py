@@ -16,7 +16,6 @@ from ..data.batch import Batch
 from ..postprocess import BatchDetections
 from ..ranks import gather
 
-ProgressCallback = Callable[[int], None]  # called after each batch with its number of images
 Rows = tuple[np.ndarray, np.ndarray]  # (image ids, detections), see detection_rows
 
 
@@ -25,7 +24,6 @@ def detect(
     loader: Iterable[Batch],
     categories: Sequence[Category],
     *,
-    progress: ProgressCallback | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> list[dict[str, Any]]:
     """Runs a backend over this process's share of the images and gathers the detections of all processes on rank 0.
@@ -35,7 +33,6 @@ def detect(
             network's input, inclusive corners).
         loader: an inference loader, which gives each image once over all ranks.
         categories: in the order of the backend's class indices.
-        progress: called after each batch with its number of images.
         group: a group of all ranks to gather over; None: the default group, whose timeout limits how far a rank may
             fall behind.
 
@@ -46,29 +43,26 @@ def detect(
         corners as ``segmentation``. On the other ranks an empty list.
     """
     parts = ((batch.ids.tolist(), rows) for batch, rows in detect_batches(backend, loader))
-    return gather_results(parts, categories, progress=progress, group=group)
+    return gather_results(parts, categories, group=group)
 
 
 def gather_results(
     parts: Iterable[tuple[list[int], Rows]],
     categories: Sequence[Category],
     *,
-    progress: ProgressCallback | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> list[dict[str, Any]]:
     """The detections of all processes on rank 0, as detect gives them.
 
     Args:
         parts: of this process, as they are found: ids of some images, and their rows (detection_rows).
-        categories, progress, group: as of detect.
+        categories, group: as of detect.
     """
     found: list[Rows] = []
     ids: list[int] = []
     for part_ids, part_rows in parts:
         found.append(part_rows)
         ids += part_ids
-        if progress is not None:
-            progress(len(part_ids))
     gathered = all_rows(ids, found, group)
     return [] if gathered is None else coco_results(*gathered, categories)
 

@@ -27,7 +27,7 @@ from ..ranks import CpuGroup, silent
 from ..text import plural, printable, say
 from .backends import Backend, open_backend
 from .collect import Part, Total
-from .detect import ProgressCallback, Rows, coco_results, detect_batches
+from .detect import Rows, coco_results, detect_batches
 from .resume import describe_run, open_collector
 from .shards import SUFFIX, ParquetFile, parquet
 from .tiles import detect_tiles
@@ -280,7 +280,7 @@ def format_categories(names: dict[int, str]) -> str:
 
 
 @contextlib.contextmanager
-def image_progress(total: int, world: int = 1, before: int = 0) -> Iterator[ProgressCallback]:
+def image_progress(total: int, world: int = 1, before: int = 0) -> Iterator[Callable[[int], None]]:
     """Progress over ``total`` images: a bar on a terminal, elsewhere a line every PROGRESS_SECONDS.
 
     Rank 0 shows it, and counts each of its images for ``world`` ranks, whose shares are equal; ``before`` of its

@@ -149,15 +149,6 @@ def imagenet_weights(backbone: str) -> dict[str, Tensor]:
     return download_imagenet_weights(backbone) if package is None else read_weights(str(packaged_file(package)))
 
 
-def has_module(name: str) -> bool:
-    """Whether a module is installed; it is not imported."""
-    try:
-        found = importlib.util.find_spec(name)
-        return found is not None and found.origin is not None  # without an origin it is a mere folder of this name
-    except ModuleNotFoundError:  # the package that contains it is missing
-        return False
-
-
 def packaged_files(package: str) -> list[Path]:
     """Every .pth file in a package, whose code is not imported; none if it is not installed."""
     found = importlib.util.find_spec(package.replace("-", "_"))

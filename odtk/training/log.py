@@ -28,8 +28,7 @@ from torch import Tensor
 
 from ..config import OdtkError, RunConfig
 from ..evaluation.evaluate import Metrics
-from ..files import append
-from ..model.weights import has_module
+from ..files import append, has_module
 from ..text import printable
 from .run_page import RunPage
 
