@@ -123,9 +123,10 @@ def read_weights(path: str, backbone: str | None = None, model: ModelConfig | No
         if backbone is not None and extractor_name(backbone) != own:
             raise OdtkError(f"{path} holds a classifier with {own}, whose weights do not fit {backbone}.")
         if model is not None and (given := backbone_flags(model)) != (needed := backbone_flags(found.model)):
-            wanted = [f"pass {flag} {value}" for flag, value in needed.items() if given.get(flag) != value]
-            wanted += [f"leave out {flag} {value}" for flag, value in given.items() if flag not in needed]
-            raise OdtkError(f"{path} holds a {own} that is built otherwise: {', '.join(wanted)}.")
+            lacking = " ".join(f"{flag} {value}" for flag, value in needed.items() if given.get(flag) != value)
+            strange = " ".join(f"{flag} {value}" for flag, value in given.items() if flag not in needed)
+            advice = [f"pass {lacking}"] * bool(lacking) + [f"leave out {strange}"] * bool(strange)
+            raise OdtkError(f"{path} holds a {own} that is built otherwise: {', '.join(advice)}.")
         named = found.state_dict.items()
         return {name.removeprefix(FEATURES): value for name, value in named if name.startswith(FEATURES)}
     inner = content.get("state_dict", content)

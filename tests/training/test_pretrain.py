@@ -115,6 +115,7 @@ def test_it_learns_and_a_detector_starts_from_its_file(
     for changes, words in (
         ({"norm": "group"}, "leave out --norm group"),
         ({"resnet_width": 0.5}, "pass --resnet-width 0.25"),
+        ({"resnet_width": 1.0, "norm": "group"}, "pass --resnet-width 0.25, leave out --norm group"),
         ({"resnet_width": 1.0, "deep_stem": True}, "pass --resnet-width 0.25, leave out --resnet deep-stem"),
     ):
         built = dataclasses.replace(ModelConfig(backbones=("ResNet18FPN",), resnet_width=0.25), **changes)
